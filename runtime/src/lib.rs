@@ -1,1 +1,14 @@
-//! Being built.
+//! The CRI runtime daemon: sandboxes, containers and images behind `runtime.v1` on a unix socket.
+//!
+//! State lives on disk as intent first (`record`); the in-memory index (`state`) is rebuilt from it at start, and
+//! `reconcile` replays or undoes what a crash left. `spec` decides what a container looks like and does no I/O;
+//! `sandbox` and `container` carry decisions out; `rpc` has one file a call. This crate makes no container itself:
+//! it asks the pod's shim. It never calls setns: it asks `oarlock-netns`.
+
+mod config;
+mod daemon;
+mod error;
+
+pub use config::{Config, Registries};
+pub use daemon::Runtime;
+pub use error::Error;
