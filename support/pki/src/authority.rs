@@ -187,7 +187,8 @@ fn distinguished_name(common_name: &str, organizations: &[String]) -> Distinguis
 fn set_validity(params: &mut CertificateParams, days: i64) {
     let now = jiff::Timestamp::now().as_second();
     let at = |second: i64| {
-        let date = jiff::Timestamp::from_second(second).unwrap_or(jiff::Timestamp::MAX).to_zoned(jiff::tz::TimeZone::UTC);
+        let date =
+            jiff::Timestamp::from_second(second).unwrap_or(jiff::Timestamp::MAX).to_zoned(jiff::tz::TimeZone::UTC);
         rcgen::date_time_ymd(
             i32::from(date.year()),
             u8::try_from(date.month()).unwrap_or(1),
@@ -273,7 +274,11 @@ mod tests {
         let before = fs::read(&first.cert_file).expect("certificate");
         let reopened = Authority::ensure(directory.path(), "ignored").expect("authority");
         reopened.ensure_identity("node", &request(&["10.0.0.1"])).expect("identity");
-        assert_eq!(before, fs::read(&first.cert_file).expect("certificate"), "an unchanged request keeps the certificate");
+        assert_eq!(
+            before,
+            fs::read(&first.cert_file).expect("certificate"),
+            "an unchanged request keeps the certificate"
+        );
         reopened.ensure_identity("node", &request(&["10.0.0.2"])).expect("identity");
         assert_ne!(before, fs::read(&first.cert_file).expect("certificate"), "a new address needs a new certificate");
     }

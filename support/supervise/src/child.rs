@@ -163,9 +163,7 @@ impl Child {
             .process_group(0);
         // SAFETY: prctl is async-signal-safe and touches no memory of the parent.
         unsafe {
-            command.pre_exec(|| {
-                nix::sys::prctl::set_pdeathsig(Signal::SIGTERM).map_err(io::Error::from)
-            });
+            command.pre_exec(|| nix::sys::prctl::set_pdeathsig(Signal::SIGTERM).map_err(io::Error::from));
         }
         command.spawn().map_err(|source| ChildError::Spawn {
             name: self.name.clone(),
@@ -209,9 +207,7 @@ mod tests {
         let (sender, mut state) = watch::channel(ChildState::Waiting);
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(child(directory.path(), "exec sleep 1000").run(sender, shutdown.clone()));
-        let running = |wanted: u32| {
-            move |state: &ChildState| matches!(state, ChildState::Running { starts, .. } if *starts == wanted)
-        };
+        let running = |wanted: u32| move |state: &ChildState| matches!(state, ChildState::Running { starts, .. } if *starts == wanted);
         let first = state.wait_for(running(1)).await.expect("state").clone();
         let ChildState::Running { pid, .. } = first else { unreachable!("wait_for said running") };
         kill(Pid::from_raw(i32::try_from(pid).expect("pid")), Signal::SIGKILL).expect("kill");

@@ -72,8 +72,7 @@ impl NotifySocket {
         let wait = async {
             let mut buffer = [0u8; 256];
             loop {
-                let length =
-                    self.socket.recv(&mut buffer).await.map_err(|source| NotifyError::Receive { source })?;
+                let length = self.socket.recv(&mut buffer).await.map_err(|source| NotifyError::Receive { source })?;
                 if buffer[..length].split(|byte| *byte == b'\n').any(|line| line == b"READY=1") {
                     return Ok(());
                 }

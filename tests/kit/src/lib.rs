@@ -1,1 +1,12 @@
-//! Being built.
+//! What privileged and end-to-end tests stand on: the built binaries, fresh namespaces, waiters with deadlines, and a
+//! snapshot of host state that shows what a test left behind.
+
+mod binaries;
+mod namespaces;
+mod snapshot;
+mod wait;
+
+pub use binaries::{bin_dir, binary, image_archive};
+pub use namespaces::{in_fresh_namespaces, require_root};
+pub use snapshot::Snapshot;
+pub use wait::wait_for;

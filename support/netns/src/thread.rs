@@ -1,0 +1,75 @@
+//! Running code inside a namespace, each time on a thread that is born for it and dies with it.
+
+use std::fs::File;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::statfs::fstatfs;
+
+use crate::{NetnsError, Result};
+
+/// The magic number of the file system that namespace files live on.
+const NSFS_MAGIC: i64 = 0x6e73_6673;
+
+/// Runs `work` on a fresh thread inside the namespace pinned at (or found at) `path`, of whatever type it is, and waits.
+///
+/// Sockets that `work` opens stay in that namespace when they are handed back.
+///
+/// # Errors
+/// When the file cannot be opened, is no namespace, or cannot be entered, and when `work` panics.
+pub fn run_in<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let file = open(path)?;
+    run_in_fd(file.as_fd(), work).map_err(|error| match error {
+        NetnsError::Enter { source, .. } => NetnsError::Enter { path: path.to_owned(), source },
+        other => other,
+    })
+}
+
+/// As [`run_in`] for a namespace that is open already.
+pub fn run_in_fd<T: Send>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T> {
+    on_fresh_thread(|| {
+        setns(namespace, CloneFlags::empty())
+            .map_err(|errno| NetnsError::Enter { path: "an open file".into(), source: errno.into() })?;
+        Ok(work())
+    })?
+}
+
+/// Runs `work` inside a new network namespace that nothing pins; it ends when the last socket made in it is closed.
+/// `lo` is up.
+pub fn run_in_new<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    on_fresh_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| NetnsError::Unshare(errno.into()))?;
+        crate::bring_loopback_up()?;
+        Ok(work())
+    })?
+}
+
+/// Connects to `address` from inside the network namespace at `path`: a port-forward's way in.
+///
+/// The outer error is about the namespace, the inner one about the connection.
+pub fn tcp_connect_in(path: &Path, address: SocketAddr, timeout: Duration) -> Result<io::Result<TcpStream>> {
+    run_in(path, || TcpStream::connect_timeout(&address, timeout))
+}
+
+pub(crate) fn open(path: &Path) -> Result<File> {
+    let file = File::open(path).map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
+    let magic =
+        fstatfs(&file).map_err(|errno| NetnsError::Open { path: path.to_owned(), source: errno.into() })?.filesystem_type();
+    if i64::from(magic.0) == NSFS_MAGIC { Ok(file) } else { Err(NetnsError::NotANamespace { path: path.to_owned() }) }
+}
+
+pub(crate) fn on_fresh_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("netns".to_owned())
+            .stack_size(512 << 10)
+            .spawn_scoped(scope, work)
+            .map_err(NetnsError::Thread)?
+            .join()
+            .map_err(|_| NetnsError::Panicked)
+    })
+}

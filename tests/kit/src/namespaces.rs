@@ -1,0 +1,29 @@
+//! Runs a test body on a thread of its own with fresh network and mount namespaces, so that nothing of the host is touched.
+
+use std::panic::resume_unwind;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+/// Fails at once when the test does not run as root, with the reason.
+pub fn require_root() {
+    assert!(nix::unistd::geteuid().is_root(), "this test needs root: it makes namespaces, mounts and cgroups");
+}
+
+/// Runs `test` in fresh network and mount namespaces (mounts private, `/sys` of the new network namespace, an empty tmpfs on
+/// `/run/netns`). Programs that the test starts inherit them; everything ends with the thread.
+pub fn in_fresh_namespaces<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
+    require_root();
+    let thread = std::thread::Builder::new().name("namespaced-test".to_owned()).spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("unshare network and mount namespaces");
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("make mounts private");
+        std::fs::create_dir_all("/run/netns").expect("create /run/netns");
+        mount(Some("tmpfs"), "/run/netns", Some("tmpfs"), MsFlags::empty(), none).expect("mount tmpfs on /run/netns");
+        test()
+    });
+    match thread.expect("start a thread").join() {
+        Ok(value) => value,
+        Err(panic) => resume_unwind(panic),
+    }
+}

@@ -1,0 +1,98 @@
+//! Host state that a test must leave as it found it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// What exists on the host at one moment, as sorted lines: interfaces, mounts, cgroups, nftables tables, processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    lines: BTreeSet<String>,
+}
+
+impl Snapshot {
+    /// Takes a snapshot of the caller's namespaces. Of processes it lists those whose command line holds `marker` (a path
+    /// that only the test uses), so that unrelated processes of the machine do not count.
+    pub fn take(marker: &str) -> Self {
+        let mut lines = BTreeSet::new();
+        lines.extend(interfaces());
+        lines.extend(mounts());
+        lines.extend(cgroups());
+        lines.extend(tables());
+        lines.extend(processes(marker));
+        Self { lines }
+    }
+
+    /// Lines that `later` has and this one has not.
+    pub fn leaked(&self, later: &Self) -> Vec<String> {
+        later.lines.difference(&self.lines).cloned().collect()
+    }
+
+    /// Fails the test with the list of what `later` has more.
+    pub fn assert_nothing_leaked(&self, later: &Self) {
+        let leaked = self.leaked(later);
+        assert!(leaked.is_empty(), "left behind:\n{}", leaked.join("\n"));
+    }
+}
+
+fn interfaces() -> Vec<String> {
+    let Ok(entries) =
+        fs::read_dir("/proc/thread-self/net").and_then(|_| fs::read_to_string("/proc/thread-self/net/dev"))
+    else {
+        return Vec::new();
+    };
+    entries
+        .lines()
+        .skip(2)
+        .filter_map(|line| line.split(':').next())
+        .map(|name| format!("interface {}", name.trim()))
+        .collect()
+}
+
+fn mounts() -> Vec<String> {
+    fs::read_to_string("/proc/thread-self/mountinfo")
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|point| format!("mount {point}"))
+        .collect()
+}
+
+/// Every cgroup directory whose name shows that Oarlock made it.
+fn cgroups() -> Vec<String> {
+    let mut found = Vec::new();
+    let mut pending = vec![(Path::new("/sys/fs/cgroup").to_owned(), 0)];
+    while let Some((directory, depth)) = pending.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                continue;
+            }
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with("kubepods") || name.starts_with("oarlock") {
+                found.push(format!("cgroup {}", path.display()));
+            }
+            if depth < 3 {
+                pending.push((path, depth + 1));
+            }
+        }
+    }
+    found
+}
+
+fn tables() -> Vec<String> {
+    let Ok(output) = Command::new("nft").args(["list", "tables"]).output() else { return Vec::new() };
+    String::from_utf8_lossy(&output.stdout).lines().map(|line| format!("nft {line}")).collect()
+}
+
+fn processes(marker: &str) -> Vec<String> {
+    let own = std::process::id();
+    let Ok(all) = procfs::process::all_processes() else { return Vec::new() };
+    all.flatten()
+        .filter(|process| process.pid.unsigned_abs() != own)
+        .filter_map(|process| process.cmdline().ok().map(|words| (process.pid, words.join(" "))))
+        .filter(|(_, command)| command.contains(marker))
+        .map(|(pid, command)| format!("process {pid} {command}"))
+        .collect()
+}
