@@ -107,7 +107,8 @@ fn make(pins: &Pins, options: &PinOptions) -> Result<()> {
         (&pins.ipc, CloneFlags::CLONE_NEWIPC, "ipc"),
         (&pins.uts, CloneFlags::CLONE_NEWUTS, "uts"),
     ];
-    let wanted: Vec<_> = pairs.into_iter().filter_map(|(path, flag, name)| Some((path.as_deref()?, flag, name))).collect();
+    let wanted: Vec<_> =
+        pairs.into_iter().filter_map(|(path, flag, name)| Some((path.as_deref()?, flag, name))).collect();
     if let Some((path, ..)) = wanted.iter().find(|(path, ..)| is_pinned(path)) {
         return Err(NetnsError::AlreadyPinned { path: path.to_path_buf() });
     }
@@ -135,8 +136,11 @@ fn set_up(options: &PinOptions) -> Result<()> {
             .map_err(|errno| NetnsError::Hostname { name: name.clone(), source: errno.into() })?;
     }
     for (name, value) in &options.sysctls {
-        fs::write(sysctl_path(name)?, value)
-            .map_err(|source| NetnsError::Sysctl { name: name.clone(), value: value.clone(), source })?;
+        fs::write(sysctl_path(name)?, value).map_err(|source| NetnsError::Sysctl {
+            name: name.clone(),
+            value: value.clone(),
+            source,
+        })?;
     }
     Ok(())
 }
@@ -185,7 +189,10 @@ mod tests {
         for name in ["", "net", "net..ipv4", "net/../../etc/passwd", "net/./x", "/etc/passwd"] {
             assert!(matches!(sysctl_path(name), Err(NetnsError::SysctlName { .. })), "{name}");
         }
-        assert_eq!(sysctl_path("net/ipv4/conf/eth0.1/rp_filter").unwrap(), Path::new("/proc/sys/net/ipv4/conf/eth0.1/rp_filter"));
+        assert_eq!(
+            sysctl_path("net/ipv4/conf/eth0.1/rp_filter").unwrap(),
+            Path::new("/proc/sys/net/ipv4/conf/eth0.1/rp_filter")
+        );
     }
 
     #[test]

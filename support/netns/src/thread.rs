@@ -57,8 +57,9 @@ pub fn tcp_connect_in(path: &Path, address: SocketAddr, timeout: Duration) -> Re
 
 pub(crate) fn open(path: &Path) -> Result<File> {
     let file = File::open(path).map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
-    let magic =
-        fstatfs(&file).map_err(|errno| NetnsError::Open { path: path.to_owned(), source: errno.into() })?.filesystem_type();
+    let magic = fstatfs(&file)
+        .map_err(|errno| NetnsError::Open { path: path.to_owned(), source: errno.into() })?
+        .filesystem_type();
     if i64::from(magic.0) == NSFS_MAGIC { Ok(file) } else { Err(NetnsError::NotANamespace { path: path.to_owned() }) }
 }
 

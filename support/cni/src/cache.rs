@@ -1,0 +1,141 @@
+//! What was attached with which configuration and result, kept on disk in libcni's layout:
+//! `<cache>/results/<network>-<container>-<interface>`, one JSON object each.
+//!
+//! The configuration in it makes DEL right even when the network's file has changed or gone since ADD.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::client::Attachment;
+use crate::config::NetworkList;
+use crate::error::CniError;
+
+const KIND: &str = "cniCacheV1";
+
+/// One attachment on record.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Entry {
+    kind: String,
+    pub container_id: String,
+    /// The list's JSON, base64 as Go writes byte slices.
+    config: String,
+    pub if_name: String,
+    pub network_name: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub netns: Option<String>,
+    #[serde(default)]
+    cni_args: Option<Vec<(String, String)>>,
+    #[serde(default)]
+    capability_args: Option<BTreeMap<String, Value>>,
+    /// Absent while ADD is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Value>,
+}
+
+impl Entry {
+    pub fn new(network: &NetworkList, attachment: &Attachment, result: Option<Value>) -> Entry {
+        Entry {
+            kind: KIND.to_owned(),
+            container_id: attachment.container_id.clone(),
+            config: STANDARD.encode(&network.source),
+            if_name: attachment.ifname.clone(),
+            network_name: network.name.clone(),
+            netns: attachment.netns.as_ref().map(|path| path.display().to_string()),
+            cni_args: Some(attachment.cni_args.clone()),
+            capability_args: Some(attachment.capability_args.clone()),
+            result,
+        }
+    }
+
+    pub fn network(&self) -> Option<NetworkList> {
+        let source = STANDARD.decode(&self.config).ok()?;
+        NetworkList::parse(std::str::from_utf8(&source).ok()?).ok()
+    }
+
+    /// The attachment as it was when it was added.
+    pub fn attachment(&self) -> Attachment {
+        Attachment {
+            container_id: self.container_id.clone(),
+            netns: self.netns.as_ref().map(PathBuf::from),
+            ifname: self.if_name.clone(),
+            cni_args: self.cni_args.clone().unwrap_or_default(),
+            capability_args: self.capability_args.clone().unwrap_or_default(),
+        }
+    }
+}
+
+/// The directory of records.
+#[derive(Debug, Clone)]
+pub(crate) struct Cache {
+    directory: PathBuf,
+}
+
+impl Cache {
+    pub fn new(cache_dir: &Path) -> Cache {
+        Cache { directory: cache_dir.join("results") }
+    }
+
+    fn path(&self, network: &str, container_id: &str, ifname: &str) -> PathBuf {
+        self.directory.join(format!("{network}-{container_id}-{ifname}"))
+    }
+
+    /// Writes the record so that a crash leaves the old one or the new one.
+    pub fn store(&self, entry: &Entry) -> Result<(), CniError> {
+        let path = self.path(&entry.network_name, &entry.container_id, &entry.if_name);
+        let write = || -> io::Result<()> {
+            fs::create_dir_all(&self.directory)?;
+            let temporary = self.directory.join(format!(".{}-{}.tmp", entry.container_id, entry.if_name));
+            fs::File::create(&temporary)?.write_all(&serde_json::to_vec(entry)?)?;
+            fs::rename(&temporary, &path)
+        };
+        write().map_err(|source| CniError::Cache { path: path.clone(), source })
+    }
+
+    pub fn remove(&self, network: &str, container_id: &str, ifname: &str) -> Result<(), CniError> {
+        let path = self.path(network, container_id, ifname);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(CniError::Cache { path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The record of a container's interface, whatever the network.
+    pub fn find(&self, container_id: &str, ifname: &str) -> Result<Option<Entry>, CniError> {
+        Ok(self.all()?.into_iter().find(|entry| entry.container_id == container_id && entry.if_name == ifname))
+    }
+
+    pub fn load(&self, network: &str, container_id: &str, ifname: &str) -> Option<Entry> {
+        read(&self.path(network, container_id, ifname))
+    }
+
+    /// Every readable record. A file that cannot be read is left alone: it may be another version's.
+    pub fn all(&self) -> Result<Vec<Entry>, CniError> {
+        let failed = |source| CniError::Cache { path: self.directory.clone(), source };
+        let entries = match fs::read_dir(&self.directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(failed(error)),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            found.extend(read(&entry.map_err(failed)?.path()));
+        }
+        Ok(found)
+    }
+}
+
+fn read(path: &Path) -> Option<Entry> {
+    let hidden = path.file_name()?.to_str()?.starts_with('.');
+    if hidden {
+        return None;
+    }
+    serde_json::from_slice::<Entry>(&fs::read(path).ok()?).ok().filter(|entry| entry.kind == KIND)
+}
