@@ -1,1 +1,45 @@
-//! Being built.
+//! The node agent: a kubelet.
+//!
+//! Owns everything that happens to pods on one node: it watches the pods bound to the node, drives a container runtime
+//! through CRI to make them real, reports their status, keeps the node object and its lease fresh, and answers on :10250.
+//! It meets the runtime, the network and the API only through their published protocols.
+//!
+//! Where to start reading: [`plan`] says what a pod needs next (pure), `worker` owns a pod and carries that out, `status`
+//! says what is told to the API (pure), `agent` wires it all together.
+
+mod config;
+mod error;
+
+pub use config::Config;
+pub use error::Error;
+
+use tokio_util::sync::CancellationToken;
+
+/// The version that the node reports.
+pub const VERSION: &str = concat!("v1.36.0+oarlock.", env!("CARGO_PKG_VERSION"));
+
+/// A node agent, ready to run.
+pub struct Agent {
+    config: Config,
+    client: kube::Client,
+}
+
+impl Agent {
+    /// Reads the kubeconfig. Nothing outside is contacted before [`Agent::run`].
+    pub async fn new(config: Config) -> Result<Self, Error> {
+        let client = config.client().await?;
+        Ok(Self::with_client(config, client))
+    }
+
+    /// Uses a client made elsewhere; `config.kubeconfig` is not read.
+    pub fn with_client(config: Config, client: kube::Client) -> Self {
+        Self { config, client }
+    }
+
+    /// Runs until `shutdown`. Containers keep running when the agent ends.
+    pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
+        let _ = (&self.config, &self.client);
+        shutdown.cancelled().await;
+        Ok(())
+    }
+}

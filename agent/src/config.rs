@@ -1,0 +1,113 @@
+//! What the agent is told on start: names, addresses, files and limits. Owns the defaults; reads nothing but the kubeconfig.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Taint;
+
+use crate::Error;
+
+/// Everything the agent needs to know. Start from [`Config::new`] and change what differs.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub node_name: String,
+    /// The node's InternalIP and the host address of its pods.
+    pub node_ip: IpAddr,
+    pub kubeconfig: PathBuf,
+    /// The CRI socket.
+    pub runtime_endpoint: PathBuf,
+    /// `<data_dir>/pods` holds pod volumes, `<data_dir>/agent` the agent's own small records.
+    pub data_dir: PathBuf,
+    pub pod_logs_dir: PathBuf,
+    /// Where `<pod>_<namespace>_<container>-<id>.log` symbolic links are kept; None keeps none.
+    pub container_logs_dir: Option<PathBuf>,
+    /// Where the :10250 API listens. Port 0 takes any free port, and the node reports the one taken.
+    pub listen: SocketAddr,
+    pub cert_file: PathBuf,
+    pub key_file: PathBuf,
+    pub client_ca_file: PathBuf,
+    pub cluster_dns: Vec<IpAddr>,
+    pub cluster_domain: String,
+    /// The resolver configuration that pods with DNS policy Default inherit.
+    pub resolv_conf: PathBuf,
+    pub max_pods: u32,
+    /// A directory of pod manifests to run without an API server.
+    pub static_pod_dir: Option<PathBuf>,
+    pub node_labels: BTreeMap<String, String>,
+    pub register_with_taints: Vec<Taint>,
+    /// Cgroup under which `kubepods` is made; empty is the root.
+    pub cgroup_root: String,
+    /// Makes `kubepods` cgroups with limits. Off, the runtime's defaults apply.
+    pub cgroups_per_qos: bool,
+    /// Kept away from pods: capacity minus this is allocatable.
+    pub reserved_cpu_millis: u64,
+    pub reserved_memory_bytes: u64,
+    /// A container log is rotated past this size.
+    pub container_log_max_bytes: u64,
+    /// Rotated files kept, the current one included.
+    pub container_log_max_files: usize,
+    /// How often an unchanged node status is sent anyway.
+    pub node_status_report_period: Duration,
+    pub node_lease_duration: Duration,
+}
+
+impl Config {
+    /// The defaults for a node, everything in its usual place.
+    pub fn new(node_name: impl Into<String>, node_ip: IpAddr) -> Self {
+        let data_dir = PathBuf::from("/var/lib/oarlock");
+        Self {
+            node_name: node_name.into(),
+            node_ip,
+            kubeconfig: data_dir.join("agent/kubeconfig"),
+            runtime_endpoint: PathBuf::from("/run/oarlock/runtime.sock"),
+            pod_logs_dir: PathBuf::from("/var/log/pods"),
+            container_logs_dir: Some(PathBuf::from("/var/log/containers")),
+            listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10250),
+            cert_file: data_dir.join("agent/serving.crt"),
+            key_file: data_dir.join("agent/serving.key"),
+            client_ca_file: data_dir.join("agent/ca.crt"),
+            data_dir,
+            cluster_dns: vec![IpAddr::V4(Ipv4Addr::new(10, 43, 0, 10))],
+            cluster_domain: "cluster.local".to_owned(),
+            resolv_conf: PathBuf::from("/etc/resolv.conf"),
+            max_pods: 110,
+            static_pod_dir: None,
+            node_labels: BTreeMap::new(),
+            register_with_taints: Vec::new(),
+            cgroup_root: String::new(),
+            cgroups_per_qos: true,
+            reserved_cpu_millis: 0,
+            reserved_memory_bytes: 0,
+            container_log_max_bytes: 10 << 20,
+            container_log_max_files: 5,
+            node_status_report_period: Duration::from_secs(300),
+            node_lease_duration: Duration::from_secs(40),
+        }
+    }
+
+    /// The directory with one directory a pod.
+    pub(crate) fn pods_root(&self) -> PathBuf {
+        self.data_dir.join("pods")
+    }
+
+    /// The agent's own records.
+    pub(crate) fn state_dir(&self) -> PathBuf {
+        self.data_dir.join("agent")
+    }
+
+    /// A client with the kubeconfig's address and identity.
+    pub(crate) async fn client(&self) -> Result<kube::Client, Error> {
+        let path = self.kubeconfig.clone();
+        let kubeconfig = kube::config::Kubeconfig::read_from(&path)
+            .map_err(|source| Error::Kubeconfig { path: path.clone(), source: Box::new(source) })?;
+        let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default())
+            .await
+            .map_err(|source| Error::Kubeconfig { path: path.clone(), source: Box::new(source) })?;
+        config.connect_timeout = Some(Duration::from_secs(10));
+        // A watch may rightly be silent for minutes; every other call carries its own timeout.
+        config.read_timeout = Some(Duration::from_secs(295));
+        kube::Client::try_from(config).map_err(|source| Error::Client { path, source })
+    }
+}
