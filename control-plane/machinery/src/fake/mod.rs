@@ -1,0 +1,147 @@
+//! An in-memory API server for tests, good enough for controllers and the scheduler: objects of the kinds in
+//! [`store::KINDS`], list, watch, create, update, patch, delete with finalizers and propagation, status, binding and
+//! finalize. It validates nothing and keeps every change for ever.
+
+mod serve;
+mod store;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::Client;
+use parking_lot::Mutex;
+use serde_json::Value;
+use tokio::sync::watch;
+
+use store::Store;
+
+/// How long [`FakeApi::until`] waits before it gives up and shows what there is.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The fake; clone the `Arc` freely.
+pub struct FakeApi {
+    store: Mutex<Store>,
+    revision: watch::Sender<u64>,
+    refusals: Mutex<Vec<Refusal>>,
+}
+
+struct Refusal {
+    method: String,
+    resource: String,
+    left: usize,
+    code: u16,
+    reason: String,
+    message: String,
+}
+
+/// A refusal of a request, as the API words it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Refused {
+    pub code: u16,
+    pub reason: &'static str,
+    pub message: String,
+}
+
+impl FakeApi {
+    /// An empty cluster.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            store: Mutex::new(Store::default()),
+            revision: watch::Sender::new(0),
+            refusals: Mutex::new(Vec::new()),
+        })
+    }
+
+    /// A client of the fake.
+    pub fn client(self: &Arc<Self>) -> Client {
+        let api = self.clone();
+        let service = tower::service_fn(move |request| {
+            let api = api.clone();
+            async move { Ok::<_, std::convert::Infallible>(api.serve(request).await) }
+        });
+        Client::new(service, "default")
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut Store) -> T) -> T {
+        let (result, revision) = {
+            let mut store = self.store.lock();
+            let result = change(&mut store);
+            (result, store.revision())
+        };
+        self.revision.send_if_modified(|current| std::mem::replace(current, revision) != revision);
+        result
+    }
+
+    /// Creates `object` (with apiVersion and kind); panics if the fake refuses it.
+    pub fn create(&self, object: Value) -> Value {
+        self.change(|store| store.create_typed(object)).expect("the fake accepts the object")
+    }
+
+    /// Changes an object in place, as some other client would (spec and status alike).
+    pub fn edit(&self, resource: &str, namespace: &str, name: &str, edit: impl FnOnce(&mut Value)) -> Value {
+        self.change(|store| store.edit(resource, namespace, name, edit)).expect("the object is there")
+    }
+
+    /// Deletes an object, with `DeleteOptions` as JSON.
+    pub fn delete(&self, resource: &str, namespace: &str, name: &str, options: Value) {
+        self.change(|store| store.delete(resource, namespace, name, &options)).expect("the object can be deleted");
+    }
+
+    pub fn get(&self, resource: &str, namespace: &str, name: &str) -> Option<Value> {
+        self.store.lock().get(resource, namespace, name).cloned()
+    }
+
+    /// All objects of a resource ("pods"), in order of namespace and name.
+    pub fn list(&self, resource: &str) -> Vec<Value> {
+        self.store.lock().list(resource, None).cloned().collect()
+    }
+
+    /// Counts the changes of a resource by type ("ADDED", "MODIFIED", "DELETED") since the beginning.
+    pub fn changes(&self, resource: &str, type_: &str) -> usize {
+        self.store.lock().changes(resource, type_)
+    }
+
+    /// Refuses the next `times` requests with this method on this resource ("pods", "pods/binding").
+    pub fn refuse(&self, method: &str, resource: &str, times: usize, code: u16, reason: &str, message: &str) {
+        self.refusals.lock().push(Refusal {
+            method: method.to_owned(),
+            resource: resource.to_owned(),
+            left: times,
+            code,
+            reason: reason.to_owned(),
+            message: message.to_owned(),
+        });
+    }
+
+    fn refusal(&self, method: &str, resource: &str) -> Option<(u16, String, String)> {
+        let mut refusals = self.refusals.lock();
+        let refusal = refusals.iter_mut().find(|r| r.left > 0 && r.method == method && r.resource == resource)?;
+        refusal.left -= 1;
+        Some((refusal.code, refusal.reason.clone(), refusal.message.clone()))
+    }
+
+    /// Waits, change by change, until `check` answers; panics with the state of the fake if it never does.
+    pub async fn until<T>(&self, what: &str, mut check: impl FnMut(&Self) -> Option<T>) -> T {
+        let mut changes = self.revision.subscribe();
+        let waiting = async {
+            loop {
+                changes.borrow_and_update();
+                if let Some(found) = check(self) {
+                    return found;
+                }
+                if changes.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        match tokio::time::timeout(PATIENCE, waiting).await {
+            Ok(found) => found,
+            Err(_elapsed) => panic!("never happened: {what}\n{}", self.store.lock().dump()),
+        }
+    }
+
+    /// As [`FakeApi::until`] for a plain condition.
+    pub async fn until_true(&self, what: &str, mut check: impl FnMut(&Self) -> bool) {
+        self.until(what, |api| check(api).then_some(())).await;
+    }
+}
