@@ -3,6 +3,7 @@
 //! the OpenAPI documents. It holds no state, does no I/O and knows no kind by name beyond what the data says;
 //! defaults, validation and columns live in `oarlock-kinds`.
 
+mod catalogue;
 pub mod managed;
 pub mod openapi;
 pub mod patch;
