@@ -1,1 +1,28 @@
-//! Being built.
+//! Netlink, as far as a node's network needs it: links, addresses, routes, neighbours and connection tracking entries,
+//! each change one message with its acknowledgement, synchronous and without a runtime.
+//!
+//! [`wire`] writes and reads messages of any netlink family, [`Connection`] sends them; oarlock-nft builds on both.
+//! Everything is here because the CNI plugins live for a millisecond and are a few hundred kilobytes: a general
+//! rtnetlink model parses every attribute of every link, which costs both.
+//!
+//! What it does not own: namespaces (oarlock-netns), nf_tables (oarlock-nft), and any decision.
+
+mod address;
+mod connection;
+pub mod conntrack;
+mod error;
+mod link;
+mod neighbour;
+mod route;
+mod sockopt;
+pub mod wire;
+
+pub use address::Address;
+pub use connection::{Connection, Protocol, Refusal};
+pub use error::NetlinkError;
+pub use link::{Link, LinkChange, Mac, VethPair};
+pub use neighbour::Neighbour;
+pub use route::Route;
+
+/// The result of every operation of this crate.
+pub type Result<T, E = NetlinkError> = std::result::Result<T, E>;

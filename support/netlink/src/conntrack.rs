@@ -1,0 +1,101 @@
+//! Connection tracking entries: listing the flows of a protocol and deleting single ones.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::Result;
+use crate::address::family;
+use crate::connection::Connection;
+use crate::error::gone_is_fine;
+use crate::wire::{Writer, address_bytes, attribute, flags, read_address, read_be16};
+
+const SUBSYSTEM: u16 = 1 << 8;
+const GET: u16 = SUBSYSTEM | 1;
+const DELETE: u16 = SUBSYSTEM | 2;
+const TUPLE_ORIGINAL: u16 = 1;
+const TUPLE_REPLY: u16 = 2;
+const TUPLE_IP: u16 = 1;
+const TUPLE_PROTO: u16 = 2;
+const IP_V4_SOURCE: u16 = 1;
+const IP_V4_DESTINATION: u16 = 2;
+const IP_V6_SOURCE: u16 = 3;
+const IP_V6_DESTINATION: u16 = 4;
+const PROTO_NUMBER: u16 = 1;
+const PROTO_SOURCE_PORT: u16 = 2;
+const PROTO_DESTINATION_PORT: u16 = 3;
+const NFGEN_BYTES: usize = 4;
+
+/// One direction of a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tuple {
+    pub protocol: u8,
+    pub source: SocketAddr,
+    pub destination: SocketAddr,
+}
+
+/// A tracked flow: as the first packet came, and as answers are expected. With destination NAT the reply's source is
+/// the true server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Flow {
+    pub original: Tuple,
+    pub reply: Tuple,
+}
+
+impl Connection {
+    /// Hands every flow of a protocol (`libc::IPPROTO_UDP` …) to `each`, in both address families. Nothing is kept, so
+    /// any number of entries is fine.
+    pub fn each_flow(&mut self, protocol: u8, mut each: impl FnMut(Flow)) -> Result<()> {
+        for family in [libc::AF_INET, libc::AF_INET6] {
+            self.query(
+                "list connections",
+                GET,
+                flags::DUMP,
+                |w| w.raw(&[family as u8, 0, 0, 0]),
+                |message| {
+                    let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
+                    let direction = |kind| attribute(body, kind).and_then(parse);
+                    if let (Some(original), Some(reply)) = (direction(TUPLE_ORIGINAL), direction(TUPLE_REPLY))
+                        && original.protocol == protocol
+                    {
+                        each(Flow { original, reply });
+                    }
+                },
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Forgets a flow; one that is gone already counts as forgotten.
+    pub fn delete_flow(&mut self, flow: &Flow) -> Result<()> {
+        let original = flow.original;
+        gone_is_fine(self.request("delete a connection", DELETE, 0, |w| {
+            w.raw(&[family(original.source.ip()), 0, 0, 0]);
+            w.nest(TUPLE_ORIGINAL, |w| write(w, &original));
+        }))
+    }
+}
+
+fn write(w: &mut Writer, tuple: &Tuple) {
+    let (source, destination) =
+        if tuple.source.is_ipv4() { (IP_V4_SOURCE, IP_V4_DESTINATION) } else { (IP_V6_SOURCE, IP_V6_DESTINATION) };
+    w.nest(TUPLE_IP, |w| {
+        w.attribute(source, &address_bytes(tuple.source.ip()));
+        w.attribute(destination, &address_bytes(tuple.destination.ip()));
+    });
+    w.nest(TUPLE_PROTO, |w| {
+        w.u8(PROTO_NUMBER, tuple.protocol);
+        w.be16(PROTO_SOURCE_PORT, tuple.source.port());
+        w.be16(PROTO_DESTINATION_PORT, tuple.destination.port());
+    });
+}
+
+fn parse(tuple: &[u8]) -> Option<Tuple> {
+    let ip = attribute(tuple, TUPLE_IP)?;
+    let proto = attribute(tuple, TUPLE_PROTO)?;
+    let address = |v4, v6| -> Option<IpAddr> { read_address(attribute(ip, v4).or_else(|| attribute(ip, v6))?) };
+    let port = |kind| attribute(proto, kind).and_then(read_be16).unwrap_or(0);
+    Some(Tuple {
+        protocol: *attribute(proto, PROTO_NUMBER)?.first()?,
+        source: SocketAddr::new(address(IP_V4_SOURCE, IP_V6_SOURCE)?, port(PROTO_SOURCE_PORT)),
+        destination: SocketAddr::new(address(IP_V4_DESTINATION, IP_V6_DESTINATION)?, port(PROTO_DESTINATION_PORT)),
+    })
+}

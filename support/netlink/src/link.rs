@@ -1,0 +1,334 @@
+//! Links: veth pairs, bridges, and what is changed on a link that exists.
+
+use std::fmt;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::str::FromStr;
+
+use crate::connection::Connection;
+use crate::error::gone_is_fine;
+use crate::wire::{Received, Writer, attribute, attributes, flags, read_string, read_u16, read_u32};
+use crate::{NetlinkError, Result};
+
+const NEW_LINK: u16 = 16;
+const DELETE_LINK: u16 = 17;
+const GET_LINK: u16 = 18;
+const SET_LINK: u16 = 19;
+
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
+const IFLA_PROTINFO: u16 = 12;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_PROMISCUITY: u16 = 30;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_INFO_SLAVE_DATA: u16 = 5;
+const VETH_INFO_PEER: u16 = 1;
+const IFLA_BRPORT_MODE: u16 = 4;
+const IFLA_BRPORT_ISOLATED: u16 = 33;
+const IFLA_BR_VLAN_FILTERING: u16 = 7;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const ADDR_GEN_MODE_NONE: u8 = 1;
+
+const LINK_HEADER_BYTES: usize = 16;
+
+/// An Ethernet address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Mac(pub [u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Text that is not six hexadecimal bytes with colons.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not an Ethernet address")]
+pub struct InvalidMac(String);
+
+impl FromStr for Mac {
+    type Err = InvalidMac;
+
+    fn from_str(text: &str) -> std::result::Result<Mac, InvalidMac> {
+        let bytes: Option<Vec<u8>> = text
+            .split([':', '-'])
+            .map(|part| u8::from_str_radix(part, 16).ok().filter(|_| part.len() == 2 && !part.starts_with('+')))
+            .collect();
+        bytes.and_then(|bytes| bytes.try_into().ok()).map(Mac).ok_or_else(|| InvalidMac(text.to_owned()))
+    }
+}
+
+/// A link as the kernel describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    pub mac: Option<Mac>,
+    /// Bytes.
+    pub mtu: u32,
+    pub up: bool,
+    /// The bridge, or other device, that the link belongs to.
+    pub master: Option<u32>,
+    /// `veth`, `bridge` …; none for physical links and `lo`.
+    pub kind: Option<String>,
+    /// The index of the other end of a veth pair, in the other end's namespace.
+    pub peer: Option<u32>,
+    /// How many users asked for promiscuous mode.
+    pub promiscuity: u32,
+    /// Whether this bridge port sends frames back where they came from.
+    pub hairpin: bool,
+}
+
+/// A veth pair to be made in one step: the near end here, the far end in another namespace.
+#[derive(Debug)]
+pub struct VethPair<'a> {
+    pub name: &'a str,
+    /// The bridge that the near end is put into; it is brought up with it.
+    pub master: Option<u32>,
+    pub mac: Option<Mac>,
+    pub peer_name: &'a str,
+    pub peer_mac: Option<Mac>,
+    /// The far end's namespace.
+    pub peer_netns: BorrowedFd<'a>,
+    /// Whether the far end is up from the start.
+    pub peer_up: bool,
+    /// Bytes, both ends; 0 leaves the kernel's default.
+    pub mtu: u32,
+}
+
+/// A change of a link; what is `None` stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LinkChange {
+    pub up: Option<bool>,
+    pub promiscuous: Option<bool>,
+    pub mtu: Option<u32>,
+    pub mac: Option<Mac>,
+    pub name: Option<String>,
+    /// `Some(0)` takes the link out of its bridge.
+    pub master: Option<u32>,
+}
+
+fn link_header(writer: &mut Writer, family: u8, index: u32, link_flags: u32, change: u32) {
+    writer.raw(&[family, 0, 0, 0]);
+    writer.raw(&index.to_ne_bytes());
+    writer.raw(&link_flags.to_ne_bytes());
+    writer.raw(&change.to_ne_bytes());
+}
+
+const UP: u32 = libc::IFF_UP as u32;
+
+impl Connection {
+    /// Makes a veth pair. The near end is up at once. An IPv6 link-local address is not generated on the near end: a bridge
+    /// port needs none.
+    pub fn create_veth(&mut self, pair: &VethPair<'_>) -> Result<()> {
+        self.request("create a veth pair", NEW_LINK, flags::CREATE | flags::EXCL, |w| {
+            link_header(w, 0, 0, UP, UP);
+            w.string(IFLA_IFNAME, pair.name);
+            common_attributes(w, pair.mac, pair.mtu);
+            if let Some(master) = pair.master {
+                w.u32(IFLA_MASTER, master);
+                without_link_local(w);
+            }
+            w.nest(IFLA_LINKINFO, |w| {
+                w.string(IFLA_INFO_KIND, "veth");
+                w.nest(IFLA_INFO_DATA, |w| {
+                    w.nest(VETH_INFO_PEER, |w| {
+                        let up = if pair.peer_up { UP } else { 0 };
+                        link_header(w, 0, 0, up, up);
+                        w.string(IFLA_IFNAME, pair.peer_name);
+                        common_attributes(w, pair.peer_mac, pair.mtu);
+                        w.u32(IFLA_NET_NS_FD, pair.peer_netns.as_raw_fd().cast_unsigned());
+                    });
+                });
+            });
+        })
+    }
+
+    /// Makes a bridge, not yet up.
+    pub fn create_bridge(&mut self, name: &str, mac: Option<Mac>, mtu: u32, vlan_filtering: bool) -> Result<()> {
+        self.request("create a bridge", NEW_LINK, flags::CREATE | flags::EXCL, |w| {
+            link_header(w, 0, 0, 0, 0);
+            w.string(IFLA_IFNAME, name);
+            common_attributes(w, mac, mtu);
+            w.nest(IFLA_LINKINFO, |w| {
+                w.string(IFLA_INFO_KIND, "bridge");
+                if vlan_filtering {
+                    w.nest(IFLA_INFO_DATA, |w| w.u8(IFLA_BR_VLAN_FILTERING, 1));
+                }
+            });
+        })
+    }
+
+    /// The link of a name.
+    pub fn link(&mut self, name: &str) -> Result<Option<Link>> {
+        self.one_link(|w| {
+            link_header(w, 0, 0, 0, 0);
+            w.string(IFLA_IFNAME, name);
+        })
+    }
+
+    /// The link of an index.
+    pub fn link_by_index(&mut self, index: u32) -> Result<Option<Link>> {
+        self.one_link(|w| link_header(w, 0, index, 0, 0))
+    }
+
+    fn one_link(&mut self, body: impl FnOnce(&mut Writer)) -> Result<Option<Link>> {
+        let mut found = None;
+        match self.query("look up a link", GET_LINK, 0, body, |message| found = parse(&message).or(found.take())) {
+            Ok(()) => Ok(found),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// All links of the namespace.
+    pub fn links(&mut self) -> Result<Vec<Link>> {
+        let mut found = Vec::new();
+        self.query(
+            "list links",
+            GET_LINK,
+            flags::DUMP,
+            |w| link_header(w, 0, 0, 0, 0),
+            |message| found.extend(parse(&message)),
+        )?;
+        Ok(found)
+    }
+
+    /// Changes a link.
+    pub fn change_link(&mut self, index: u32, change: &LinkChange) -> Result<()> {
+        const PROMISCUOUS: u32 = libc::IFF_PROMISC as u32;
+        let (mut value, mut mask) = (0, 0);
+        for (wanted, bit) in [(change.up, UP), (change.promiscuous, PROMISCUOUS)] {
+            if let Some(on) = wanted {
+                mask |= bit;
+                value |= if on { bit } else { 0 };
+            }
+        }
+        self.request("change a link", NEW_LINK, 0, |w| {
+            link_header(w, 0, index, value, mask);
+            common_attributes(w, change.mac, change.mtu.unwrap_or(0));
+            if let Some(name) = &change.name {
+                w.string(IFLA_IFNAME, name);
+            }
+            if let Some(master) = change.master {
+                w.u32(IFLA_MASTER, master);
+            }
+        })
+    }
+
+    pub fn set_up(&mut self, index: u32) -> Result<()> {
+        self.change_link(index, &LinkChange { up: Some(true), ..LinkChange::default() })
+    }
+
+    /// Lets a bridge port send frames back where they came from (a pod reaching itself through a Service), and keeps
+    /// isolated ports from one another.
+    pub fn set_bridge_port(&mut self, index: u32, hairpin: bool, isolated: bool) -> Result<()> {
+        self.request("change a bridge port", SET_LINK, 0, |w| {
+            link_header(w, libc::AF_BRIDGE as u8, index, 0, 0);
+            w.nest(IFLA_PROTINFO, |w| {
+                w.u8(IFLA_BRPORT_MODE, u8::from(hairpin));
+                w.u8(IFLA_BRPORT_ISOLATED, u8::from(isolated));
+            });
+        })
+    }
+
+    /// Deletes a link; one that is gone already counts as deleted.
+    pub fn delete_link(&mut self, index: u32) -> Result<()> {
+        gone_is_fine(self.request("delete a link", DELETE_LINK, 0, |w| link_header(w, 0, index, 0, 0)))
+    }
+
+    /// Deletes the link of a name; one that is gone already counts as deleted.
+    pub fn delete_link_by_name(&mut self, name: &str) -> Result<()> {
+        gone_is_fine(self.request("delete a link", DELETE_LINK, 0, |w| {
+            link_header(w, 0, 0, 0, 0);
+            w.string(IFLA_IFNAME, name);
+        }))
+    }
+
+    /// The link of a name, which has to be there.
+    pub fn require_link(&mut self, name: &str) -> Result<Link> {
+        self.link(name)?.ok_or(NetlinkError::Refused {
+            operation: "look up a link",
+            hint: name.to_owned(),
+            source: nix::errno::Errno::ENODEV,
+        })
+    }
+}
+
+fn common_attributes(writer: &mut Writer, mac: Option<Mac>, mtu: u32) {
+    if let Some(mac) = mac {
+        writer.attribute(IFLA_ADDRESS, &mac.0);
+    }
+    if mtu != 0 {
+        writer.u32(IFLA_MTU, mtu);
+    }
+}
+
+fn without_link_local(writer: &mut Writer) {
+    writer.nest(IFLA_AF_SPEC, |w| {
+        w.nest(libc::AF_INET6 as u16, |w| w.u8(IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_MODE_NONE));
+    });
+}
+
+fn parse(message: &Received<'_>) -> Option<Link> {
+    if message.kind != NEW_LINK {
+        return None;
+    }
+    let (header, rest) = message.payload.split_at_checked(LINK_HEADER_BYTES)?;
+    let mut link = Link {
+        index: read_u32(&header[4..])?,
+        name: String::new(),
+        mac: None,
+        mtu: 0,
+        up: read_u32(&header[8..])? & UP != 0,
+        master: None,
+        kind: None,
+        peer: None,
+        promiscuity: 0,
+        hairpin: false,
+    };
+    let is_ethernet = read_u16(&header[2..])? == libc::ARPHRD_ETHER;
+    for (kind, value) in attributes(rest) {
+        match kind {
+            IFLA_IFNAME => link.name = read_string(value),
+            IFLA_ADDRESS if is_ethernet => link.mac = value.try_into().ok().map(Mac),
+            IFLA_MTU => link.mtu = read_u32(value)?,
+            IFLA_LINK => link.peer = read_u32(value),
+            IFLA_MASTER => link.master = read_u32(value).filter(|master| *master != 0),
+            IFLA_PROMISCUITY => link.promiscuity = read_u32(value)?,
+            IFLA_LINKINFO => {
+                link.kind = attribute(value, IFLA_INFO_KIND).map(read_string);
+                let port = attribute(value, IFLA_INFO_SLAVE_DATA);
+                link.hairpin = port.and_then(|port| attribute(port, IFLA_BRPORT_MODE)) == Some(&[1]);
+            }
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ethernet_addresses_are_read_and_written() {
+        let mac: Mac = "0a:58:0A:2a:00:05".parse().unwrap();
+        assert_eq!(mac.to_string(), "0a:58:0a:2a:00:05");
+        for bad in ["", "0a:58", "0a:58:0a:2a:00:5", "0a:58:0a:2a:00:0g", "0a:58:0a:2a:00:05:06"] {
+            assert!(bad.parse::<Mac>().is_err(), "{bad}");
+        }
+    }
+}

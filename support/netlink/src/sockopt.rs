@@ -1,0 +1,26 @@
+//! Netlink socket options that the nix crate does not know.
+#![allow(unsafe_code, reason = "setsockopt at level SOL_NETLINK has no safe wrapper")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Errors come without a copy of the refused message, and with the kernel's explanation.
+pub(crate) fn short_explained_errors(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set(socket, libc::NETLINK_CAP_ACK)?;
+    set(socket, libc::NETLINK_EXT_ACK)
+}
+
+fn set(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: the descriptor is borrowed for the call, and the value is a c_int of exactly the length given.
+    let status = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_NETLINK,
+            option,
+            (&raw const on).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
