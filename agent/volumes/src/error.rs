@@ -1,24 +1,26 @@
 //! What can go wrong with a volume, worded as the FailedMount event shows it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::source::SourceError;
 
 /// Why a volume could not be set up, refreshed or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    #[error("pod {pod:?} has no UID")]
+    #[error("pod {pod:?} has no usable UID")]
     NoUid { pod: String },
     #[error("volume {volume:?} is of kind {kind}, which this node does not support")]
     Unsupported { volume: String, kind: String },
     #[error("volume mount refers to volume {volume:?}, which the pod does not have")]
     UnknownVolume { volume: String },
-    #[error("{kind} \"{namespace}/{name}\" not found")]
+    #[error("container {container:?} has no mount at {mount_path:?}")]
+    UnknownMount { container: String, mount_path: String },
+    #[error("{kind} {name:?} not found")]
     ObjectNotFound { kind: &'static str, namespace: String, name: String },
     #[error("references non-existent {kind} key: {key}")]
     KeyNotFound { kind: &'static str, key: String },
-    #[error("fetch {kind} \"{namespace}/{name}\"")]
+    #[error("failed to fetch {kind} \"{namespace}/{name}\"")]
     Fetch {
         kind: &'static str,
         namespace: String,
@@ -26,11 +28,22 @@ pub enum VolumeError {
         #[source]
         source: SourceError,
     },
-    #[error("volume {volume:?}: {message}")]
-    Invalid { volume: String, message: String },
+    #[error("failed to fetch token for service account \"{namespace}/{name}\"")]
+    Token {
+        namespace: String,
+        name: String,
+        #[source]
+        source: SourceError,
+    },
+    #[error("{message}")]
+    Invalid { message: String },
     #[error("hostPath type check failed: {path} is not a {wanted}")]
     HostPathType { path: String, wanted: &'static str },
-    #[error("{operation} {}", path.display())]
+    #[error("failed to prepare subPath {sub_path:?} of volume {volume:?}: {reason}")]
+    SubPath { volume: String, sub_path: String, reason: String },
+    #[error("refusing to delete across the mount point {}", path.display())]
+    ForeignMount { path: PathBuf },
+    #[error("failed to {operation} {}", path.display())]
     Io {
         operation: &'static str,
         path: PathBuf,
@@ -45,6 +58,8 @@ pub enum VolumeError {
     },
     #[error("{}", join(.0))]
     Several(Vec<VolumeError>),
+    #[error("volume work was cut off while {operation}")]
+    Interrupted { operation: &'static str },
 }
 
 fn join(errors: &[VolumeError]) -> String {
@@ -52,6 +67,33 @@ fn join(errors: &[VolumeError]) -> String {
 }
 
 impl VolumeError {
+    pub(crate) fn io(operation: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+        VolumeError::Io { operation, path: path.to_path_buf(), source: source.into() }
+    }
+
+    /// None for no errors, the error itself for one, all of them together otherwise.
+    pub(crate) fn gather(mut errors: Vec<VolumeError>) -> Result<(), VolumeError> {
+        match errors.len() {
+            0 => Ok(()),
+            1 => Err(errors.remove(0)),
+            _ => Err(VolumeError::Several(errors)),
+        }
+    }
+
+    /// Whether trying again without a change of the pod can help.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            VolumeError::NoUid { .. }
+            | VolumeError::Unsupported { .. }
+            | VolumeError::UnknownVolume { .. }
+            | VolumeError::UnknownMount { .. }
+            | VolumeError::Invalid { .. } => false,
+            VolumeError::SetUp { source, .. } => source.is_retryable(),
+            VolumeError::Several(errors) => errors.iter().all(VolumeError::is_retryable),
+            _ => true,
+        }
+    }
+
     /// The message with its chain of sources.
     pub fn full_message(&self) -> String {
         let mut text = self.to_string();

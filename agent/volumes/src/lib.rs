@@ -4,9 +4,24 @@
 //! contents, and the ledger of mounts that lets a tear-down after a crash remove exactly what was made. Does not fetch API
 //! objects itself (see [`ObjectSource`]) and does not know the container runtime.
 
+mod atomic;
+mod content;
+mod downward;
 mod error;
+mod hostpath;
+mod layout;
+mod ledger;
 mod manager;
+mod mounter;
+mod ownership;
+mod payload;
+mod place;
+mod plan;
+mod quantity;
+mod removal;
 mod source;
+mod subpath;
+mod tokens;
 
 pub use error::VolumeError;
 pub use manager::{Allocatable, PodFacts, VolumeManager, forces_read_only};

@@ -1,0 +1,177 @@
+//! What a pod's manifest asks of its volumes. Pure.
+
+use std::collections::BTreeSet;
+
+use k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext, Volume, VolumeMount};
+
+use crate::error::VolumeError;
+use crate::layout::VolumeKind;
+use crate::manager::PodFacts;
+use crate::ownership::{ChangePolicy, FsGroup};
+use crate::quantity::parse_units;
+
+/// Regular and init containers.
+fn containers(pod: &Pod) -> impl Iterator<Item = &Container> {
+    pod.spec.iter().flat_map(|spec| spec.init_containers.iter().flatten().chain(&spec.containers))
+}
+
+/// The mounts of a container of any sort, by its name.
+pub(crate) fn mounts_of<'a>(pod: &'a Pod, container: &str) -> Option<&'a [VolumeMount]> {
+    let regular = containers(pod).find(|c| c.name == container).map(|c| c.volume_mounts.as_deref());
+    let ephemeral = || {
+        let spec = pod.spec.as_ref()?;
+        let found = spec.ephemeral_containers.iter().flatten().find(|c| c.name == container)?;
+        Some(found.volume_mounts.as_deref())
+    };
+    regular.or_else(ephemeral).map(Option::unwrap_or_default)
+}
+
+/// The volumes that some container mounts, in the manifest's order. Others are left alone, as upstream has it.
+pub(crate) fn used_volumes(pod: &Pod) -> Result<Vec<&Volume>, VolumeError> {
+    let Some(spec) = &pod.spec else { return Ok(Vec::new()) };
+    let ephemeral = spec.ephemeral_containers.iter().flatten().flat_map(|c| c.volume_mounts.iter().flatten());
+    let mounts = containers(pod).flat_map(|c| c.volume_mounts.iter().flatten()).chain(ephemeral);
+    let names: BTreeSet<&str> = mounts.map(|mount| mount.name.as_str()).collect();
+    let volumes: Vec<&Volume> =
+        spec.volumes.iter().flatten().filter(|volume| names.contains(volume.name.as_str())).collect();
+    match names.iter().find(|name| volumes.iter().all(|volume| volume.name != **name)) {
+        Some(name) => Err(VolumeError::UnknownVolume { volume: name.to_string() }),
+        None => Ok(volumes),
+    }
+}
+
+pub(crate) fn find_volume<'a>(pod: &'a Pod, name: &str) -> Result<&'a Volume, VolumeError> {
+    let volumes = pod.spec.as_ref().and_then(|spec| spec.volumes.as_deref()).unwrap_or_default();
+    volumes
+        .iter()
+        .find(|volume| volume.name == name)
+        .ok_or_else(|| VolumeError::UnknownVolume { volume: name.to_string() })
+}
+
+fn security(pod: &Pod) -> Option<&PodSecurityContext> {
+    pod.spec.as_ref()?.security_context.as_ref()
+}
+
+/// The pod's fsGroup as it applies to a kind of volume.
+pub(crate) fn fs_group(pod: &Pod, kind: VolumeKind) -> Option<FsGroup> {
+    let gid = u32::try_from(security(pod)?.fs_group?).ok()?;
+    match kind {
+        VolumeKind::HostPath => None,
+        VolumeKind::EmptyDir => Some(FsGroup { gid, read_only: false }),
+        _ => Some(FsGroup { gid, read_only: true }),
+    }
+}
+
+pub(crate) fn change_policy(pod: &Pod) -> ChangePolicy {
+    match security(pod).and_then(|context| context.fs_group_change_policy.as_deref()) {
+        Some("OnRootMismatch") => ChangePolicy::OnRootMismatch,
+        _ => ChangePolicy::Always,
+    }
+}
+
+/// The one user that all containers run as, when the manifest names one; token files can then belong to it.
+pub(crate) fn common_user(pod: &Pod) -> Option<u32> {
+    let of_pod = security(pod).and_then(|context| context.run_as_user);
+    let mut users = containers(pod).map(|c| c.security_context.as_ref().and_then(|s| s.run_as_user).or(of_pod));
+    let first = users.next()??;
+    users.all(|user| user == Some(first)).then(|| u32::try_from(first).ok()).flatten()
+}
+
+/// The size of a memory-backed volume: what it asks for, but no more than the pod or the node may use.
+pub(crate) fn memory_size_bytes(pod: &Pod, volume: &Volume, facts: &PodFacts) -> Option<u64> {
+    let asked = volume
+        .empty_dir
+        .as_ref()
+        .and_then(|source| source.size_limit.as_ref())
+        .and_then(|quantity| parse_units(&quantity.0))
+        .filter(|size| *size > 0);
+    let node = Some(facts.allocatable.memory_bytes).filter(|size| *size > 0);
+    [asked, pod_memory_limit_bytes(pod), node].into_iter().flatten().min()
+}
+
+/// The sum of the containers' memory limits, when every one has a limit.
+fn pod_memory_limit_bytes(pod: &Pod) -> Option<u64> {
+    let limit = |container: &Container| {
+        let quantity = container.resources.as_ref()?.limits.as_ref()?.get("memory")?;
+        parse_units(&quantity.0).filter(|size| *size > 0)
+    };
+    let spec = pod.spec.as_ref()?;
+    let is_sidecar = |container: &&Container| container.restart_policy.as_deref() == Some("Always");
+    let sidecars = spec.init_containers.iter().flatten().filter(is_sidecar);
+    let mut total: u64 = 0;
+    for container in spec.containers.iter().chain(sidecars) {
+        total = total.saturating_add(limit(container)?);
+    }
+    let init = spec.init_containers.iter().flatten().filter(|c| !is_sidecar(c)).filter_map(limit).max();
+    Some(total.max(init.unwrap_or(0))).filter(|size| *size > 0)
+}
+
+/// What kind of medium an emptyDir asks for.
+pub(crate) fn empty_dir_in_memory(volume: &Volume) -> Result<bool, VolumeError> {
+    match volume.empty_dir.as_ref().and_then(|source| source.medium.as_deref()).unwrap_or_default() {
+        "" => Ok(false),
+        "Memory" => Ok(true),
+        other => Err(VolumeError::Unsupported {
+            volume: volume.name.clone(),
+            kind: format!("emptyDir with medium {other:?}"),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::manager::Allocatable;
+
+    fn pod(spec: serde_json::Value) -> Pod {
+        serde_json::from_value(json!({"metadata": {"name": "p", "uid": "u"}, "spec": spec})).unwrap()
+    }
+
+    #[test]
+    fn only_mounted_volumes_are_used() {
+        let pod = pod(json!({
+            "containers": [{"name": "c", "volumeMounts": [{"name": "a", "mountPath": "/a"}]}],
+            "volumes": [{"name": "a", "emptyDir": {}}, {"name": "b", "nfs": {"path": "/", "server": "s"}}],
+        }));
+        let names: Vec<&str> = used_volumes(&pod).unwrap().iter().map(|volume| volume.name.as_str()).collect();
+        assert_eq!(names, ["a"]);
+    }
+
+    #[test]
+    fn a_mount_of_a_missing_volume_is_named() {
+        let pod = pod(json!({"containers": [{"name": "c", "volumeMounts": [{"name": "gone", "mountPath": "/a"}]}]}));
+        assert!(used_volumes(&pod).unwrap_err().to_string().contains("\"gone\""));
+    }
+
+    #[test]
+    fn the_common_user_needs_agreement() {
+        let user = |spec| common_user(&pod(spec));
+        assert_eq!(user(json!({"containers": [{"name": "c"}]})), None);
+        assert_eq!(user(json!({"securityContext": {"runAsUser": 7}, "containers": [{"name": "c"}]})), Some(7));
+        let differing = json!({"securityContext": {"runAsUser": 7},
+            "containers": [{"name": "c"}, {"name": "d", "securityContext": {"runAsUser": 8}}]});
+        assert_eq!(user(differing), None);
+        let partly = json!({"containers": [{"name": "c", "securityContext": {"runAsUser": 8}}, {"name": "d"}]});
+        assert_eq!(user(partly), None);
+    }
+
+    #[test]
+    fn memory_volumes_never_exceed_pod_or_node() {
+        let facts =
+            PodFacts { allocatable: Allocatable { memory_bytes: 1 << 30, ..Default::default() }, ..Default::default() };
+        let size = |limit: Option<&str>, asked: Option<&str>| {
+            let pod = pod(json!({
+                "containers": [{"name": "c", "resources": {"limits": limit.map(|l| json!({"memory": l}))}}],
+                "volumes": [{"name": "a", "emptyDir": {"medium": "Memory", "sizeLimit": asked}}],
+            }));
+            let volume = find_volume(&pod, "a").unwrap().clone();
+            memory_size_bytes(&pod, &volume, &facts)
+        };
+        assert_eq!(size(None, None), Some(1 << 30));
+        assert_eq!(size(Some("64Mi"), None), Some(64 << 20));
+        assert_eq!(size(Some("64Mi"), Some("16Mi")), Some(16 << 20));
+        assert_eq!(size(None, Some("4Gi")), Some(1 << 30));
+    }
+}
