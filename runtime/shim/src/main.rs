@@ -1,1 +1,33 @@
-fn main() {}
+//! `oarlock-shim`: one small process per pod that outlives every daemon.
+//!
+//! Owns the pod's containers as their parent: standard streams and logs, exit records, terminals, signals. It has one
+//! thread and one epoll loop; whatever needs namespaces, much memory or patience happens in helper children.
+//! Does not own: images, networks, specifications (the runtime daemon makes them), or any of Kubernetes.
+//!
+//! Start reading at `server.rs`; `helper.rs` explains the children, `engine/` and `exec/` what they do.
+
+mod client;
+mod container;
+mod engine;
+mod exec;
+mod helper;
+mod pidns;
+mod poll;
+mod reap;
+mod requests;
+mod server;
+mod setup;
+mod stdio;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let config = match setup::Config::parse(std::env::args_os().skip(1)) {
+        Ok(config) => config,
+        Err(message) => {
+            eprintln!("oarlock-shim: {message}\n{}", setup::USAGE);
+            return ExitCode::from(64);
+        }
+    };
+    setup::run(config)
+}

@@ -263,13 +263,21 @@ impl<'a> Cgroup<'a> {
 
     /// Frozen processes neither fork nor exit, so the list read between is exact and no pid in it can be recycled.
     fn kill_members(&self) -> Result<(), CgroupError> {
+        let sent = self.signal(Signal::SIGKILL);
+        // Also thaws what somebody else had frozen: only then can it die.
+        let _ = self.thaw();
+        sent
+    }
+
+    /// Sends a signal to every process of the group and of those within.
+    pub fn signal(&self, signal: Signal) -> Result<(), CgroupError> {
         let frozen = self.freeze().is_ok();
         let pids = self.pids();
         for pid in pids.as_ref().map(Vec::as_slice).unwrap_or_default() {
-            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            let _ = kill(Pid::from_raw(*pid), signal);
         }
-        if frozen || self.exists() {
-            let _ = self.thaw();
+        if frozen {
+            self.thaw()?;
         }
         pids.map(drop)
     }

@@ -1,0 +1,115 @@
+//! Ends of processes. Every child and every orphan of the pod is reaped here and nowhere else.
+
+use nix::errno::Errno;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+use oarlock_shim_api::wire::Reply;
+use oarlock_shim_api::{Event, ExitRecord, exit_record_path, write_atomically};
+
+use crate::container::Status;
+use crate::helper;
+use crate::requests::Purpose;
+use crate::server::Server;
+use crate::{engine, stdio};
+
+impl Server {
+    pub(crate) fn reap(&mut self) {
+        loop {
+            match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
+                Ok(WaitStatus::Exited(pid, code)) => self.on_exit(pid, code, None),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => self.on_exit(pid, 128 + signal as i32, Some(signal as i32)),
+                Err(Errno::EINTR) => {}
+                // Nothing more has ended, or there are no children.
+                _ => return,
+            }
+        }
+    }
+
+    fn on_exit(&mut self, pid: Pid, exit_code: i32, signal: Option<i32>) {
+        if Some(pid) == self.pid_namespace_init {
+            self.pid_namespace_init = None;
+            return;
+        }
+        if self.record_exit(pid, exit_code, signal) {
+            return;
+        }
+        // A process can end before its helper's report of it was read. The report was sent before the helper ended,
+        // and only then did the process become our child: so it is there to be read now.
+        for slot in 0..self.helpers.len() {
+            self.on_helper(slot as u32);
+        }
+        // Otherwise: a helper, an orphan, or a process whose creation failed.
+        self.record_exit(pid, exit_code, signal);
+    }
+
+    /// False if the process is none of those that matter.
+    fn record_exit(&mut self, pid: Pid, exit_code: i32, signal: Option<i32>) -> bool {
+        for slot in 0..self.containers.len() {
+            let Some(container) = &mut self.containers[slot] else { continue };
+            if container.first.as_ref().is_some_and(|process| process.pid == pid) {
+                self.container_exited(slot, exit_code, signal);
+                return true;
+            }
+            let exec =
+                container.execs.iter().position(|exec| exec.process.as_ref().is_some_and(|process| process.pid == pid));
+            if let Some(index) = exec {
+                let exec = container.execs.swap_remove(index);
+                let event = Event::ExecExited { id: container.id.clone(), exec_id: exec.id, exit_code };
+                self.broadcast(event);
+                return true;
+            }
+        }
+        false
+    }
+
+    fn container_exited(&mut self, slot: usize, exit_code: i32, signal: Option<i32>) {
+        let Some(container) = &mut self.containers[slot] else { return };
+        container.stdio.drain(&self.poller, &mut self.scratch);
+        let oom_killed = container.oom.as_ref().is_some_and(|watch| watch.kills() > 0);
+        let new_oom = container.oom.as_mut().is_some_and(|watch| watch.take() > 0);
+        if let Some(watch) = container.oom.take() {
+            self.poller.remove(&watch);
+        }
+        let finished_at_nanos = stdio::now_nanos();
+        let record = ExitRecord { exit_code, signal, oom_killed, finished_at_nanos };
+        container.first = None;
+        container.exit = Some(record);
+        container.status = Status::Stopped;
+        let id = container.id.clone();
+        // A process that outlives the first one of a container without its own PID namespace is of no use to anyone.
+        let sweep = container.cgroup.clone().filter(|_| !container.private_pid_namespace && !container.removed);
+        let (removed, reply) = (container.removed, container.reply_when_gone.take());
+
+        if !removed
+            && let Ok(content) = serde_json::to_vec(&record)
+            && let Err(error) = write_atomically(&exit_record_path(&self.config.state_dir, &id), &content)
+        {
+            eprintln!("{}", engine::chain(&error));
+        }
+        if new_oom {
+            self.broadcast(Event::Oom { id: id.clone() });
+        }
+        self.broadcast(Event::Exited { id, record });
+        if removed {
+            self.forget(slot);
+            if let Some(to) = reply {
+                self.reply(to, Ok(Reply::Done), Vec::new());
+            }
+        } else if let Some(cgroup) = sweep {
+            match helper::spawn(&[], move || engine::sweep(&cgroup)) {
+                Ok(running) => self.watch_helper(running, Purpose::Background),
+                Err(error) => eprintln!("cannot fork: {error}"),
+            }
+        }
+    }
+
+    /// Drops a container that has been removed.
+    pub(crate) fn forget(&mut self, slot: usize) {
+        if let Some(mut container) = self.containers[slot].take() {
+            container.stdio.close(&self.poller, &mut self.scratch);
+            if let Some(watch) = container.oom.take() {
+                self.poller.remove(&watch);
+            }
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! From the command line to a detached, listening shim.
+#![allow(unsafe_code, reason = "fork, and taking over the readiness pipe")]
+
+use std::ffi::OsString;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use nix::fcntl::OFlag;
+use nix::libc;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::stat::Mode;
+use nix::unistd::{ForkResult, chdir, dup2_stderr, fork, setsid};
+use oarlock_cgroup::Cgroup;
+use oarlock_shim_api::{ShimRecord, process_start_time, shim_record_path, socket_path, write_atomically};
+
+use crate::pidns;
+use crate::server::Server;
+
+pub(crate) const USAGE: &str = "usage: oarlock-shim --sandbox-id ID --state-dir DIR --container-root DIR \
+[--pid-namespace PATH] [--cgroup PATH] [--systemd-cgroup]";
+
+const READY_FD: i32 = 3;
+const LOG_BYTES_MAX: u64 = 1024 * 1024;
+const OOM_SCORE: &str = "-998";
+
+/// What the command line says.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(crate) struct Config {
+    pub(crate) sandbox_id: String,
+    pub(crate) state_dir: PathBuf,
+    pub(crate) container_root: PathBuf,
+    pub(crate) pid_namespace: Option<PathBuf>,
+    pub(crate) cgroup: Option<String>,
+}
+
+impl Config {
+    pub(crate) fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Config, String> {
+        let mut config = Config::default();
+        let mut arguments = arguments;
+        while let Some(name) = arguments.next() {
+            let name = name.to_string_lossy().into_owned();
+            if name == "--systemd-cgroup" {
+                continue; // both forms of cgroup paths are understood, whatever the caller prefers
+            }
+            let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
+            match name.as_str() {
+                "--sandbox-id" => config.sandbox_id = value.to_string_lossy().into_owned(),
+                "--state-dir" => config.state_dir = value.into(),
+                "--container-root" => config.container_root = value.into(),
+                "--pid-namespace" => config.pid_namespace = Some(value.into()),
+                "--cgroup" => config.cgroup = Some(value.to_string_lossy().into_owned()),
+                other => return Err(format!("unknown option {other}")),
+            }
+        }
+        if config.sandbox_id.is_empty() || !config.state_dir.is_absolute() || !config.container_root.is_absolute() {
+            return Err("--sandbox-id, and absolute --state-dir and --container-root are required".into());
+        }
+        Ok(config)
+    }
+}
+
+/// Detaches, sets up and serves. The first process returns at once; its child is the shim.
+pub(crate) fn run(config: Config) -> ExitCode {
+    // SAFETY: no thread has been started.
+    match unsafe { fork() } {
+        Ok(ForkResult::Parent { .. }) => return ExitCode::SUCCESS,
+        Ok(ForkResult::Child) => {}
+        Err(errno) => {
+            eprintln!("oarlock-shim: cannot fork: {errno}");
+            return ExitCode::FAILURE;
+        }
+    }
+    let ready = take_ready_pipe();
+    let outcome = prepare(&config);
+    let text = outcome.as_ref().map_or_else(|error| error.to_string(), |_| "ready".to_owned());
+    if let Some(ready) = ready {
+        let _ = fs::File::from(ready).write_all(text.as_bytes());
+    }
+    match outcome.and_then(Server::serve) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("oarlock-shim {}: {error}", config.sandbox_id);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The pipe over which the daemon waits; absent when started by hand.
+fn take_ready_pipe() -> Option<OwnedFd> {
+    // SAFETY: only looks at the number.
+    let flags = unsafe { libc::fcntl(READY_FD, libc::F_GETFD) };
+    if flags < 0 {
+        return None;
+    }
+    // SAFETY: open, inherited, and nothing else in this process knows the number.
+    let pipe = unsafe { OwnedFd::from_raw_fd(READY_FD) };
+    // Helpers close what they do not need, so close-on-exec is all that is left to say.
+    let _ = nix::fcntl::fcntl(&pipe, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
+    Some(pipe)
+}
+
+fn prepare(config: &Config) -> io::Result<Server> {
+    setsid()?;
+    chdir("/")?;
+    fs::create_dir_all(&config.state_dir)?;
+    fs::create_dir_all(&config.container_root)?;
+    open_log(&config.state_dir.join("shim.log"))?;
+    tune_memory();
+    // Not everyone may go below the score they have; the shim then is as likely a victim as others.
+    let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
+    if let Some(path) = &config.cgroup {
+        let joined = Cgroup::new(path)
+            .and_then(|cgroup| cgroup.create().and_then(|()| cgroup.attach(std::process::id() as i32)));
+        joined.map_err(|error| io::Error::other(crate::engine::chain(&error)))?;
+    }
+    // SAFETY: takes numbers only.
+    if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let listener = listen_in(&config.state_dir)?;
+    let pid_namespace_init = config.pid_namespace.as_deref().map(pidns::create).transpose()?;
+    let pid = std::process::id() as i32;
+    let record = ShimRecord {
+        sandbox_id: config.sandbox_id.clone(),
+        pid,
+        start_time: process_start_time(pid).ok_or_else(|| io::Error::other("cannot read own start time"))?,
+        pid_namespace_init: pid_namespace_init.map(|pid| pid.as_raw()),
+    };
+    let content = serde_json::to_vec(&record)?;
+    write_atomically(&shim_record_path(&config.state_dir), &content)
+        .map_err(|error| io::Error::other(crate::engine::chain(&error)))?;
+    Server::new(config.clone(), listener, pid_namespace_init)
+}
+
+/// Standard error goes to a file from now on; one that has grown over time starts anew.
+fn open_log(path: &Path) -> io::Result<()> {
+    let too_large = fs::metadata(path).is_ok_and(|meta| meta.len() > LOG_BYTES_MAX);
+    let file = OpenOptions::new().create(true).append(true).mode(0o600).custom_flags(libc::O_NOFOLLOW).open(path)?;
+    if too_large {
+        file.set_len(0)?;
+    }
+    dup2_stderr(&file)?;
+    Ok(())
+}
+
+/// Keeps the heap small: freed memory at its top goes back to the kernel soon, and never a second arena.
+fn tune_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes numbers only.
+    unsafe {
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 32 * 1024);
+        libc::mallopt(libc::M_TOP_PAD, 4 * 1024);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 * 1024);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
+/// A socket left by a shim that is gone is replaced. The directory's descriptor stands for a path that may be too long
+/// for an address.
+fn listen_in(state_dir: &Path) -> io::Result<OwnedFd> {
+    match fs::remove_file(socket_path(state_dir)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let dir = nix::fcntl::open(state_dir, flags, Mode::empty())?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}/shim.sock", dir.as_raw_fd()));
+    // Nobody but root may connect, from the first moment on.
+    let before = nix::sys::stat::umask(Mode::from_bits_truncate(0o177));
+    let bound = bind(listener.as_fd().as_raw_fd(), &UnixAddr::new(&path)?);
+    nix::sys::stat::umask(before);
+    bound?;
+    listen(&listener, Backlog::new(16)?)?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Config, String> {
+        Config::parse(arguments.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn bad_command_lines_are_refused() {
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--sandbox-id"]).is_err());
+        assert!(parse(&["--bogus", "x"]).is_err());
+        assert!(parse(&["--sandbox-id", "s", "--state-dir", "relative", "--container-root", "/r"]).is_err());
+        let config = parse(&["--sandbox-id", "s", "--systemd-cgroup", "--state-dir", "/s", "--container-root", "/r"]);
+        assert_eq!(config.unwrap().state_dir, Path::new("/s"));
+    }
+}
