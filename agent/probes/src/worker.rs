@@ -1,0 +1,157 @@
+//! One probe's task.
+//!
+//! ```text
+//! wait for start-up gate ─▶ initial delay ─▶ attempt ─▶ period ─▶ attempt …
+//!                                              │ startup: Success             ─▶ opens the gate, ends
+//!                                              └ startup, liveness: Failure   ─▶ ends (the container will be replaced)
+//! ```
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Probe;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
+
+use crate::action::{self, Action, Attempt, Prober};
+use crate::model::{Kind, Outcome, Target, Update};
+use crate::standing::Standing;
+
+/// Attempts by result.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    pub successful: AtomicU64,
+    pub failed: AtomicU64,
+    pub unknown: AtomicU64,
+}
+
+/// When a probe runs and what counts. Pure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Timing {
+    pub initial_delay: Duration,
+    pub period: Duration,
+    pub timeout: Duration,
+    pub success_threshold: u32,
+    pub failure_threshold: u32,
+}
+
+impl Timing {
+    pub fn of(probe: &Probe) -> Timing {
+        let seconds = |value: Option<i32>, default: u64| match value {
+            Some(value) if value > 0 => Duration::from_secs(value.unsigned_abs().into()),
+            _ => Duration::from_secs(default),
+        };
+        let count = |value: Option<i32>, default: u32| value.filter(|v| *v > 0).map_or(default, i32::unsigned_abs);
+        Timing {
+            initial_delay: seconds(probe.initial_delay_seconds, 0),
+            period: seconds(probe.period_seconds, 10),
+            timeout: seconds(probe.timeout_seconds, 1),
+            success_threshold: count(probe.success_threshold, 1),
+            failure_threshold: count(probe.failure_threshold, 3),
+        }
+    }
+}
+
+/// Everything one probe's task needs.
+pub(crate) struct Worker {
+    pub kind: Kind,
+    pub probe: Probe,
+    pub target: Arc<Target>,
+    pub prober: Prober,
+    pub updates: mpsc::Sender<Update>,
+    pub counts: Arc<Counts>,
+    /// Opened by the startup probe.
+    pub gate: Arc<watch::Sender<bool>>,
+    /// Waited for once, so that many probes do not start together.
+    pub stagger: Duration,
+}
+
+impl Worker {
+    /// Runs until the probe is done with this container. Dropping it ends it.
+    pub async fn run(self) {
+        if self.kind != Kind::Startup {
+            let mut gate = self.gate.subscribe();
+            if gate.wait_for(|open| *open).await.is_err() {
+                return;
+            }
+        }
+        let timing = Timing::of(&self.probe);
+        let action = action::parse(&self.probe, &self.target.container, self.target.pod_ip);
+        let carried = match self.kind {
+            Kind::Startup => self.target.initial.startup,
+            Kind::Readiness => self.target.initial.readiness,
+            Kind::Liveness => self.target.initial.liveness,
+        };
+        let mut standing =
+            Standing::new(timing.success_threshold, timing.failure_threshold, carried.unwrap_or(Outcome::Unknown));
+        let mut due = Instant::now() + self.remaining_delay(timing.initial_delay).max(self.stagger);
+        loop {
+            sleep_until(due).await;
+            due += timing.period;
+            let attempt = match &action {
+                Ok(action) => self.attempt(action, timing.timeout).await,
+                Err(message) => Attempt::Error(message.clone()),
+            };
+            due = due.max(Instant::now());
+            if self.judge(attempt, &mut standing).await.is_break() {
+                return;
+            }
+        }
+    }
+
+    async fn attempt(&self, action: &Action, timeout: Duration) -> Attempt {
+        self.prober.attempt(action, &self.target.container_id, timeout).await
+    }
+
+    /// What is left of the initial delay, counted from the container's start.
+    fn remaining_delay(&self, delay: Duration) -> Duration {
+        let age = jiff::Timestamp::now().duration_since(self.target.started_at);
+        delay.saturating_sub(age.try_into().unwrap_or_default())
+    }
+
+    /// Counts an attempt and tells about it. Breaks when this probe has nothing more to find out.
+    async fn judge(&self, attempt: Attempt, standing: &mut Standing) -> std::ops::ControlFlow<()> {
+        let kind = self.kind.as_str();
+        let (counter, changed, message, probe_failed) = match attempt {
+            Attempt::Success(message) => (&self.counts.successful, standing.record(true), message, None),
+            Attempt::Failure(message) => {
+                let text = format!("{kind} probe failed: {message}");
+                (&self.counts.failed, standing.record(false), message, Some(text))
+            }
+            Attempt::Error(message) => {
+                let text = format!("{kind} probe errored and resulted in Unknown state: {message}");
+                (&self.counts.unknown, false, message, Some(text))
+            }
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        let outcome = standing.outcome();
+        if changed || probe_failed.is_some() {
+            let update = self.update(outcome, changed, message, probe_failed);
+            if self.updates.send(update).await.is_err() {
+                return std::ops::ControlFlow::Break(());
+            }
+        }
+        match (self.kind, outcome) {
+            (Kind::Startup, Outcome::Success) => {
+                self.gate.send_replace(true);
+                std::ops::ControlFlow::Break(())
+            }
+            (Kind::Startup | Kind::Liveness, Outcome::Failure) => std::ops::ControlFlow::Break(()),
+            _ => std::ops::ControlFlow::Continue(()),
+        }
+    }
+
+    fn update(&self, outcome: Outcome, changed: bool, message: String, probe_failed: Option<String>) -> Update {
+        Update {
+            pod_uid: self.target.pod_uid.clone(),
+            container_name: self.target.container.name.clone(),
+            container_id: self.target.container_id.clone(),
+            kind: self.kind,
+            outcome,
+            changed,
+            message,
+            probe_failed,
+        }
+    }
+}
