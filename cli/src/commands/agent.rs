@@ -1,0 +1,48 @@
+//! `oarlock agent`: the node agent.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use oarlock_agent::{Agent, Config};
+
+use super::daemon;
+use crate::config::Settings;
+use crate::{host, pki};
+
+pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
+    host::require_root("oarlock agent")?;
+    daemon::run(&settings.clone(), 2, |shutdown| async move {
+        let credentials = pki::ensure(&settings)?;
+        let layout = &settings.layout;
+        let mut config = Config::new(settings.node_name.clone(), settings.node_ip);
+        config.kubeconfig = layout.component_kubeconfig("agent");
+        config.runtime_endpoint = layout.runtime_socket();
+        config.data_dir = layout.agent_dir();
+        config.pod_logs_dir = layout.pod_logs_dir();
+        config.container_logs_dir = Some(layout.container_logs_dir());
+        config.listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.agent_port));
+        config.cert_file = credentials.agent_serving.cert_file.clone();
+        config.key_file = credentials.agent_serving.key_file.clone();
+        config.client_ca_file = credentials.ca_file.clone();
+        config.cluster_dns = vec![settings.cluster_dns];
+        config.cluster_domain = settings.cluster_domain.clone();
+        config.resolv_conf = upstream_resolv_conf().into();
+        config.max_pods = settings.max_pods;
+        config.static_pod_dir = Some(settings.static_pod_dir.clone());
+        config.node_labels = settings.node_labels.clone();
+        let port = settings.agent_port;
+        let agent = Agent::new(config).await.context("cannot start the agent")?;
+        tokio::spawn(daemon::announce_when("agent", shutdown.clone(), move || async move {
+            tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_ok()
+        }));
+        agent.run(shutdown).await.context("the agent ended")
+    })
+}
+
+/// The file with the real name servers: behind systemd-resolved, `/etc/resolv.conf` names only the local stub.
+pub(crate) fn upstream_resolv_conf() -> &'static str {
+    const BEHIND_STUB: &str = "/run/systemd/resolve/resolv.conf";
+    if Path::new(BEHIND_STUB).exists() { BEHIND_STUB } else { "/etc/resolv.conf" }
+}

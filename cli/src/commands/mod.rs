@@ -1,0 +1,13 @@
+//! One file a command.
+
+pub(crate) mod agent;
+pub(crate) mod daemon;
+pub(crate) mod demo;
+pub(crate) mod doctor;
+pub(crate) mod images;
+pub(crate) mod netproxy;
+pub(crate) mod reset;
+pub(crate) mod runtime;
+pub(crate) mod server;
+pub(crate) mod stop;
+pub(crate) mod up;

@@ -1,0 +1,263 @@
+//! `oarlock reset`: ends everything and removes all that this installation made, in an order that can be repeated after a crash.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use anyhow::Context;
+use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use oarlock_proto::cri::runtime_service_client::RuntimeServiceClient;
+use oarlock_proto::cri::{ListPodSandboxRequest, RemovePodSandboxRequest};
+
+use super::{images, stop};
+use crate::config::Settings;
+use crate::host;
+
+/// The bridge that netproxy's CNI configuration names.
+const BRIDGE: &str = "oar0";
+/// Cgroups that agent and runtime make below each hierarchy's root.
+const CGROUPS: &[&str] = &["kubepods", "oarlock"];
+
+#[derive(clap::Args)]
+pub(crate) struct ResetFlags {
+    /// Do not ask
+    #[arg(long, short = 'y')]
+    yes: bool,
+}
+
+pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<ExitCode> {
+    host::require_root("oarlock reset")?;
+    if !flags.yes && !confirmed(settings)? {
+        println!("nothing was changed");
+        return Ok(ExitCode::FAILURE);
+    }
+    let mut problems = Vec::new();
+    let mut step = |what: &str, outcome: anyhow::Result<()>| {
+        if let Err(error) = outcome {
+            problems.push(format!("{what}: {error:#}"));
+        }
+    };
+    if let Some(supervisor) = stop::running(settings)? {
+        step("stop", stop::stop(settings, supervisor, false, Duration::from_secs(90)));
+    }
+    let logs = pod_log_directories(settings);
+    step("pods", remove_pods(settings));
+    step("processes", end_leftover_processes(settings));
+    step("mounts", unmount_all(settings));
+    step("cgroups", remove_cgroups());
+    step("links", remove_bridge());
+    step("nftables", remove_tables());
+    step("files", remove_files(settings, &logs));
+    if problems.is_empty() {
+        println!("reset: nothing of {} is left", settings.layout.data_dir().display());
+        return Ok(ExitCode::SUCCESS);
+    }
+    anyhow::bail!(
+        "not everything could be removed; run `oarlock reset` again after fixing:\n  {}",
+        problems.join("\n  ")
+    )
+}
+
+fn confirmed(settings: &Settings) -> anyhow::Result<bool> {
+    println!(
+        "This ends all pods and deletes {} with every object, image and volume in it. Type yes to go on:",
+        settings.layout.data_dir().display()
+    );
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(answer.trim() == "yes")
+}
+
+/// Log directories of the pods of this installation: `<namespace>_<name>_<uid>`, known by the agent's pod directories.
+fn pod_log_directories(settings: &Settings) -> Vec<PathBuf> {
+    let uids: BTreeSet<String> = fs::read_dir(settings.layout.agent_dir().join("pods"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    let log_dir = settings.layout.pod_logs_dir();
+    fs::read_dir(log_dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().rsplit('_').next().is_some_and(|uid| uids.contains(uid)))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+/// Removes every sandbox through a runtime daemon started for this alone, since only it knows how each was made.
+fn remove_pods(settings: &Settings) -> anyhow::Result<()> {
+    if !settings.layout.runtime_dir().exists() {
+        return Ok(());
+    }
+    let mut daemon = Command::new(std::env::current_exe()?);
+    if settings.layout.data_dir() != Path::new("/var/lib/oarlock") {
+        daemon.arg("--data-dir").arg(settings.layout.data_dir());
+    }
+    let mut daemon = daemon
+        .arg("runtime")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start the runtime")?;
+    let asynchronous = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let removed = asynchronous.block_on(async {
+        let removal = async {
+            let channel = loop {
+                match images::connect(settings).await {
+                    Ok(channel) => break channel,
+                    Err(error) => {
+                        if let Some(status) = daemon.try_wait()? {
+                            return Err(error.context(format!("the runtime ended with {status}")));
+                        }
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                }
+            };
+            let mut client = RuntimeServiceClient::new(channel);
+            let pods =
+                client.list_pod_sandbox(ListPodSandboxRequest::default()).await.map_err(images::status)?.into_inner();
+            for pod in pods.items {
+                let request = RemovePodSandboxRequest { pod_sandbox_id: pod.id };
+                client.remove_pod_sandbox(request).await.map_err(images::status)?;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(Duration::from_secs(90), removal).await.context("removing pods took over 90 s")?
+    });
+    let _ = kill(Pid::from_raw(i32::try_from(daemon.id())?), Signal::SIGTERM);
+    daemon.wait()?;
+    removed
+}
+
+/// Ends shims that the runtime could not end: processes started from our shim program for this installation's directories.
+fn end_leftover_processes(settings: &Settings) -> anyhow::Result<()> {
+    let run_dir = settings.layout.run_dir().to_string_lossy().into_owned();
+    for process in procfs::process::all_processes().context("cannot read /proc")?.flatten() {
+        let Ok(command) = process.cmdline() else { continue };
+        let is_shim = command.first().is_some_and(|program| program.ends_with("oarlock-shim"));
+        if is_shim && command.iter().skip(1).any(|argument| argument.starts_with(&run_dir)) {
+            match kill(Pid::from_raw(process.pid), Signal::SIGKILL) {
+                Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot end shim {}", process.pid)),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Detaches every mount below our directories, deepest first.
+fn unmount_all(settings: &Settings) -> anyhow::Result<()> {
+    let roots = [settings.layout.data_dir().to_owned(), settings.layout.run_dir()];
+    let mut points: Vec<PathBuf> = procfs::process::Process::myself()
+        .and_then(|own| own.mountinfo())
+        .context("cannot read the mount table")?
+        .0
+        .into_iter()
+        .map(|mount| mount.mount_point)
+        .filter(|point| roots.iter().any(|root| point.starts_with(root) && point != root))
+        .collect();
+    points.sort_by_key(|point| std::cmp::Reverse(point.components().count()));
+    for point in points {
+        match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot unmount {}", point.display())),
+        }
+    }
+    Ok(())
+}
+
+/// Removes our cgroups, innermost first, from every hierarchy; one that still has processes belongs to somebody else.
+fn remove_cgroups() -> anyhow::Result<()> {
+    let top = Path::new("/sys/fs/cgroup");
+    let mut hierarchies = vec![top.to_owned()];
+    hierarchies.extend(subdirectories(top));
+    for hierarchy in hierarchies {
+        for name in CGROUPS {
+            remove_cgroup_tree(&hierarchy.join(name))?;
+        }
+    }
+    Ok(())
+}
+
+fn remove_cgroup_tree(group: &Path) -> anyhow::Result<()> {
+    if !group.is_dir() {
+        return Ok(());
+    }
+    for child in subdirectories(group) {
+        remove_cgroup_tree(&child)?;
+    }
+    match fs::remove_dir(group) {
+        Ok(()) => Ok(()),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT | libc::ENOTEMPTY)) => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("cannot remove the cgroup {}", group.display())),
+    }
+}
+
+fn subdirectories(directory: &Path) -> Vec<PathBuf> {
+    fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn remove_bridge() -> anyhow::Result<()> {
+    if !Path::new("/sys/class/net").join(BRIDGE).exists() {
+        return Ok(());
+    }
+    let status = Command::new("ip").args(["link", "delete", BRIDGE]).status().context("cannot run ip")?;
+    anyhow::ensure!(status.success(), "ip could not delete the link {BRIDGE}");
+    Ok(())
+}
+
+/// Deletes our nftables tables, and only those.
+fn remove_tables() -> anyhow::Result<()> {
+    let Ok(listed) = Command::new("nft").args(["list", "tables"]).output() else { return Ok(()) };
+    for line in String::from_utf8_lossy(&listed.stdout).lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, family, name] = words[..] else { continue };
+        if name == "oarlock" || name.starts_with("oarlock-") || name.starts_with("oarlock_") {
+            let status =
+                Command::new("nft").args(["delete", "table", family, name]).status().context("cannot run nft")?;
+            anyhow::ensure!(status.success(), "nft could not delete the table {family} {name}");
+        }
+    }
+    Ok(())
+}
+
+fn remove_files(settings: &Settings, logs: &[PathBuf]) -> anyhow::Result<()> {
+    let layout = &settings.layout;
+    let mut paths = vec![
+        settings.cni_conf_dir.join("10-oarlock.conflist"),
+        layout.admin_kubeconfig(),
+        layout.run_dir(),
+        layout.data_dir().to_owned(),
+    ];
+    paths.extend(logs.iter().cloned());
+    for path in paths {
+        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        match removed {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot remove {}", path.display())),
+        }
+    }
+    for link in fs::read_dir(layout.container_logs_dir()).into_iter().flatten().flatten() {
+        let dangling = fs::read_link(link.path())
+            .is_ok_and(|target| !target.exists() && logs.iter().any(|log| target.starts_with(log)));
+        if dangling {
+            let _ = fs::remove_file(link.path());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,41 @@
+//! `oarlock runtime`: the CRI runtime daemon.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use oarlock_runtime::Runtime;
+
+use super::daemon;
+use crate::config::Settings;
+use crate::host;
+
+pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
+    host::require_root("oarlock runtime")?;
+    daemon::run(&settings.clone(), 2, |shutdown| async move {
+        let layout = &settings.layout;
+        let config = oarlock_runtime::Config {
+            socket: layout.runtime_socket(),
+            data_dir: layout.runtime_dir(),
+            run_dir: layout.run_dir(),
+            shim_binary: host::sibling_program("oarlock-shim")?,
+            cni_conf_dir: settings.cni_conf_dir.clone(),
+            cni_bin_dirs: settings.cni_bin_dirs.clone(),
+            cni_cache_dir: layout.runtime_dir().join("cni"),
+            streaming_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            registries: oarlock_runtime::Registries {
+                mirrors: settings.registries.mirrors.clone(),
+                plain_http: settings.registries.plain_http.clone(),
+            },
+            handlers: settings.runtime_handlers.clone(),
+            ..oarlock_runtime::Config::default()
+        };
+        let socket = layout.runtime_socket();
+        let runtime = Runtime::new(config).await.context("cannot start the runtime")?;
+        tokio::spawn(daemon::announce_when("runtime", shutdown.clone(), move || {
+            let socket = socket.clone();
+            async move { tokio::net::UnixStream::connect(&socket).await.is_ok() }
+        }));
+        runtime.run(shutdown).await.context("the runtime ended")
+    })
+}

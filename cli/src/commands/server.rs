@@ -1,0 +1,71 @@
+//! `oarlock server`: API server, controllers and scheduler in one process.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use oarlock_apiserver::ApiServer;
+use oarlock_controllers::Controllers;
+use oarlock_scheduler::Scheduler;
+use oarlock_supervise::Tasks;
+
+use super::daemon;
+use crate::config::Settings;
+use crate::pki;
+
+pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
+    daemon::run(&settings.clone(), 2, |shutdown| async move {
+        let credentials = pki::ensure(&settings)?;
+        let config = oarlock_apiserver::Config {
+            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.api_port)),
+            advertise_address: settings.node_ip,
+            data_dir: settings.layout.server_dir(),
+            service_cidr: settings.service_cidr,
+            cluster_domain: settings.cluster_domain.clone(),
+            node_port_range: settings.node_port_range,
+            cert_file: credentials.api_serving.cert_file.clone(),
+            key_file: credentials.api_serving.key_file.clone(),
+            client_ca_file: credentials.ca_file.clone(),
+            service_account_key_file: credentials.service_account_key.clone(),
+            service_account_issuer: format!("https://kubernetes.default.svc.{}", settings.cluster_domain),
+            kubelet_client_cert_file: credentials.kubelet_client.cert_file.clone(),
+            kubelet_client_key_file: credentials.kubelet_client.key_file.clone(),
+            kubelet_ca_file: credentials.ca_file.clone(),
+            ..oarlock_apiserver::Config::default()
+        };
+        let server = ApiServer::new(config).await.context("cannot start the API server")?;
+        let controllers = Controllers::new(
+            server.client("system:kube-controller-manager", &["system:masters"]),
+            oarlock_controllers::Config {
+                cluster_cidr: settings.cluster_cidr,
+                node_cidr_mask: 24,
+                root_ca_pem: credentials.ca_pem.clone(),
+            },
+        );
+        let scheduler = Scheduler::new(
+            server.client("system:kube-scheduler", &["system:masters"]),
+            oarlock_scheduler::Config::default(),
+        );
+        let probe = server.client("kubernetes-admin", &["system:masters"]);
+        let port = settings.api_port;
+
+        let mut tasks = Tasks::new(shutdown);
+        let token = tasks.token();
+        tasks.spawn("api server", server.run(token.clone()));
+        tasks.spawn("controllers", controllers.run(token.clone()));
+        tasks.spawn("scheduler", scheduler.run(token.clone()));
+        tokio::spawn(daemon::announce_when("server", token, move || {
+            let probe = probe.clone();
+            async move { is_ready(probe, port).await }
+        }));
+        tasks.join(Duration::from_secs(5)).await.context("the server ended")
+    })
+}
+
+/// Whether the API answers in process and the port is open.
+async fn is_ready(client: kube::Client, port: u16) -> bool {
+    let Ok(request) = http::Request::get("/readyz").body(Vec::new()) else { return false };
+    client.request_text(request).await.is_ok()
+        && tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_ok()
+}

@@ -1,0 +1,137 @@
+//! `cargo xtask test`: every check and test, with counts at the end.
+//!
+//! Order: formatting, lints, tidy, unit and crate tests, then the release build and the privileged and end-to-end tests on it.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::Context;
+
+use crate::{bin_dir, build, packages, root, step, target_dir, tidy};
+
+#[derive(clap::Args)]
+pub(crate) struct TestFlags {
+    /// Only the checks and tests that need neither root nor a release build
+    #[arg(long)]
+    unit: bool,
+}
+
+/// What the tests of one or several programs came to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Counts {
+    passed: u64,
+    failed: u64,
+    not_run: u64,
+}
+
+impl Counts {
+    fn add(&mut self, other: Counts) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.not_run += other.not_run;
+    }
+}
+
+pub(crate) fn run(flags: &TestFlags) -> anyhow::Result<()> {
+    let start = Instant::now();
+    packages::ensure(&[packages::BUILD, packages::RUN, packages::TEST].concat())?;
+    step::run("formatting", step::cargo().args(["fmt", "--all", "--check"]))?;
+    step::run(
+        "lints",
+        step::cargo().args(["clippy", "--workspace", "--all-targets", "--locked", "--quiet", "--", "-D", "warnings"]),
+    )?;
+    tidy::run()?;
+    let mut total = Counts::default();
+    let mut problems = Vec::new();
+    let mut level = |name: &str, command: &mut Command| -> anyhow::Result<()> {
+        let (counts, succeeded) = count(name, command)?;
+        total.add(counts);
+        if !succeeded {
+            problems.push(name.to_owned());
+        }
+        Ok(())
+    };
+    level(
+        "unit and crate tests",
+        step::cargo().args([
+            "test",
+            "--workspace",
+            "--exclude",
+            "oarlock-tests",
+            "--lib",
+            "--bins",
+            "--tests",
+            "--locked",
+            "--no-fail-fast",
+        ]),
+    )?;
+    if !flags.unit {
+        let bin = build::run()?;
+        level(
+            "privileged and end-to-end tests",
+            step::cargo()
+                .args([
+                    "test",
+                    "--package",
+                    "oarlock-tests",
+                    "--tests",
+                    "--locked",
+                    "--no-fail-fast",
+                    "--",
+                    "--test-threads=1",
+                ])
+                .env("OARLOCK_BIN_DIR", &bin),
+        )?;
+    }
+    println!(
+        "==> {:.0} s in all; programs in {}, target in {}",
+        start.elapsed().as_secs_f64(),
+        bin_dir().display(),
+        target_dir().display()
+    );
+    println!("{} passed, {} failed, {} skipped", total.passed, total.failed, total.not_run);
+    anyhow::ensure!(problems.is_empty() && total.failed == 0, "failed: {}", problems.join(", "));
+    anyhow::ensure!(total.passed > 0, "no test ran in {}", root().display());
+    Ok(())
+}
+
+/// Runs a `cargo test`, shows its output, and adds up its result lines.
+fn count(name: &str, command: &mut Command) -> anyhow::Result<(Counts, bool)> {
+    println!("==> {name}");
+    let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot run {command:?}"))?;
+    let output = child.stdout.take().context("the test run has no output")?;
+    let mut counts = Counts::default();
+    for line in BufReader::new(output).lines() {
+        let line = line.context("cannot read the test run's output")?;
+        println!("{line}");
+        if let Some(result) = line.strip_prefix("test result: ") {
+            counts.add(parse(result));
+        }
+    }
+    let succeeded = child.wait()?.success();
+    println!("    {name}: {} passed, {} failed, {} not run", counts.passed, counts.failed, counts.not_run);
+    Ok((counts, succeeded))
+}
+
+/// Reads `ok. 3 passed; 0 failed; 0 ignored; …`.
+fn parse(result: &str) -> Counts {
+    let number = |label: &str| {
+        result
+            .split(['.', ';'])
+            .find_map(|part| part.trim().strip_suffix(label).and_then(|number| number.trim().parse().ok()))
+            .unwrap_or(0)
+    };
+    Counts { passed: number("passed"), failed: number("failed"), not_run: number("ignored") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_lines_are_added_up() {
+        let counts = parse("FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s");
+        assert_eq!((counts.passed, counts.failed, counts.not_run), (12, 3, 1));
+    }
+}
