@@ -2,8 +2,14 @@
 //! and update strategies, validation, printer columns and selectable fields. Everything is a pure function over
 //! JSON objects; storage, admission, identity and the wire are the API server's.
 
+mod access;
+mod columns;
+mod defaults;
+mod event_views;
 mod field_error;
 mod kind;
+mod selectable;
+mod strategy;
 mod table;
 
 pub use field_error::{FieldError, FieldErrorKind};

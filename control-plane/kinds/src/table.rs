@@ -1,21 +1,12 @@
 //! The table of kinds: who is served, under which names.
 
 use crate::kind::{Column, Kind};
+use crate::{columns, defaults, event_views, selectable, strategy};
 use jiff::Timestamp;
 use serde_json::Value;
 
 const STANDARD_VERBS: &[&str] = &["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 const CREATE_ONLY: &[&str] = &["create"];
-const AGE: Column =
-    Column { name: "Age", kind: "date", format: "", priority: 0, description: "Time since the object was created." };
-const NAME: Column = Column {
-    name: "Name",
-    kind: "string",
-    format: "name",
-    priority: 0,
-    description: "Name of the object, unique in its namespace.",
-};
-
 const BASE: Kind = Kind {
     group: "",
     version: "v1",
@@ -38,7 +29,7 @@ const BASE: Kind = Kind {
     validate: |_| Vec::new(),
     validate_update: |_, _| Vec::new(),
     validate_status_update: |_, _| Vec::new(),
-    columns: &[NAME, AGE],
+    columns: &[columns::NAME, columns::AGE],
     row: default_row,
     selectable: |_| Vec::new(),
 };
@@ -62,6 +53,8 @@ static KINDS: &[Kind] = &[
         singular: "configmap",
         short_names: &["cm"],
         storage: "configmaps",
+        columns: columns::CONFIG_MAP,
+        row: columns::config_map,
         ..BASE
     },
     Kind {
@@ -70,9 +63,22 @@ static KINDS: &[Kind] = &[
         singular: "endpoints",
         short_names: &["ep"],
         storage: "endpoints",
+        default: defaults::endpoints,
+        columns: columns::ENDPOINTS,
+        row: columns::endpoints,
         ..BASE
     },
-    Kind { kind: "Event", plural: "events", singular: "event", short_names: &["ev"], storage: "events", ..BASE },
+    Kind {
+        kind: "Event",
+        plural: "events",
+        singular: "event",
+        short_names: &["ev"],
+        storage: "events",
+        columns: columns::EVENT,
+        row: columns::event,
+        selectable: selectable::event,
+        ..BASE
+    },
     Kind {
         kind: "Namespace",
         plural: "namespaces",
@@ -82,6 +88,13 @@ static KINDS: &[Kind] = &[
         subresources: &["finalize", "status"],
         verbs: &["create", "delete", "get", "list", "patch", "update", "watch"],
         storage: "namespaces",
+        default: defaults::namespace,
+        prepare_create: strategy::namespace_create,
+        prepare_update: strategy::namespace_update,
+        prepare_status_update: strategy::plain_status,
+        columns: columns::NAMESPACE,
+        row: columns::namespace,
+        selectable: selectable::namespace,
         ..BASE
     },
     Kind {
@@ -92,6 +105,12 @@ static KINDS: &[Kind] = &[
         namespaced: false,
         subresources: &["proxy", "status"],
         storage: "nodes",
+        default: defaults::node,
+        prepare_update: strategy::keep_status,
+        prepare_status_update: strategy::plain_status,
+        columns: columns::NODE,
+        row: columns::node,
+        selectable: selectable::node,
         ..BASE
     },
     Kind {
@@ -113,9 +132,26 @@ static KINDS: &[Kind] = &[
             "status",
         ],
         storage: "pods",
+        default: defaults::pod,
+        prepare_create: strategy::pod_create,
+        prepare_update: strategy::pod_update,
+        prepare_status_update: strategy::pod_status,
+        columns: columns::POD,
+        row: columns::pod,
+        selectable: selectable::pod,
         ..BASE
     },
-    Kind { kind: "Secret", plural: "secrets", singular: "secret", storage: "secrets", ..BASE },
+    Kind {
+        kind: "Secret",
+        plural: "secrets",
+        singular: "secret",
+        storage: "secrets",
+        default: defaults::secret,
+        columns: columns::SECRET,
+        row: columns::secret,
+        selectable: selectable::secret,
+        ..BASE
+    },
     Kind {
         kind: "Service",
         plural: "services",
@@ -124,6 +160,13 @@ static KINDS: &[Kind] = &[
         categories: &["all"],
         subresources: &["proxy", "status"],
         storage: "services",
+        default: defaults::service,
+        prepare_create: strategy::service_create,
+        prepare_update: strategy::service_update,
+        prepare_status_update: strategy::plain_status,
+        columns: columns::SERVICE,
+        row: columns::service,
+        selectable: selectable::service,
         ..BASE
     },
     Kind {
@@ -133,6 +176,8 @@ static KINDS: &[Kind] = &[
         short_names: &["sa"],
         subresources: &["token"],
         storage: "serviceaccounts",
+        columns: columns::SERVICE_ACCOUNT,
+        row: columns::service_account,
         ..BASE
     },
     Kind {
@@ -141,6 +186,8 @@ static KINDS: &[Kind] = &[
         plural: "controllerrevisions",
         singular: "controllerrevision",
         storage: "apps/controllerrevisions",
+        columns: columns::CONTROLLER_REVISION,
+        row: columns::controller_revision,
         ..BASE
     },
     Kind {
@@ -152,6 +199,12 @@ static KINDS: &[Kind] = &[
         categories: &["all"],
         subresources: &["scale", "status"],
         storage: "apps/deployments",
+        default: defaults::deployment,
+        prepare_create: strategy::workload_create,
+        prepare_update: strategy::deployment_update,
+        prepare_status_update: strategy::workload_status,
+        columns: columns::DEPLOYMENT,
+        row: columns::deployment,
         ..BASE
     },
     Kind {
@@ -163,6 +216,13 @@ static KINDS: &[Kind] = &[
         categories: &["all"],
         subresources: &["scale", "status"],
         storage: "apps/replicasets",
+        default: defaults::replica_set,
+        prepare_create: strategy::workload_create,
+        prepare_update: strategy::workload_update,
+        prepare_status_update: strategy::plain_status,
+        columns: columns::REPLICA_SET,
+        row: columns::replica_set,
+        selectable: selectable::replica_set,
         ..BASE
     },
     Kind {
@@ -214,6 +274,8 @@ static KINDS: &[Kind] = &[
         plural: "leases",
         singular: "lease",
         storage: "coordination.k8s.io/leases",
+        columns: columns::LEASE,
+        row: columns::lease,
         ..BASE
     },
     Kind {
@@ -222,6 +284,11 @@ static KINDS: &[Kind] = &[
         plural: "endpointslices",
         singular: "endpointslice",
         storage: "discovery.k8s.io/endpointslices",
+        default: defaults::endpoint_slice,
+        prepare_create: strategy::generation_create,
+        prepare_update: strategy::generation_update,
+        columns: columns::ENDPOINT_SLICE,
+        row: columns::endpoint_slice,
         ..BASE
     },
     Kind {
@@ -231,6 +298,11 @@ static KINDS: &[Kind] = &[
         singular: "event",
         short_names: &["ev"],
         storage: "events",
+        to_stored: event_views::to_core,
+        from_stored: event_views::from_core,
+        columns: columns::EVENT,
+        row: columns::events_event,
+        selectable: selectable::events_event,
         ..BASE
     },
     Kind {
@@ -240,6 +312,8 @@ static KINDS: &[Kind] = &[
         singular: "runtimeclass",
         namespaced: false,
         storage: "node.k8s.io/runtimeclasses",
+        columns: columns::RUNTIME_CLASS,
+        row: columns::runtime_class,
         ..BASE
     },
     Kind {
@@ -250,6 +324,11 @@ static KINDS: &[Kind] = &[
         short_names: &["pdb"],
         subresources: &["status"],
         storage: "policy/poddisruptionbudgets",
+        prepare_create: strategy::workload_create,
+        prepare_update: strategy::workload_update,
+        prepare_status_update: strategy::plain_status,
+        columns: columns::POD_DISRUPTION_BUDGET,
+        row: columns::pod_disruption_budget,
         ..BASE
     },
     Kind {
@@ -259,6 +338,8 @@ static KINDS: &[Kind] = &[
         singular: "clusterrole",
         namespaced: false,
         storage: "rbac.authorization.k8s.io/clusterroles",
+        columns: columns::ROLE,
+        row: columns::role,
         ..BASE
     },
     Kind {
@@ -268,6 +349,9 @@ static KINDS: &[Kind] = &[
         singular: "clusterrolebinding",
         namespaced: false,
         storage: "rbac.authorization.k8s.io/clusterrolebindings",
+        default: defaults::role_binding,
+        columns: columns::ROLE_BINDING,
+        row: columns::role_binding,
         ..BASE
     },
     Kind {
@@ -276,6 +360,8 @@ static KINDS: &[Kind] = &[
         plural: "roles",
         singular: "role",
         storage: "rbac.authorization.k8s.io/roles",
+        columns: columns::ROLE,
+        row: columns::role,
         ..BASE
     },
     Kind {
@@ -284,6 +370,9 @@ static KINDS: &[Kind] = &[
         plural: "rolebindings",
         singular: "rolebinding",
         storage: "rbac.authorization.k8s.io/rolebindings",
+        default: defaults::role_binding,
+        columns: columns::ROLE_BINDING,
+        row: columns::role_binding,
         ..BASE
     },
     Kind {
@@ -294,6 +383,11 @@ static KINDS: &[Kind] = &[
         short_names: &["pc"],
         namespaced: false,
         storage: "scheduling.k8s.io/priorityclasses",
+        default: defaults::priority_class,
+        prepare_create: strategy::generation_create,
+        prepare_update: strategy::generation_update,
+        columns: columns::PRIORITY_CLASS,
+        row: columns::priority_class,
         ..BASE
     },
 ];
@@ -315,12 +409,10 @@ pub fn by_kind(group: &str, version: &str, kind: &str) -> Option<&'static Kind> 
 
 /// Name and Age, for kinds without columns of their own.
 pub fn default_columns() -> &'static [Column] {
-    &[NAME, AGE]
+    &[columns::NAME, columns::AGE]
 }
 
 /// The cells of `default_columns`.
 pub fn default_row(object: &Value, now: Timestamp) -> Vec<Value> {
-    let _ = now;
-    let name = object.pointer("/metadata/name").cloned().unwrap_or_default();
-    vec![name, Value::from("<unknown>")]
+    vec![columns::name(object), columns::age(object, now)]
 }

@@ -1,0 +1,15 @@
+//! Defaults, as upstream applies them when it decodes an object. Idempotent.
+
+mod cluster;
+mod container;
+mod pod;
+mod service;
+mod workload;
+
+pub(crate) use cluster::{namespace, node, priority_class, role_binding, secret};
+pub(crate) use pod::{pod, pod_spec};
+pub(crate) use service::{endpoint_slice, endpoints, service};
+pub(crate) use workload::{deployment, replica_set};
+
+#[cfg(test)]
+mod tests;
