@@ -1,0 +1,135 @@
+//! The container's side: everything inside its network namespace, done through one visit of it.
+
+use std::fs::File;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use ipnet::IpNet;
+use oarlock_cni::types::{CniResult, IpConfig, Route as CniRoute};
+use oarlock_netlink::{Connection, NetlinkError, Protocol, Route};
+use oarlock_netns::run_in_fd;
+
+use crate::error::{Context, PluginError, Result};
+use crate::sysctl;
+
+/// The container's namespace, with a connection that works inside it.
+pub struct Inside {
+    file: File,
+    connection: Connection,
+}
+
+/// Enters the namespace once: refuses router advertisements on links to come, and opens a connection.
+pub fn prepare(netns: &Path, ifname: &str) -> Result<Inside> {
+    let file =
+        File::open(netns).map_err(|source| PluginError::File { operation: "open", path: netns.to_owned(), source })?;
+    let visit = || -> Result<Connection> {
+        sysctl::ensure("net/ipv6/conf/all/accept_ra", "0")?;
+        sysctl::ensure("net/ipv6/conf/default/accept_ra", "0")?;
+        Connection::open(Protocol::Route).context(|| format!("set up {ifname}"))
+    };
+    let connection = run_in_fd(file.as_fd(), visit)??;
+    Ok(Inside { file, connection })
+}
+
+impl Inside {
+    pub fn netns(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Addresses and routes of the container's link.
+    pub fn configure(&mut self, ifname: &str, result: &CniResult) -> Result<()> {
+        let connection = &mut self.connection;
+        let link = connection.require_link(ifname).context(|| format!("find {ifname} of the container"))?;
+        for ip in &result.ips {
+            connection.add_address(link.index, ip.address).context(|| format!("give {} to {ifname}", ip.address))?;
+        }
+        for route in &result.routes {
+            let whole = route_of(route, &result.ips, link.index);
+            connection.replace_route(&whole).context(|| format!("add the route to {}", route.dst))?;
+        }
+        Ok(())
+    }
+}
+
+/// A default route for each family that has a gateway and no default route yet.
+pub fn default_routes(result: &CniResult) -> Vec<CniRoute> {
+    let mut routes: Vec<CniRoute> = Vec::new();
+    for ip in &result.ips {
+        let is_default =
+            |route: &CniRoute| route.dst.prefix_len() == 0 && route.dst.addr().is_ipv4() == ip.address.addr().is_ipv4();
+        if let Some(gateway) = ip.gateway
+            && !result.routes.iter().chain(&routes).any(is_default)
+        {
+            let any: IpNet = if gateway.is_ipv4() {
+                IpNet::V4(ipnet::Ipv4Net::default())
+            } else {
+                IpNet::V6(ipnet::Ipv6Net::default())
+            };
+            routes.push(CniRoute { dst: any, gw: Some(gateway), ..CniRoute::default() });
+        }
+    }
+    routes
+}
+
+fn route_of(route: &CniRoute, ips: &[IpConfig], link: u32) -> Route {
+    let same_family = |address: &IpAddr| address.is_ipv4() == route.dst.addr().is_ipv4();
+    // A route without a gateway goes through that of its family; one on the link itself says so by its scope.
+    const SCOPE_LINK: u8 = 253;
+    let default = || ips.iter().filter_map(|ip| ip.gateway).find(same_family);
+    let gateway = if route.scope == Some(SCOPE_LINK) { None } else { route.gw.or_else(default) };
+    Route {
+        metric: route.priority.unwrap_or(0),
+        table: route.table.unwrap_or(0),
+        mtu: route.mtu.unwrap_or(0),
+        advertised_mss: route.advmss.unwrap_or(0),
+        scope: route.scope,
+        ..Route::new(route.dst, gateway, link)
+    }
+}
+
+/// DEL: deletes the container's link, and with it the pair. A namespace or link that is gone is fine.
+pub fn remove_link(netns: &Path, ifname: &str) -> Result<()> {
+    let mut connection = match Connection::open_in(Protocol::Route, netns) {
+        Ok(connection) => connection,
+        // The runtime took it away between the look and the visit, or the path is no namespace any more.
+        Err(NetlinkError::Namespace(_)) if !oarlock_netns::is_pinned(netns) => return Ok(()),
+        Err(error) => return Err(error).context(|| format!("delete {ifname} of the container")),
+    };
+    connection.delete_link_by_name(ifname).context(|| format!("delete {ifname} of the container"))
+}
+
+/// CHECK: the link, its addresses and routes are as ADD left them.
+pub fn check(netns: &Path, ifname: &str, previous: &CniResult) -> Result<()> {
+    let drift = |text: String| Err(PluginError::Drift(text));
+    let mut connection = Connection::open_in(Protocol::Route, netns).context(|| "look into the container".into())?;
+    let Some(link) = connection.link(ifname).context(|| format!("look up {ifname}"))? else {
+        return drift(format!("{ifname} is missing"));
+    };
+    if !link.up {
+        return drift(format!("{ifname} is down"));
+    }
+    let sandbox = netns.display().to_string();
+    let recorded =
+        previous.interfaces.iter().find(|one| one.name == ifname && one.sandbox.as_deref() == Some(&sandbox));
+    if let Some(mac) = recorded.and_then(|one| one.mac.as_ref())
+        && link.mac.is_some_and(|actual| !actual.to_string().eq_ignore_ascii_case(mac))
+    {
+        return drift(format!("{ifname} does not have Ethernet address {mac}"));
+    }
+    let addresses = connection.addresses().context(|| "list the container's addresses".into())?;
+    for ip in &previous.ips {
+        if !addresses.iter().any(|one| one.link == link.index && one.net == ip.address) {
+            return drift(format!("{ifname} does not have address {}", ip.address));
+        }
+    }
+    let routes = connection.routes().context(|| "list the container's routes".into())?;
+    for route in &previous.routes {
+        let wanted = route_of(route, &previous.ips, link.index);
+        let same = |one: &Route| one.destination == wanted.destination.trunc() && one.gateway == wanted.gateway;
+        if wanted.table == 0 && !routes.iter().any(same) {
+            return drift(format!("the route to {} is missing", route.dst));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,194 @@
+//! `bridge`: a veth pair between the container and a bridge of the host.
+//!
+//! ADD makes the bridge if need be, lets the IPAM plugin give addresses, makes the pair in one message (the container's end
+//! is born in its namespace, with its Ethernet address, up), then addresses and routes inside. The Ethernet address is made
+//! of the IPv4 address, so a neighbour's cache is right when another pod gets the address. Router advertisements are
+//! refused before the link exists, and IPv6 addresses are usable without detection of duplicates.
+
+mod config;
+mod container;
+mod host;
+
+use oarlock_cni::types::{CniResult, Interface, IpConfig};
+use oarlock_netlink::{Connection, Mac, Protocol};
+
+use crate::call::{Call, stable_hash};
+use crate::error::{Context, PluginError, Result};
+use crate::plugin::Plugin;
+use crate::{delegate, masquerade};
+use config::Config;
+
+pub const PLUGIN: Plugin = Plugin { name: "bridge", add, del, check, status, gc };
+
+/// The host's end of an attachment: 4 letters and 44 bits, as long as a name may be.
+fn veth_name(network: &str, container_id: &str, ifname: &str) -> String {
+    format!("veth{:011x}", stable_hash(&[network, container_id, ifname]) & 0xfff_ffff_ffff)
+}
+
+fn own_veth(call: &Call) -> String {
+    veth_name(&call.network.name, &call.container_id, &call.ifname)
+}
+
+fn route_connection() -> Result<Connection> {
+    Connection::open(Protocol::Route).context(|| "cannot talk to the kernel about links".into())
+}
+
+fn add(call: &Call) -> Result<CniResult> {
+    let config = Config::read(call)?;
+    let netns = call.existing_netns()?;
+    let mut connection = route_connection()?;
+    let bridge = host::ensure_bridge(&mut connection, &config)?;
+    let addresses = match config.ipam_type() {
+        Some(kind) => with_addresses(kind, &config, call)?,
+        None => CniResult::default(),
+    };
+    let attached = attach(call, &config, &mut connection, &bridge, netns, addresses);
+    if attached.is_err() {
+        // The first error is the one to tell; the runtime's DEL repeats what fails here.
+        let _ = connection.delete_link_by_name(&own_veth(call));
+        let _ = masquerade::remove(&call.owner());
+        if let Some(kind) = config.ipam_type() {
+            let _ = delegate::del(kind, call);
+        }
+    }
+    attached
+}
+
+/// The IPAM plugin's result, with gateways and the default route filled in.
+fn with_addresses(kind: &str, config: &Config, call: &Call) -> Result<CniResult> {
+    let mut result = delegate::add(kind, call)?;
+    if result.ips.is_empty() {
+        let _ = delegate::del(kind, call);
+        return Err(PluginError::NoAddress { plugin: kind.to_owned() });
+    }
+    for ip in &mut result.ips {
+        ip.interface = Some(2);
+        if ip.gateway.is_none() && config.is_gateway {
+            ip.gateway = ip.address.hosts().next();
+        }
+    }
+    if config.is_default_gateway {
+        result.routes.extend(container::default_routes(&result));
+    }
+    Ok(result)
+}
+
+fn attach(
+    call: &Call,
+    config: &Config,
+    connection: &mut Connection,
+    bridge: &oarlock_netlink::Link,
+    netns: &std::path::Path,
+    mut result: CniResult,
+) -> Result<CniResult> {
+    let mtu = if config.mtu != 0 { config.mtu } else { bridge.mtu };
+    let mac = config.mac.unwrap_or_else(|| address_of(&result.ips));
+    let veth = own_veth(call);
+    let mut inside = container::prepare(netns, &call.ifname)?;
+    host::create_pair(connection, &host::Pair { veth: &veth, bridge: bridge.index, call, mac, mtu }, inside.netns())?;
+    inside.configure(&call.ifname, &result)?;
+    let port = connection.require_link(&veth).context(|| format!("find {veth}"))?;
+    if config.hairpin_mode || config.port_isolation {
+        connection
+            .set_bridge_port(port.index, config.hairpin_mode, config.port_isolation)
+            .context(|| format!("set up bridge port {veth}"))?;
+    }
+    if config.is_gateway {
+        host::ensure_gateways(connection, config, bridge, &result.ips)?;
+    }
+    if config.ip_masq {
+        for ip in &result.ips {
+            masquerade::add(&call.owner(), ip.address, &config.ip_masq_exclude)?;
+        }
+    }
+    let host_link = |link: &oarlock_netlink::Link| Interface {
+        name: link.name.clone(),
+        mac: link.mac.map(|mac| mac.to_string()),
+        mtu: Some(link.mtu),
+        ..Interface::default()
+    };
+    let container_link = Interface {
+        name: call.ifname.clone(),
+        mac: Some(mac.to_string()),
+        mtu: Some(mtu),
+        sandbox: Some(netns.display().to_string()),
+        ..Interface::default()
+    };
+    result.interfaces = vec![host_link(bridge), host_link(&port), container_link];
+    if result.dns.is_empty() {
+        result.dns = config.dns.clone();
+    }
+    Ok(result)
+}
+
+/// The Ethernet address for a container: of its IPv4 address, or of the last bytes of its IPv6 address.
+fn address_of(ips: &[IpConfig]) -> Mac {
+    let first = ips.iter().find(|ip| ip.address.addr().is_ipv4()).or(ips.first());
+    let bytes = first.map(|ip| oarlock_netlink::wire::address_bytes(ip.address.addr())).unwrap_or_default();
+    match bytes.last_chunk::<4>() {
+        Some([a, b, c, d]) => Mac([0x0a, 0x58, *a, *b, *c, *d]),
+        None => host::random_mac(),
+    }
+}
+
+fn del(call: &Call) -> Result<()> {
+    let config = Config::read(call)?;
+    // Every step is taken, and the first failure is told.
+    let released = config.ipam_type().map_or(Ok(()), |kind| delegate::del(kind, call));
+    let unmasqueraded = if config.ip_masq { masquerade::remove(&call.owner()) } else { Ok(()) };
+    // Without the namespace the pair is gone with it, or will be as soon as the kernel gets to it.
+    let unlinked = match call.netns.as_deref().filter(|path| path.exists()) {
+        Some(netns) => container::remove_link(netns, &call.ifname),
+        None => Ok(()),
+    };
+    released.and(unmasqueraded).and(unlinked)
+}
+
+fn check(call: &Call) -> Result<()> {
+    let config = Config::read(call)?;
+    let previous = call.prev_result()?.ok_or_else(|| PluginError::config("prevResult", "is required for CHECK"))?;
+    if let Some(kind) = config.ipam_type() {
+        delegate::check(kind, call)?;
+    }
+    let mut connection = route_connection()?;
+    host::check(&mut connection, &config, &own_veth(call))?;
+    container::check(call.existing_netns()?, &call.ifname, &previous)?;
+    if config.ip_masq {
+        let mine = previous.ips.iter().filter(|ip| ip.interface.is_none_or(|index| index == 2));
+        mine.map(|ip| ip.address.addr()).try_for_each(|address| masquerade::check(&call.owner(), address))?;
+    }
+    Ok(())
+}
+
+fn status(call: &Call) -> Result<()> {
+    let config = Config::read(call)?;
+    config.ipam_type().map_or(Ok(()), |kind| delegate::status(kind, call))?;
+    host::existing_bridge(&mut route_connection()?, &config).map(drop)
+}
+
+fn gc(call: &Call) -> Result<()> {
+    let config = Config::read(call)?;
+    let released = config.ipam_type().map_or(Ok(()), |kind| delegate::gc(kind, call));
+    let unmasqueraded =
+        if config.ip_masq { masquerade::keep_only(&call.network.name, &call.valid_owners()) } else { Ok(()) };
+    let name = |one: &oarlock_cni::ValidAttachment| veth_name(&call.network.name, &one.container_id, &one.ifname);
+    let valid: Vec<String> = call.valid_attachments().iter().map(name).collect();
+    let unlinked =
+        route_connection().and_then(|mut connection| host::remove_stray_ports(&mut connection, &config, &valid));
+    released.and(unmasqueraded).and(unlinked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_ethernet_addresses_are_stable_and_fit() {
+        let name = veth_name("oarlock", &"f".repeat(64), "eth0");
+        assert_eq!(name.len(), 15);
+        assert_eq!(name, veth_name("oarlock", &"f".repeat(64), "eth0"));
+        assert_ne!(name, veth_name("oarlock", &"f".repeat(64), "eth1"));
+        let ip = IpConfig::new("10.42.0.5/24".parse().unwrap(), None);
+        assert_eq!(address_of(&[ip]).to_string(), "0a:58:0a:2a:00:05");
+    }
+}

@@ -1,0 +1,22 @@
+//! The seam between a ruleset's owner and nf_tables.
+
+use crate::Result;
+use crate::model::{Element, Table, Transaction};
+
+/// Something that holds nf_tables state: the kernel, or a fake.
+pub trait Kernel: Send {
+    /// Carries a transaction out, wholly or not at all. An empty one does nothing.
+    fn commit(&mut self, transaction: &Transaction) -> Result<()>;
+
+    /// The comment of a table, empty when it has none; `None` without the table.
+    fn table_comment(&mut self, table: &Table) -> Result<Option<String>>;
+
+    /// The names of a table's chains.
+    fn chains(&mut self, table: &Table) -> Result<Vec<String>>;
+
+    /// The elements of a set; `None` without the set or the table.
+    fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>>;
+
+    /// A number that changes with every commit of anybody, but not with elements that rules add.
+    fn generation(&mut self) -> Result<u32>;
+}
