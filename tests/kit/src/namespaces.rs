@@ -27,3 +27,26 @@ pub fn in_fresh_namespaces<T: Send + 'static>(test: impl FnOnce() -> T + Send + 
         Err(panic) => resume_unwind(panic),
     }
 }
+
+/// The node's address that [`become_node`] sets up, from the range for documentation (RFC 5737).
+pub const NODE_ADDRESS: &str = "192.0.2.2";
+
+/// Moves the calling thread, and all that it starts from now on, into fresh network and mount namespaces that look like a
+/// machine of its own: loopback up, a link `eth0` with [`NODE_ADDRESS`], and a default route that leads nowhere.
+pub fn become_node() {
+    require_root();
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("unshare network and mount namespaces");
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("make mounts private");
+    for arguments in [
+        "link set lo up",
+        "link add eth0 type veth peer name uplink",
+        "address add 192.0.2.2/24 dev eth0",
+        "link set eth0 up",
+        "link set uplink up",
+        "route add default via 192.0.2.1",
+    ] {
+        let status = std::process::Command::new("ip").args(arguments.split(' ')).status().expect("run ip");
+        assert!(status.success(), "ip {arguments}");
+    }
+}

@@ -1,0 +1,56 @@
+//! Benchmarks of the release binaries in fresh namespaces: a table for people on standard output, JSON for machines after it.
+//! Nothing here passes or fails by a time.
+
+mod cluster;
+mod cri;
+mod memory;
+mod pod;
+mod table;
+mod up;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "oarlock-perf")]
+struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Cold start of `oarlock up` with an empty data directory, stage by stage
+    Up {
+        /// How many cold starts
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+    },
+    /// Memory and CPU of every process of an idle cluster with the demo
+    Memory {
+        /// Seconds over which CPU time is measured
+        #[arg(long, default_value_t = 20)]
+        seconds: u64,
+    },
+    /// From POST of a pod to Ready, one pod at a time
+    Pod {
+        #[arg(long, default_value_t = 30)]
+        rounds: usize,
+    },
+    /// The same work through CRI alone: sandbox, create, start, stop, remove
+    Cri {
+        #[arg(long, default_value_t = 30)]
+        rounds: usize,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    oarlock_testkit::become_node();
+    match arguments.bench {
+        Bench::Up { rounds } => up::run(rounds),
+        Bench::Memory { seconds } => memory::run(seconds),
+        Bench::Pod { rounds } => pod::run(rounds),
+        Bench::Cri { rounds } => cri::run(rounds),
+    }
+}

@@ -1,0 +1,174 @@
+//! A cluster in fresh namespaces: `oarlock up --detach --demo` below a temporary directory, and kubectl aimed at it.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use oarlock_testkit::{Snapshot, become_node, binary, image_archive, wait_for};
+use serde_json::Value;
+
+/// How long anything in a pod may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) struct Cluster {
+    directory: tempfile::TempDir,
+    before: Snapshot,
+}
+
+impl Cluster {
+    /// Enters fresh namespaces, starts the cluster and checks what the demo printed.
+    pub(crate) fn start() -> Self {
+        become_node();
+        let directory = tempfile::Builder::new().prefix("oarlock-e2e-").tempdir().expect("tempdir");
+        let before = Snapshot::take(&directory.path().to_string_lossy());
+        let cluster = Self { directory, before };
+        let image = image_archive();
+        let output = cluster.oarlock(&["up", "--detach", "--demo", "--image", &image.to_string_lossy()]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "up failed:\n{text}\n{}", String::from_utf8_lossy(&output.stderr));
+        println!("{text}");
+        for expected in
+            ["through the ClusterIP", "through the NodePort", "Kubernetes steers; Oarlock rows.", "many hands"]
+        {
+            assert!(text.contains(expected), "{expected:?} is not in:\n{text}");
+        }
+        assert_eq!(text.matches(" answered ").count(), 6, "three pods through two Services:\n{text}");
+        cluster
+    }
+
+    pub(crate) fn data_dir(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub(crate) fn kubeconfig(&self) -> PathBuf {
+        self.data_dir().join("admin.kubeconfig")
+    }
+
+    /// Runs `oarlock` on this cluster's directory.
+    pub(crate) fn oarlock(&self, arguments: &[&str]) -> Output {
+        Command::new(binary("oarlock"))
+            .arg("--data-dir")
+            .arg(self.data_dir())
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("oarlock")
+    }
+
+    /// A kubectl command with the administrator's kubeconfig.
+    pub(crate) fn kubectl_command(&self) -> Command {
+        let program = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
+        let mut command = Command::new(program);
+        command
+            .arg("--kubeconfig")
+            .arg(self.kubeconfig())
+            .env("HOME", self.data_dir())
+            .env_remove("KUBECONFIG")
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs kubectl with words split at spaces.
+    pub(crate) fn try_kubectl(&self, line: &str) -> Output {
+        self.kubectl_command().args(line.split_whitespace()).output().expect("kubectl")
+    }
+
+    /// Runs kubectl, fails the case if it fails, and returns its standard output.
+    pub(crate) fn kubectl(&self, line: &str) -> String {
+        let output = self.try_kubectl(line);
+        assert!(output.status.success(), "kubectl {line}: {}\n{}", text(&output.stderr), text(&output.stdout));
+        text(&output.stdout)
+    }
+
+    /// Runs kubectl that must fail, and returns what it printed on both streams.
+    pub(crate) fn kubectl_fails(&self, line: &str) -> String {
+        let output = self.try_kubectl(line);
+        assert!(!output.status.success(), "kubectl {line} must fail but printed {}", text(&output.stdout));
+        format!("{}{}", text(&output.stdout), text(&output.stderr))
+    }
+
+    /// Runs kubectl with something on its standard input.
+    pub(crate) fn kubectl_with_input(&self, line: &str, input: &str) -> Output {
+        let mut child = self
+            .kubectl_command()
+            .args(line.split_whitespace())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kubectl");
+        child.stdin.take().expect("stdin").write_all(input.as_bytes()).expect("write to kubectl");
+        child.wait_with_output().expect("kubectl")
+    }
+
+    /// Applies a manifest and returns what kubectl said.
+    pub(crate) fn apply(&self, manifest: &str) -> String {
+        let output = self.kubectl_with_input("apply -f -", manifest);
+        assert!(output.status.success(), "apply: {}\n{manifest}", text(&output.stderr));
+        text(&output.stdout)
+    }
+
+    /// An object as JSON.
+    pub(crate) fn get(&self, line: &str) -> Value {
+        serde_json::from_str(&self.kubectl(&format!("get {line} -o json"))).expect("JSON")
+    }
+
+    /// Waits until a kubectl command prints something that satisfies `wanted`.
+    pub(crate) fn wait_for_output(&self, line: &str, what: &str, wanted: impl Fn(&str) -> bool) -> String {
+        wait_for(what, PATIENCE, || {
+            let output = self.try_kubectl(line);
+            let all = format!("{}{}", text(&output.stdout), text(&output.stderr));
+            wanted(&all).then_some(all)
+        })
+    }
+
+    /// The pid of a daemon under `oarlock up`.
+    pub(crate) fn daemon_pid(&self, name: &str) -> i32 {
+        let directory = self.data_dir().to_string_lossy().into_owned();
+        procfs::process::all_processes()
+            .expect("/proc")
+            .flatten()
+            .find(|process| {
+                process
+                    .cmdline()
+                    .is_ok_and(|words| words.last().is_some_and(|last| last == name) && words.contains(&directory))
+            })
+            .unwrap_or_else(|| panic!("{name} is not running"))
+            .pid
+    }
+
+    /// Prints what helps to understand a failed case.
+    pub(crate) fn show_state(&self) {
+        for line in ["get pods -A -o wide", "get events -A"] {
+            let output = self.try_kubectl(line);
+            println!("--- kubectl {line}\n{}{}", text(&output.stdout), text(&output.stderr));
+        }
+        for name in ["server", "agent", "runtime", "netproxy"] {
+            let log = std::fs::read_to_string(self.data_dir().join(format!("log/{name}.log"))).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().collect();
+            println!("--- {name}.log\n{}", lines[lines.len().saturating_sub(15)..].join("\n"));
+        }
+    }
+
+    /// Resets the cluster and compares the host with how it was before.
+    pub(crate) fn reset_and_check(self) {
+        let output = self.oarlock(&["reset", "--yes"]);
+        assert!(output.status.success(), "reset: {}{}", text(&output.stdout), text(&output.stderr));
+        let left: Vec<_> =
+            std::fs::read_dir(self.data_dir()).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        assert!(left.is_empty(), "files left: {left:?}");
+        self.before.assert_nothing_leaked(&Snapshot::take(&self.directory.path().to_string_lossy()));
+    }
+}
+
+/// Ends the cluster even when a case failed on the way; by the pids that belong to this directory only.
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let _ = self.oarlock(&["reset", "--yes"]);
+    }
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
