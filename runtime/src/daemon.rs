@@ -1,27 +1,217 @@
 //! Owns the daemon's life: opening state, serving the socket, stopping.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener as StdListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use oarlock_cni::CniClient;
+use oarlock_images::{ImageStore, MirrorRule, RegistryConfig};
+use oarlock_streaming::StreamingServer;
+use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::{Config, Error};
+use crate::backend::Streams;
+use crate::config::Config;
+use crate::core::Core;
+use crate::error::Error;
+use crate::events::Events;
+use crate::host;
+use crate::joins::Joins;
+use crate::paths::Paths;
+use crate::reconcile;
+use crate::record::Store;
+use crate::serve::serve;
+use crate::state::{Index, blocking};
+
+/// How long calls under way may take to end when the daemon stops.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How often CNI is asked to free what belongs to nobody.
+const NETWORK_COLLECTION_INTERVAL: Duration = Duration::from_secs(600);
 
 /// The runtime daemon.
 pub struct Runtime {
-    config: Config,
+    core: Arc<Core>,
+    streaming: Arc<StreamingServer>,
+    // Held for the daemon's life: two daemons on one directory would undo each other's work.
+    lock: Flock<fs::File>,
 }
 
 impl Runtime {
     /// Opens state and brings the world in line with it: everything that a crash left half made is undone.
     pub async fn new(config: Config) -> Result<Runtime, Error> {
-        if !config.data_dir.is_absolute() {
-            return Err(Error::Configuration { field: "data_dir", problem: "must be an absolute path".to_owned() });
-        }
-        Ok(Runtime { config })
+        check(&config)?;
+        let paths = Paths::new(&config.data_dir, &config.run_dir);
+        let lock = take_directories(&config, &paths)?;
+        let records = Arc::new(Store::open(&paths.records())?);
+        let images = ImageStore::open(&paths.images(), registries(&config)).await?;
+        let cni =
+            CniClient::new(config.cni_conf_dir.clone(), config.cni_bin_dirs.clone(), config.cni_cache_dir.clone())
+                .with_timeout(config.cni_timeout);
+        let core = Arc::new(Core {
+            host: blocking("the host", host::facts).await?,
+            boot_id: host::boot_id()?,
+            paths,
+            records,
+            index: Index::default(),
+            joins: Joins::default(),
+            events: Events::default(),
+            images,
+            cni,
+            network_gate: tokio::sync::RwLock::new(()),
+            streaming: std::sync::OnceLock::new(),
+            shutdown: CancellationToken::new(),
+            config,
+        });
+        let address = core.config.streaming_listen;
+        let backend = Arc::new(Streams { core: Arc::downgrade(&core) });
+        let streaming = StreamingServer::bind(address, backend)
+            .await
+            .map_err(|source| Error::Streaming { address, source })
+            .map(Arc::new)?;
+        let _ = core.streaming.set(streaming.clone());
+        reconcile::reconcile(&core).await?;
+        Ok(Runtime { core, streaming, lock })
     }
 
     /// Serves until `shutdown`. Containers go on without the daemon.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        tracing::info!(socket = %self.config.socket.display(), "runtime serving");
-        shutdown.cancelled().await;
-        Ok(())
+        let Runtime { core, streaming, lock } = self;
+        let stop = core.shutdown.clone();
+        let _stop_on_return = stop.clone().drop_guard();
+        let socket = core.config.socket.clone();
+        let listener = listen(&socket)?;
+        let address = streaming.local_addr();
+        tracing::info!(socket = %socket.display(), streaming = %address, "runtime serving");
+
+        let streams = tokio::spawn(streaming.run(stop.clone()));
+        tokio::spawn(collect_networks(core.clone(), stop.clone()));
+        let serving = serve(core.clone(), listener, stop.clone());
+        let served = async {
+            tokio::select! {
+                () = serving => {}
+                () = async { stop.cancelled().await; tokio::time::sleep(DRAIN_LIMIT).await } => {}
+            }
+        };
+        let streamed = async {
+            match streams.await {
+                Ok(Ok(())) => Ok(()),
+                Ok(Err(source)) => Err(Error::Streaming { address, source }),
+                Err(_) => Err(Error::Worker { operation: "the streaming server" }),
+            }
+        };
+        tokio::pin!(served, streamed);
+        let result = tokio::select! {
+            () = &mut served => Ok(()),
+            result = &mut streamed => result,
+            () = shutdown.cancelled() => Ok(()),
+        };
+        stop.cancel();
+        if result.is_ok() {
+            let _ = tokio::join!(served, tokio::time::timeout(DRAIN_LIMIT, streamed));
+        }
+        let _ = fs::remove_file(&socket);
+        drop(lock);
+        tracing::info!("runtime stopped; containers go on");
+        result
+    }
+}
+
+fn check(config: &Config) -> Result<(), Error> {
+    let paths = [
+        ("socket", &config.socket),
+        ("data_dir", &config.data_dir),
+        ("run_dir", &config.run_dir),
+        ("shim_binary", &config.shim_binary),
+        ("cni_conf_dir", &config.cni_conf_dir),
+        ("cni_cache_dir", &config.cni_cache_dir),
+    ];
+    for (field, path) in paths.into_iter().chain(config.cni_bin_dirs.iter().map(|path| ("cni_bin_dirs", path))) {
+        if !path.is_absolute() {
+            return Err(Error::Configuration { field, problem: format!("{} is not an absolute path", path.display()) });
+        }
+    }
+    let group = config.cgroup_root.trim_matches('/');
+    if group.is_empty() || group.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
+        return Err(Error::Configuration {
+            field: "cgroup_root",
+            problem: format!("{:?} is not a plain path", config.cgroup_root),
+        });
+    }
+    if !config.shim_binary.is_file() {
+        let problem = format!("{} does not exist", config.shim_binary.display());
+        return Err(Error::Configuration { field: "shim_binary", problem });
+    }
+    Ok(())
+}
+
+/// Makes the directories, readable by root alone, and locks them.
+fn take_directories(config: &Config, paths: &Paths) -> Result<Flock<fs::File>, Error> {
+    for directory in [&config.data_dir, &config.run_dir] {
+        fs::create_dir_all(directory).map_err(Error::io("create", directory))?;
+    }
+    for directory in [paths.records(), paths.volumes(), paths.sandboxes(), paths.containers(), paths.engine()] {
+        fs::create_dir_all(&directory).map_err(Error::io("create", &directory))?;
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o711))
+            .map_err(Error::io("change the mode of", &directory))?;
+    }
+    let path = config.data_dir.join("runtime.lock");
+    let file = fs::OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(Error::io("open", &path))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        nix::errno::Errno::EWOULDBLOCK => {
+            let problem = format!("another runtime uses {}", config.data_dir.display());
+            Error::Configuration { field: "data_dir", problem }
+        }
+        errno => Error::io("lock", path)(errno.into()),
+    })
+}
+
+fn registries(config: &Config) -> RegistryConfig {
+    let mirrors = config.registries.mirrors.iter();
+    RegistryConfig {
+        mirrors: mirrors
+            .map(|(registry, endpoints)| MirrorRule { registry: registry.clone(), endpoints: endpoints.clone() })
+            .collect(),
+        plain_http: config.registries.plain_http.clone(),
+        pinned: Some(config.pause_image.clone()).filter(|image| !image.is_empty()).into_iter().collect(),
+        ..RegistryConfig::default()
+    }
+}
+
+/// Binds the socket under another name first, so that it never can be reached with a wider mode than 0600.
+fn listen(socket: &Path) -> Result<UnixListener, Error> {
+    if let Some(directory) = socket.parent() {
+        fs::create_dir_all(directory).map_err(Error::io("create", directory))?;
+    }
+    let partial = socket.with_extension("binding");
+    let _ = fs::remove_file(&partial);
+    let bind = || {
+        let listener = StdListener::bind(&partial)?;
+        fs::set_permissions(&partial, fs::Permissions::from_mode(0o600))?;
+        fs::rename(&partial, socket)?;
+        listener.set_nonblocking(true)?;
+        UnixListener::from_std(listener)
+    };
+    bind().map_err(|source| Error::Serve { path: socket.to_owned(), source: source.into() })
+}
+
+async fn collect_networks(core: Arc<Core>, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = reconcile::collect_network(&core) => {}
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(NETWORK_COLLECTION_INTERVAL) => {}
+        }
     }
 }

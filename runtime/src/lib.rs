@@ -5,9 +5,27 @@
 //! `sandbox` and `container` carry decisions out; `rpc` has one file a call. This crate makes no container itself:
 //! it asks the pod's shim. It never calls setns: it asks `oarlock-netns`.
 
+mod backend;
 mod config;
+mod container;
+mod core;
 mod daemon;
 mod error;
+mod events;
+mod fdio;
+mod host;
+mod joins;
+mod mounts;
+mod paths;
+mod reconcile;
+mod record;
+mod rpc;
+mod sandbox;
+mod serve;
+mod spec;
+mod state;
+mod stats;
+mod view;
 
 pub use config::{Config, Registries};
 pub use daemon::Runtime;

@@ -1,0 +1,141 @@
+//! Makes a container's bundle: root file system mounted, volumes found, specification written.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use oarlock_images::Image;
+use oci_spec::runtime::LinuxSeccomp;
+
+use super::{devices, ids, volumes};
+use crate::core::Core;
+use crate::error::Error;
+use crate::mounts;
+use crate::record::{ContainerPhase, ContainerRecord, SandboxRecord};
+use crate::sandbox;
+use crate::spec;
+use crate::spec::image::Defaults;
+use crate::spec::namespace::PidMode;
+use crate::spec::seccomp::Choice;
+use crate::spec::user::Identity;
+use crate::state::blocking;
+
+/// Largest seccomp profile read.
+const PROFILE_BYTES_MAX: u64 = 4 << 20;
+
+/// Makes everything, and tells as whom the container runs. On failure what was made stays for the caller to undo.
+pub(super) async fn make(
+    core: &Arc<Core>,
+    record: &Arc<ContainerRecord>,
+    sandbox: &Arc<SandboxRecord>,
+) -> Result<Identity, Error> {
+    let image = image_of(core, record)?;
+    let rootfs = core.images.prepare_rootfs(&image.id, &record.id).await?;
+    let images = volumes::prepare_images(core, record).await?;
+    let (core, record, sandbox) = (core.clone(), record.clone(), sandbox.clone());
+    blocking("a bundle", move || {
+        let paths = core.paths.bundle(&record.id);
+        mounts::overlay(&rootfs, &paths.rootfs())?;
+        volumes::mount_images(&core, &record, &images)?;
+        let identity = ids::look_up(&paths.rootfs(), &record.config, &Defaults::of(&image.config).user)?;
+        write(&core, &record, &sandbox, &Defaults::of(&image.config), &identity)?;
+        Ok(identity)
+    })
+    .await
+}
+
+/// Writes the specification again, after the resources of a container that has not started changed.
+pub(super) async fn rewrite(
+    core: &Arc<Core>,
+    record: &Arc<ContainerRecord>,
+    sandbox: &Arc<SandboxRecord>,
+) -> Result<(), Error> {
+    let image = image_of(core, record)?;
+    let (core, record, sandbox) = (core.clone(), record.clone(), sandbox.clone());
+    blocking("a bundle", move || write(&core, &record, &sandbox, &Defaults::of(&image.config), &record.identity)).await
+}
+
+fn image_of(core: &Core, record: &ContainerRecord) -> Result<Image, Error> {
+    core.images.status(&record.image_id).ok_or_else(|| Error::NoImage { reference: record.image_id.clone() })
+}
+
+fn write(
+    core: &Core,
+    record: &ContainerRecord,
+    sandbox: &SandboxRecord,
+    defaults: &Defaults,
+    identity: &Identity,
+) -> Result<(), Error> {
+    let paths = core.paths.bundle(&record.id);
+    let context = record.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
+    let options = context.and_then(|context| context.namespace_options.as_ref());
+    let pid = spec::namespace::container_pid(options, sandbox.modes())?;
+    let volumes = volumes::find(core, record, defaults)?;
+    let devices = devices::find(&record.config, context.is_some_and(|context| context.privileged))?;
+    let spec = spec::container::build(spec::container::Inputs {
+        config: &record.config,
+        resources: &record.resources,
+        image: defaults,
+        identity,
+        hostname: &sandbox.hostname,
+        pinned: &sandbox::pinned(core, sandbox),
+        pid_namespace: pid_path(core, record, &pid)?,
+        own_pid: pid == PidMode::Own,
+        files: &sandbox::files(core, sandbox),
+        volumes: &volumes,
+        devices: &devices,
+        rootfs: &paths.rootfs(),
+        cgroup: &record.cgroup,
+        seccomp_profile: profile(context)?,
+        annotations: annotations(record, sandbox),
+        host: &core.host,
+    })?;
+    let config = paths.config();
+    let bytes = serde_json::to_vec(&spec)
+        .map_err(|error| Error::Invalid(format!("cannot encode the specification: {error}")))?;
+    // Environments hold secrets, and the directory is readable by root alone.
+    fs::write(&config, bytes).map_err(Error::io("write", &config))
+}
+
+fn pid_path(core: &Core, record: &ContainerRecord, mode: &PidMode) -> Result<Option<PathBuf>, Error> {
+    match mode {
+        PidMode::Own | PidMode::Host => Ok(None),
+        PidMode::Shared => Ok(Some(core.paths.sandbox(&record.sandbox_id).pid_namespace())),
+        PidMode::Target(id) => {
+            let target = core.index.container(id)?.record();
+            if target.sandbox_id != record.sandbox_id || target.phase != ContainerPhase::Running {
+                return Err(Error::Invalid(format!("target_id: container {id} does not run in the same sandbox")));
+            }
+            Ok(Some(format!("/proc/{}/ns/pid", target.pid).into()))
+        }
+    }
+}
+
+fn profile(context: Option<&oarlock_proto::cri::LinuxContainerSecurityContext>) -> Result<Option<LinuxSeccomp>, Error> {
+    let Choice::Localhost(path) = spec::seccomp::choose(context)? else { return Ok(None) };
+    let size = fs::metadata(&path).map_err(Error::io("read seccomp profile", &path))?.len();
+    if size > PROFILE_BYTES_MAX {
+        return Err(Error::Invalid(format!("seccomp profile {path} is larger than {PROFILE_BYTES_MAX} bytes")));
+    }
+    let content = fs::read(&path).map_err(Error::io("read seccomp profile", &path))?;
+    Ok(Some(spec::seccomp::parse(&path, &content)?))
+}
+
+/// Who the container is, under the names that tools of other runtimes read.
+fn annotations(record: &ContainerRecord, sandbox: &SandboxRecord) -> HashMap<String, String> {
+    let pod = sandbox.metadata();
+    let image = record.config.image.as_ref().map(|image| image.image.clone()).unwrap_or_default();
+    [
+        ("container-type", "container".to_owned()),
+        ("container-name", record.metadata().name),
+        ("image-name", image),
+        ("sandbox-id", sandbox.id.clone()),
+        ("sandbox-name", pod.name),
+        ("sandbox-namespace", pod.namespace),
+        ("sandbox-uid", pod.uid),
+    ]
+    .into_iter()
+    .map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value))
+    .collect()
+}

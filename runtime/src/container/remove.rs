@@ -1,0 +1,72 @@
+//! Removes containers. Every step is tried; what is gone already is as good.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use oarlock_proto::cri;
+
+use super::stop::stop;
+use super::volumes::image_key;
+use crate::core::Core;
+use crate::error::Error;
+use crate::mounts;
+use crate::record::{ContainerPhase, ContainerRecord, Kind};
+use crate::sandbox;
+use crate::state::{Container, blocking};
+use crate::view;
+
+/// Removes a container, killing it first if it runs.
+pub(crate) async fn remove(core: Arc<Core>, container: Arc<Container>) -> Result<(), Error> {
+    stop(core.clone(), container.clone(), Duration::ZERO).await?;
+    let _alone = container.operation.lock().await;
+    let id = container.id();
+    if core.index.container(&id).is_err() {
+        return Ok(());
+    }
+    let record = container.change(&core.records, |record| record.phase = ContainerPhase::Removing).await?;
+    take_away(&core, &record).await?;
+    view::publish_container(&core, &container, cri::ContainerEventType::ContainerDeletedEvent);
+    core.index.remove_container(&id);
+    tracing::info!(container.id = %id, "container removed");
+    Ok(())
+}
+
+/// Takes away a container that was never finished. A failure leaves the record, so that the next start tries again.
+pub(crate) async fn undo(core: &Arc<Core>, container: &Arc<Container>) {
+    let record = container.record();
+    if let Err(error) = take_away(core, &record).await {
+        tracing::error!(container.id = %record.id, error = %error.full_message(), "container could not be undone; the next start tries again");
+    }
+    core.index.remove_container(&record.id);
+}
+
+async fn take_away(core: &Arc<Core>, record: &ContainerRecord) -> Result<(), Error> {
+    let id = record.id.clone();
+    let mut failures = Vec::new();
+    let shim = core.index.sandbox(&record.sandbox_id).ok().and_then(|sandbox| sandbox.shim());
+    if let Some(shim) = shim {
+        failures.extend(
+            shim.delete(&id)
+                .await
+                .err()
+                .map(|error| Error::shim(format!("delete container {id}"))(error).full_message()),
+        );
+    }
+    let (group, bundle, volumes) =
+        (record.cgroup.clone(), core.paths.bundle(&id).root, core.paths.container_volumes(&id));
+    let local = blocking("removing a container", move || {
+        let steps = [sandbox::remove_group(&group), mounts::remove_tree(&bundle), mounts::remove_tree(&volumes)];
+        Ok(steps.into_iter().filter_map(Result::err).map(|error| error.full_message()).collect::<Vec<_>>())
+    });
+    failures.extend(local.await?);
+    let images = record.config.mounts.iter().enumerate().filter(|(_, mount)| mount.image.is_some());
+    let keys = images.map(|(index, _)| image_key(&id, index)).chain([id.clone()]);
+    for key in keys {
+        failures.extend(core.images.release_rootfs(&key).await.err().map(|error| Error::from(error).full_message()));
+    }
+    if !failures.is_empty() {
+        return Err(Error::Teardown { operation: format!("remove container {id}"), failures });
+    }
+    let records = core.records.clone();
+    blocking("a record", move || Ok(records.remove(Kind::Container, &id)?)).await
+}

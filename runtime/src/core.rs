@@ -1,0 +1,75 @@
+//! What every call works with: configuration, facts about the host, records, index, images, network, events.
+//!
+//! Owns no behaviour beyond putting these together.
+
+use std::sync::{Arc, OnceLock};
+
+use oarlock_cni::CniClient;
+use oarlock_images::ImageStore;
+use oarlock_shim_api::SpawnOptions;
+use oarlock_streaming::StreamingServer;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::events::Events;
+use crate::joins::Joins;
+use crate::paths::Paths;
+use crate::record::Store;
+use crate::spec::HostFacts;
+use crate::state::Index;
+
+/// Shared by all calls.
+pub(crate) struct Core {
+    pub config: Config,
+    pub paths: Paths,
+    pub host: HostFacts,
+    pub boot_id: String,
+    pub records: Arc<Store>,
+    pub index: Index,
+    pub joins: Joins,
+    pub events: Events,
+    pub images: ImageStore,
+    pub cni: CniClient,
+    /// Taken for writing while CNI frees what belongs to nobody: no sandbox may join the network in the middle.
+    pub network_gate: tokio::sync::RwLock<()>,
+    pub streaming: OnceLock<Arc<StreamingServer>>,
+    /// Cancelled when the daemon stops serving.
+    pub shutdown: CancellationToken,
+}
+
+impl Core {
+    /// The OCI runtime binary of a handler; None is the built-in engine.
+    pub(crate) fn handler(&self, name: &str) -> Result<Option<std::path::PathBuf>, Error> {
+        match (name, self.config.handlers.get(name)) {
+            (_, Some(binary)) => Ok(Some(binary.clone())),
+            ("" | "oarlock", None) => Ok(None),
+            (unknown, None) => {
+                let known = self.config.handlers.keys().map(String::as_str).chain(["oarlock"]).collect::<Vec<_>>();
+                Err(Error::Invalid(format!(
+                    "runtime_handler: no handler is called {unknown:?} (known: {})",
+                    known.join(", ")
+                )))
+            }
+        }
+    }
+
+    /// How a sandbox's shim is started.
+    pub(crate) fn shim_options(&self, sandbox_id: &str, shared_pid: bool) -> SpawnOptions {
+        let paths = self.paths.sandbox(sandbox_id);
+        SpawnOptions {
+            shim_binary: self.config.shim_binary.clone(),
+            sandbox_id: sandbox_id.to_owned(),
+            state_dir: paths.shim(),
+            container_root: self.paths.engine(),
+            shared_pid_namespace: shared_pid.then(|| paths.pid_namespace()),
+            cgroup: Some(format!("{}/shims", self.config.cgroup_root.trim_matches('/'))),
+            systemd_cgroup: false,
+        }
+    }
+
+    /// The streaming server, once it is bound.
+    pub(crate) fn streaming(&self) -> Result<&Arc<StreamingServer>, Error> {
+        self.streaming.get().ok_or_else(|| Error::Invalid("the streaming server is not running".to_owned()))
+    }
+}

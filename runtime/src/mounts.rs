@@ -1,0 +1,195 @@
+//! Mounts and directories below the run directory: made, looked up, taken away. Never removes across a mount.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use oarlock_images::Rootfs;
+
+use crate::error::Error;
+
+/// Longest option string mount(2) takes: one page, with its end.
+const OPTIONS_MAX: usize = 4095;
+
+/// Mounts a container's root file system.
+pub(crate) fn overlay(rootfs: &Rootfs, target: &Path) -> Result<(), Error> {
+    fs::create_dir_all(target).map_err(Error::io("create", target))?;
+    let mut options = format!("lowerdir={}", lower(&rootfs.lower));
+    options.push_str(&format!(",upperdir={},workdir={}", escape(&rootfs.upper), escape(&rootfs.work)));
+    overlay_with(&options, target, MsFlags::empty())
+}
+
+/// Mounts layers for reading only.
+pub(crate) fn overlay_readonly(layers: &[PathBuf], target: &Path) -> Result<(), Error> {
+    fs::create_dir_all(target).map_err(Error::io("create", target))?;
+    if let [only] = layers {
+        mount(Some(only), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(mounting(target))?;
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        return mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(mounting(target));
+    }
+    overlay_with(&format!("lowerdir={}", lower(layers)), target, MsFlags::MS_RDONLY)
+}
+
+fn overlay_with(options: &str, target: &Path, flags: MsFlags) -> Result<(), Error> {
+    if options.len() > OPTIONS_MAX {
+        let source = io::Error::other("the image has too many layers for one mount");
+        return Err(Error::Io { operation: "mount", path: target.to_owned(), source });
+    }
+    let options = CString::new(options).map_err(|error| Error::Io {
+        operation: "mount",
+        path: target.to_owned(),
+        source: error.into(),
+    })?;
+    mount(Some("overlay"), target, Some("overlay"), flags, Some(options.as_c_str())).map_err(mounting(target))
+}
+
+fn lower(layers: &[PathBuf]) -> String {
+    layers.iter().map(|layer| escape(layer)).collect::<Vec<_>>().join(":")
+}
+
+/// Overlay separates layers by colons and options by commas.
+fn escape(path: &Path) -> String {
+    path.display().to_string().replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,")
+}
+
+/// Mounts a sandbox's shared memory.
+pub(crate) fn shm(target: &Path, size_bytes: u64) -> Result<(), Error> {
+    fs::create_dir_all(target).map_err(Error::io("create", target))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let options = format!("mode=1777,size={size_bytes}");
+    mount(Some("shm"), target, Some("tmpfs"), flags, Some(options.as_str())).map_err(mounting(target))
+}
+
+fn mounting(target: &Path) -> impl FnOnce(Errno) -> Error {
+    let path = target.to_owned();
+    move |errno| Error::Io { operation: "mount", path, source: errno.into() }
+}
+
+/// Detaches everything mounted on `target`; nothing there is as good.
+pub(crate) fn unmount(target: &Path) -> Result<(), Error> {
+    loop {
+        match umount2(target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+            Ok(()) => {}
+            Err(Errno::EINVAL | Errno::ENOENT | Errno::ENOTDIR) => return Ok(()),
+            Err(errno) => {
+                return Err(Error::Io { operation: "unmount", path: target.to_owned(), source: errno.into() });
+            }
+        }
+    }
+}
+
+/// Unmounts everything at and below `root`, deepest first, then removes the tree. What is gone already is as good.
+pub(crate) fn remove_tree(root: &Path) -> Result<(), Error> {
+    if fs::symlink_metadata(root).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        return Ok(());
+    }
+    let mut points = mount_points(root)?;
+    points.sort_by_key(|point| std::cmp::Reverse(point.components().count()));
+    for point in &points {
+        unmount(point)?;
+    }
+    // Removing must never follow into something still mounted.
+    if let Some(left) = mount_points(root)?.first() {
+        let source = io::Error::from(io::ErrorKind::ResourceBusy);
+        return Err(Error::Io { operation: "unmount", path: left.clone(), source });
+    }
+    match fs::remove_dir_all(root) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", root)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// The mount points at and below `root` in this thread's mount namespace.
+fn mount_points(root: &Path) -> Result<Vec<PathBuf>, Error> {
+    let table = fs::read("/proc/thread-self/mountinfo").map_err(Error::io("read", "/proc/thread-self/mountinfo"))?;
+    Ok(points_in(&table).into_iter().filter(|point| point.starts_with(root)).collect())
+}
+
+fn points_in(table: &[u8]) -> Vec<PathBuf> {
+    let lines = table.split(|byte| *byte == b'\n');
+    lines.filter_map(|line| line.split(|byte| *byte == b' ').nth(4)).map(unescape).collect()
+}
+
+/// Whether the mount that `path` lies on passes events to its peers (`shared`), or receives them (`slave`).
+pub(crate) fn propagation_of(path: &Path) -> Result<(PathBuf, bool, bool), Error> {
+    let table = fs::read("/proc/thread-self/mountinfo").map_err(Error::io("read", "/proc/thread-self/mountinfo"))?;
+    Ok(propagation_in(&table, path))
+}
+
+fn propagation_in(table: &[u8], path: &Path) -> (PathBuf, bool, bool) {
+    let mut best = (PathBuf::from("/"), false, false);
+    let mut depth = 0;
+    for line in table.split(|byte| *byte == b'\n') {
+        let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
+        let Some(point) = fields.get(4).map(|field| unescape(field)) else { continue };
+        let length = point.components().count();
+        // Of several mounts on one point the last one listed is the one seen.
+        if path.starts_with(&point) && length >= depth {
+            let optional = fields[6..].iter().take_while(|field| **field != b"-").collect::<Vec<_>>();
+            let has = |prefix: &[u8]| optional.iter().any(|field| field.starts_with(prefix));
+            depth = length;
+            best = (point, has(b"shared:"), has(b"master:"));
+        }
+    }
+    best
+}
+
+/// The kernel writes blanks and backslashes of paths as three octal digits.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let code = tail
+            .get(..3)
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|text| u8::from_str_radix(text, 8).ok());
+        match (first, code) {
+            (b'\\', Some(byte)) => {
+                bytes.push(byte);
+                rest = &tail[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsStr::from_bytes(&bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TABLE: &[u8] = b"\
+1 0 8:1 / / rw shared:1 - ext4 /dev/a rw
+2 1 0:2 / /mnt/with\\040blank rw - tmpfs tmpfs rw
+3 1 0:3 / /mnt/slave rw master:7 - tmpfs tmpfs rw
+";
+
+    #[test]
+    fn the_longest_mount_point_decides() {
+        assert_eq!(propagation_in(TABLE, Path::new("/etc")), ("/".into(), true, false));
+        assert_eq!(propagation_in(TABLE, Path::new("/mnt/slave/x")), ("/mnt/slave".into(), false, true));
+        assert_eq!(points_in(TABLE)[1], Path::new("/mnt/with blank"));
+    }
+
+    #[test]
+    fn separators_in_paths_are_escaped() {
+        assert_eq!(lower(&["/a:b".into(), "/c,d".into()]), "/a\\:b:/c\\,d");
+    }
+
+    #[test]
+    fn removing_what_is_not_there_succeeds() {
+        let directory = tempfile::tempdir().unwrap();
+        remove_tree(&directory.path().join("nothing")).unwrap();
+        fs::create_dir_all(directory.path().join("a/b")).unwrap();
+        remove_tree(&directory.path().join("a")).unwrap();
+        assert!(!directory.path().join("a").exists());
+    }
+}

@@ -1,0 +1,13 @@
+//! ListPodSandboxMetrics: of the sandboxes that are ready.
+
+use std::sync::Arc;
+
+use oarlock_proto::cri;
+use tonic::Status;
+
+use crate::core::Core;
+use crate::stats;
+
+pub(super) async fn list_pod_sandbox_metrics(core: &Arc<Core>) -> Result<Vec<cri::PodSandboxMetrics>, Status> {
+    Ok(stats::metrics(core).await?)
+}

@@ -1,0 +1,28 @@
+//! RemoveImage: an image that does not exist has been removed; one that a container uses stays.
+
+use std::sync::Arc;
+
+use oarlock_proto::cri;
+use tonic::Status;
+
+use super::image_status::reference;
+use crate::core::Core;
+use crate::error::Error;
+
+pub(super) async fn remove_image(
+    core: &Arc<Core>,
+    request: &cri::RemoveImageRequest,
+) -> Result<cri::RemoveImageResponse, Status> {
+    let reference = reference(request.image.as_ref())?;
+    if let Some(image) = core.images.status(reference) {
+        // A tag may go while another name keeps the image.
+        let last = reference == image.id || image.repo_tags.len() + image.repo_digests.len() <= 1;
+        let user = core.index.containers().into_iter().find(|container| container.record().image_id == image.id);
+        if let Some(user) = user.filter(|_| last) {
+            let id = image.id.clone();
+            tracing::debug!(image.id = %id, container.id = %user.id(), "image in use loses its names only");
+        }
+    }
+    core.images.remove(reference).await.map_err(Error::from)?;
+    Ok(cri::RemoveImageResponse {})
+}

@@ -1,0 +1,104 @@
+//! Status: whether pods can be made now, and what this runtime can do.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use oarlock_proto::cri;
+use serde_json::json;
+
+use crate::core::Core;
+
+pub(super) fn status(core: &Arc<Core>, request: &cri::StatusRequest) -> cri::StatusResponse {
+    let mut names: Vec<&str> = vec!["", "oarlock"];
+    names.extend(core.config.handlers.keys().map(String::as_str));
+    let handler = |name: &str| cri::RuntimeHandler {
+        name: name.to_owned(),
+        features: Some(cri::RuntimeHandlerFeatures {
+            recursive_read_only_mounts: recursive_read_only(),
+            user_namespaces: false,
+        }),
+    };
+    cri::StatusResponse {
+        status: Some(cri::RuntimeStatus { conditions: vec![runtime_ready(core), network_ready(core)] }),
+        info: if request.verbose { info(core) } else { HashMap::new() },
+        runtime_handlers: names.into_iter().map(handler).collect(),
+        features: Some(cri::RuntimeFeatures {
+            supplemental_groups_policy: true,
+            user_namespaces_host_network: false,
+            mount_options: false,
+        }),
+    }
+}
+
+fn runtime_ready(core: &Core) -> cri::RuntimeCondition {
+    let problem = match core.config.shim_binary.is_file() {
+        true => None,
+        false => Some(format!("shim binary {} is missing", core.config.shim_binary.display())),
+    };
+    condition("RuntimeReady", "ShimMissing", problem)
+}
+
+fn network_ready(core: &Core) -> cri::RuntimeCondition {
+    let problem = core.cni.default_network().err().map(|error| crate::error::chain(&error));
+    condition("NetworkReady", "NetworkPluginNotReady", problem)
+}
+
+fn condition(kind: &str, reason: &str, problem: Option<String>) -> cri::RuntimeCondition {
+    cri::RuntimeCondition {
+        r#type: kind.to_owned(),
+        status: problem.is_none(),
+        reason: if problem.is_some() { reason.to_owned() } else { String::new() },
+        message: problem.unwrap_or_default(),
+    }
+}
+
+/// mount_setattr(2) came with Linux 5.12.
+fn recursive_read_only() -> bool {
+    let release =
+        nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
+    at_least(&release, (5, 12))
+}
+
+fn at_least(release: &str, wanted: (u32, u32)) -> bool {
+    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= wanted
+}
+
+fn info(core: &Core) -> HashMap<String, String> {
+    let host = &core.host;
+    let network = core.cni.default_network().ok();
+    let config = json!({
+        "dataDir": core.config.data_dir,
+        "runDir": core.config.run_dir,
+        "socket": core.config.socket,
+        "shimBinary": core.config.shim_binary,
+        "handlers": core.config.handlers.iter().map(|(name, path)| (name.clone(), json!(path))).collect::<serde_json::Map<_, _>>(),
+        "cniConfDir": core.config.cni_conf_dir,
+        "cniBinDirs": core.config.cni_bin_dirs,
+        "network": network.map(|network| network.name),
+        "cgroupDriver": "cgroupfs",
+        "cgroupVersion": if host.cgroup_v2 { "v2" } else { "v1" },
+        "swapAccounting": host.swap_accounting,
+        "hugetlb": host.hugetlb,
+        "appArmor": host.apparmor,
+        "seLinux": host.selinux,
+        "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
+        "lowestOomScoreAdj": host.oom_score_adj_floor,
+        "capabilities": host.capabilities,
+        "sandboxes": core.index.sandboxes().len(),
+        "containers": core.index.containers().len(),
+    });
+    HashMap::from([("config".to_owned(), config.to_string())])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_releases_compare_by_number() {
+        assert!(at_least("5.12.0", (5, 12)) && at_least("6.1.0-18-amd64", (5, 12)));
+        assert!(!at_least("5.9.1", (5, 12)) && !at_least("", (5, 12)));
+    }
+}

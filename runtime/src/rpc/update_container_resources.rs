@@ -1,0 +1,24 @@
+//! UpdateContainerResources.
+
+use std::sync::Arc;
+
+use oarlock_proto::cri;
+use tonic::Status;
+
+use crate::container;
+use crate::core::Core;
+use crate::error::Error;
+
+pub(super) async fn update_container_resources(
+    core: &Arc<Core>,
+    request: &cri::UpdateContainerResourcesRequest,
+) -> Result<cri::UpdateContainerResourcesResponse, Status> {
+    if request.windows.is_some() {
+        return Err(Error::Invalid("windows: this is Linux".to_owned()).into());
+    }
+    let container = core.index.container(&request.container_id)?;
+    if let Some(update) = &request.linux {
+        container::update(core, &container, update).await?;
+    }
+    Ok(cri::UpdateContainerResourcesResponse {})
+}

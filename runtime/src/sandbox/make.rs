@@ -1,0 +1,130 @@
+//! Makes what a sandbox consists of: namespaces and network, shim, files, control group; side by side where one does not
+//! need the other.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use oarlock_cgroup::Cgroup;
+use oarlock_netns::{PinOptions, Pins};
+use oarlock_shim_api::Shim;
+
+use super::network;
+use crate::core::Core;
+use crate::error::Error;
+use crate::mounts;
+use crate::paths::SandboxPaths;
+use crate::spec::sandbox::Decision;
+use crate::state::{Sandbox, blocking};
+
+/// Size of a sandbox's shared memory.
+const SHM_BYTES: u64 = 64 << 20;
+
+/// Makes everything and gives the addresses. On failure what was made stays for the caller to undo.
+pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<Vec<String>, Error> {
+    let id = sandbox.id();
+    let paths = core.paths.sandbox(&id);
+    let (root, group) = (paths.root.clone(), decision.cgroup_parent.clone());
+    blocking("the sandbox directory", move || {
+        fs::create_dir_all(&root).map_err(Error::io("create", &root))?;
+        // The shim and every container go below it, so it comes before both.
+        create_group(&group)
+    })
+    .await?;
+    // None of the three may be dropped half way because another failed: each is waited for.
+    let (network, shim, files) = tokio::join!(
+        make_network(core, sandbox, decision, &paths),
+        make_shim(core, sandbox, decision),
+        make_files(decision, sandbox, &paths)
+    );
+    shim?;
+    files?;
+    network
+}
+
+async fn make_network(
+    core: &Arc<Core>,
+    sandbox: &Arc<Sandbox>,
+    decision: &Decision,
+    paths: &SandboxPaths,
+) -> Result<Vec<String>, Error> {
+    let modes = decision.modes;
+    let options = PinOptions {
+        net: !modes.host_network,
+        ipc: !modes.host_ipc,
+        uts: !modes.host_network,
+        hostname: Some(decision.hostname.clone()).filter(|name| !name.is_empty()),
+        sysctls: decision.sysctls.clone(),
+    };
+    let (directory, id) = (paths.namespaces(), sandbox.id());
+    blocking("namespaces", move || {
+        if !(options.net || options.ipc || options.uts) {
+            return Ok(());
+        }
+        Pins::create(&directory, &options).map(drop).map_err(|source| Error::Namespaces {
+            sandbox: id,
+            operation: "make",
+            source,
+        })
+    })
+    .await?;
+    if modes.host_network {
+        return Ok(Vec::new());
+    }
+    network::attach(core, &sandbox.record(), decision).await
+}
+
+async fn make_shim(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<(), Error> {
+    let id = sandbox.id();
+    let options = core.shim_options(&id, decision.modes.shared_pid);
+    let limit = core.config.shim_timeout;
+    let shim = tokio::time::timeout(limit, Shim::spawn(options))
+        .await
+        .map_err(|_| Error::TimedOut { operation: format!("starting the shim of sandbox {id}"), limit })?
+        .map_err(Error::shim(format!("start the shim of sandbox {id}")))?;
+    sandbox.set_shim(Some(shim));
+    Ok(())
+}
+
+async fn make_files(decision: &Decision, sandbox: &Arc<Sandbox>, paths: &SandboxPaths) -> Result<(), Error> {
+    let record = sandbox.record();
+    let (paths, decision) = (paths.clone(), decision.clone());
+    blocking("the sandbox's files", move || {
+        let resolv_conf = match &decision.resolv_conf {
+            Some(text) => text.clone().into_bytes(),
+            None => host_resolv_conf()?,
+        };
+        write_readable(&paths.resolv_conf(), &resolv_conf)?;
+        write_readable(&paths.hostname(), format!("{}\n", decision.hostname).as_bytes())?;
+        if !decision.modes.host_ipc {
+            mounts::shm(&paths.shm(), SHM_BYTES)?;
+        }
+        let logs = Path::new(&record.config.log_directory);
+        if logs.is_absolute() {
+            fs::create_dir_all(logs).map_err(Error::io("create", logs))?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+fn host_resolv_conf() -> Result<Vec<u8>, Error> {
+    let path = "/etc/resolv.conf";
+    match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.map_err(Error::io("read", path)),
+    }
+}
+
+/// Containers of any user read these, whatever the daemon's umask is.
+fn write_readable(path: &Path, content: &[u8]) -> Result<(), Error> {
+    fs::write(path, content).map_err(Error::io("write", path))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(Error::io("change the mode of", path))
+}
+
+fn create_group(group: &str) -> Result<(), Error> {
+    let failed = |source| Error::Cgroup { operation: "create", group: group.to_owned(), source };
+    Cgroup::new(group).map_err(failed)?.create().map_err(failed)
+}
