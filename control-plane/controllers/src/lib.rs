@@ -1,8 +1,30 @@
 //! The controllers: they watch the cluster's objects and bring what is closer to what was asked for.
-//! Owns no storage and no HTTP: everything goes through a `kube::Client`.
+//!
+//! One informer a kind feeds all controllers (`shared`). Each controller is a module with a pure part that decides
+//! (`plan`, `status`, `rolling` …) and a thin part that reads the caches, asks the pure part, and carries its answer
+//! out. All are level-based: nothing is remembered that cannot be computed again from the API. This crate owns no
+//! storage and no HTTP: everything goes through a `kube::Client`.
+
+mod conditions;
+mod deployment;
+mod disruption;
+mod endpoints;
+mod garbage;
+mod namespace;
+mod node;
+mod owners;
+mod pods;
+mod replicaset;
+mod root_ca;
+mod service_account;
+mod shared;
 
 use ipnet::IpNet;
+use oarlock_machinery::Recorder;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+
+use shared::Shared;
 
 /// What the controllers need to know beside what the API tells them.
 #[derive(Clone, Debug)]
@@ -18,25 +40,69 @@ pub struct Config {
 /// Why the controllers stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A task that should run for ever ended.
+    /// A task that should run for ever ended, by itself or by a panic.
     #[error("controller task {task} ended unexpectedly")]
     TaskEnded { task: &'static str },
+    /// The node slices do not fit into the cluster's addresses.
+    #[error("node prefix length {mask} does not fit into cluster CIDR {cidr}")]
+    NodeMask { cidr: IpNet, mask: u8 },
 }
 
 /// All controllers over one client.
 pub struct Controllers {
-    _client: kube::Client,
-    _config: Config,
+    client: kube::Client,
+    config: Config,
 }
 
 impl Controllers {
     pub fn new(client: kube::Client, config: Config) -> Self {
-        Self { _client: client, _config: config }
+        Self { client, config }
     }
 
-    /// Runs until `shutdown`.
+    /// Runs until `shutdown`. An error means that a task died; the caller should end the process.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        shutdown.cancelled().await;
+        let cidrs = node::ipam::Pool::new(self.config.cluster_cidr, self.config.node_cidr_mask)
+            .ok_or(Error::NodeMask { cidr: self.config.cluster_cidr, mask: self.config.node_cidr_mask })?;
+        let (recorder, writer) = Recorder::new(self.client.clone(), "controller-manager");
+        let shared = Shared::new(self.client, recorder);
+        let mut tasks: JoinSet<&'static str> = JoinSet::new();
+        // Ends every task when this function does, however it ends.
+        let stop = shutdown.child_token();
+        let _stop_on_return = stop.clone().drop_guard();
+
+        let mut start = |name: &'static str, task: shared::Task| {
+            tasks.spawn(async move {
+                task.await;
+                name
+            });
+        };
+        start("events", Box::pin(writer.run(stop.clone())));
+        start("deployment", deployment::start(&shared, &stop));
+        start("replicaset", replicaset::start(&shared, &stop));
+        start("endpointslice", endpoints::start(&shared, &stop));
+        start("namespace", namespace::start(&shared, &stop));
+        start("garbage", garbage::start(&shared, &stop));
+        start("serviceaccount", service_account::start(&shared, &stop));
+        start("root-ca", root_ca::start(&shared, &stop, self.config.root_ca_pem));
+        start("node-lifecycle", node::lifecycle::start(&shared, &stop));
+        start("taint-eviction", node::eviction::start(&shared, &stop));
+        start("node-ipam", node::ipam::start(&shared, &stop, cidrs));
+        start("pod-gc", node::pod_gc::start(&shared, &stop));
+        start("disruption", disruption::start(&shared, &stop));
+        // Informers start last: every listener is in place and misses nothing.
+        for (name, task) in shared.informer_tasks(&stop) {
+            start(name, task);
+        }
+
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            ended = tasks.join_next() => if !shutdown.is_cancelled() {
+                let task = ended.and_then(Result::ok).unwrap_or("panicked");
+                return Err(Error::TaskEnded { task });
+            }
+        }
+        stop.cancel();
+        while tasks.join_next().await.is_some() {}
         Ok(())
     }
 }

@@ -1,7 +1,13 @@
 //! Calls to the API with a time limit and an error that says which operation failed.
 
+use std::fmt::Debug;
 use std::future::Future;
 use std::time::Duration;
+
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 /// No call to the API waits longer than this.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -90,4 +96,28 @@ pub async fn call<T>(
         Ok(Err(source)) => Err(ApiError::Failed { operation, source: Box::new(source) }),
         Err(_elapsed) => Err(ApiError::TimedOut { operation }),
     }
+}
+
+/// Merge-patches an object.
+pub async fn merge<K>(operation: &'static str, api: &Api<K>, name: &str, patch: &Value) -> Result<K, ApiError>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    call(operation, api.patch(name, &PatchParams::default(), &Patch::Merge(patch))).await
+}
+
+/// Merge-patches an object's status.
+pub async fn merge_status<K>(operation: &'static str, api: &Api<K>, name: &str, patch: &Value) -> Result<K, ApiError>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    call(operation, api.patch_status(name, &PatchParams::default(), &Patch::Merge(patch))).await
+}
+
+/// Merge-patches an object and reads no more than its metadata back.
+pub async fn merge_metadata<K>(operation: &'static str, api: &Api<K>, name: &str, patch: &Value) -> Result<(), ApiError>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    call(operation, api.patch_metadata(name, &PatchParams::default(), &Patch::Merge(patch))).await.map(drop)
 }

@@ -11,7 +11,7 @@ pub mod selector;
 #[cfg(feature = "fake")]
 pub mod fake;
 
-pub use call::{ApiError, call};
+pub use call::{ApiError, call, merge, merge_metadata, merge_status};
 pub use events::{EventType, Recorder};
 pub use informer::{Change, Informer, Key};
 pub use queue::{Next, WorkQueue};

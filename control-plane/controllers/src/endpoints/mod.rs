@@ -1,0 +1,258 @@
+//! Endpoints of Services: EndpointSlices (`slices`) and the older Endpoints (`legacy`). Which pods count and how is
+//! decided in `backends`; this file reads caches and sends requests.
+
+mod backends;
+mod legacy;
+mod slices;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Endpoints, Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::api::{DeleteParams, PostParams, Preconditions};
+use kube::{Api, ResourceExt};
+use oarlock_machinery::{ApiError, Change, Key, Next, Selector, WorkQueue, call, queue};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::shared::{Shared, Task};
+
+pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+const CONCURRENCY: usize = 8;
+
+struct Controller {
+    shared: Arc<Shared>,
+    slices: Arc<WorkQueue<Key>>,
+    endpoints: Arc<WorkQueue<Key>>,
+    /// By Service: versions of slices that were written here and have not come back by the watch, and when.
+    written: Mutex<HashMap<Key, HashMap<String, Written>>>,
+}
+
+struct Written {
+    version: u64,
+    at: Instant,
+}
+
+/// A write that has not come back by then never will: the slice was deleted at once.
+const ECHO_LIMIT: Duration = Duration::from_secs(10);
+
+pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
+    let controller = Arc::new(Controller {
+        shared: shared.clone(),
+        slices: WorkQueue::new(),
+        endpoints: WorkQueue::new(),
+        written: Mutex::default(),
+    });
+    let listener = controller.clone();
+    shared.services.on_change(move |change| listener.want(Key::of(change.object().as_ref())));
+    let listener = controller.clone();
+    shared.pods.on_change(move |change| listener.pod_changed(change));
+    let listener = controller.clone();
+    shared.nodes.on_change(move |change| listener.node_changed(change));
+    let listener = controller.clone();
+    shared.endpoint_slices.on_change(move |change| listener.slice_changed(change));
+    let listener = controller.clone();
+    shared.endpoints.on_change(move |change| listener.endpoints.add(Key::of(change.object().as_ref())));
+    let stop = stop.clone();
+    Box::pin(async move {
+        let shared = controller.shared.clone();
+        shared.services.wait_synced().await;
+        shared.pods.wait_synced().await;
+        shared.nodes.wait_synced().await;
+        shared.endpoint_slices.wait_synced().await;
+        shared.endpoints.wait_synced().await;
+        let slices = queue::work("endpointslice", controller.slices.clone(), CONCURRENCY, stop.clone(), |key| {
+            controller.clone().reconcile_slices(key)
+        });
+        let endpoints = queue::work("endpoints", controller.endpoints.clone(), CONCURRENCY, stop, |key| {
+            controller.clone().reconcile_endpoints(key)
+        });
+        tokio::join!(slices, endpoints);
+    })
+}
+
+impl Controller {
+    fn want(&self, key: Key) {
+        self.slices.add(key.clone());
+        self.endpoints.add(key);
+    }
+
+    fn pod_changed(&self, change: &Change<'_, Pod>) {
+        let relevant = match change {
+            Change::Added(_) | Change::Deleted(_) => true,
+            Change::Updated { old, new } => backends::differ(old, new),
+        };
+        if !relevant {
+            return;
+        }
+        let pod = change.object();
+        let before = match change {
+            Change::Updated { old, .. } => old.metadata.labels.as_ref(),
+            _ => None,
+        };
+        for service in self.shared.services.in_namespace(&pod.namespace().unwrap_or_default()) {
+            let Some(selector) = selector(&service) else { continue };
+            if selector.matches(pod.metadata.labels.as_ref()) || (before.is_some() && selector.matches(before)) {
+                self.want(Key::of(service.as_ref()));
+            }
+        }
+    }
+
+    /// Only a node's zone matters here.
+    fn node_changed(&self, change: &Change<'_, k8s_openapi::api::core::v1::Node>) {
+        let Change::Updated { old, new } = change else { return };
+        if backends::zone(old) == backends::zone(new) {
+            return;
+        }
+        for service in self.shared.services.list() {
+            self.slices.add(Key::of(service.as_ref()));
+        }
+    }
+
+    fn slice_changed(&self, change: &Change<'_, EndpointSlice>) {
+        let slice = change.object();
+        let Some(service) = slice.labels().get(SERVICE_NAME_LABEL).filter(|_| slices::is_ours(slice)) else { return };
+        let service = Key::new(slice.namespace().unwrap_or_default(), service.clone());
+        self.forget_written(&service, &slice.name_any(), version(slice));
+        self.slices.add(service);
+    }
+
+    fn note(&self, service: &Key, slice: &EndpointSlice) {
+        let written = Written { version: version(slice), at: Instant::now() };
+        self.written.lock().entry(service.clone()).or_default().insert(slice.name_any(), written);
+        // The echo may have been quicker than the answer.
+        if let Some(seen) = self.shared.endpoint_slices.get_key(&Key::of(slice)) {
+            self.forget_written(service, &slice.name_any(), version(&seen));
+        }
+    }
+
+    fn forget_written(&self, service: &Key, slice: &str, seen: u64) {
+        let mut written = self.written.lock();
+        let Some(slices) = written.get_mut(service) else { return };
+        if slices.get(slice).is_some_and(|written| written.version <= seen) {
+            slices.remove(slice);
+        }
+        if slices.is_empty() {
+            written.remove(service);
+        }
+    }
+
+    /// Whether everything that was written for the Service has come back.
+    fn is_caught_up(&self, service: &Key) -> bool {
+        let mut written = self.written.lock();
+        let Some(slices) = written.get_mut(service) else { return true };
+        slices.retain(|_, written| written.at.elapsed() < ECHO_LIMIT);
+        slices.is_empty()
+    }
+
+    fn backends(&self, service: &Service, selector: &Selector) -> Vec<Arc<Pod>> {
+        let pods = self.shared.pods.in_namespace(&service.namespace().unwrap_or_default());
+        let mut pods: Vec<Arc<Pod>> =
+            pods.into_iter().filter(|pod| selector.matches(pod.metadata.labels.as_ref())).collect();
+        pods.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
+        pods
+    }
+
+    async fn reconcile_slices(self: Arc<Self>, key: Key) -> Result<Next, ApiError> {
+        // Asked before the cache is read: what is read afterwards includes everything that was written.
+        let caught_up = self.is_caught_up(&key);
+        let index = format!("{}/{}", key.namespace, key.name);
+        let mut existing = self.shared.endpoint_slices.indexed(&index);
+        existing.retain(|slice| slices::is_ours(slice));
+        let api: Api<EndpointSlice> = Api::namespaced(self.shared.client.clone(), &key.namespace);
+        let Some(service) = self.shared.services.get_key(&key) else {
+            return self.delete_slices(&api, existing).await.map(|()| Next::Done);
+        };
+        if service.metadata.deletion_timestamp.is_some() {
+            return Ok(Next::Done);
+        }
+        let Some(selector) = selector(&service) else { return Ok(Next::Done) };
+        if !caught_up {
+            // The echo of the write brings us back; the delay is for the echo that never comes.
+            return Ok(Next::After(ECHO_LIMIT));
+        }
+        let zone_of = |node: &str| self.shared.nodes.get("", node).and_then(|node| backends::zone(&node).cloned());
+        let plan = slices::plan(&service, &self.backends(&service, &selector), &existing, zone_of);
+        for slice in plan.create {
+            match call("create endpointslice", api.create(&PostParams::default(), &slice)).await {
+                Ok(created) => self.note(&key, &created),
+                Err(error) if error.is_namespace_terminating() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        for slice in plan.update {
+            let written =
+                call("replace endpointslice", api.replace(&slice.name_any(), &PostParams::default(), &slice)).await?;
+            self.note(&key, &written);
+        }
+        self.delete_slices(&api, plan.delete).await?;
+        Ok(Next::Done)
+    }
+
+    async fn delete_slices(&self, api: &Api<EndpointSlice>, gone: Vec<Arc<EndpointSlice>>) -> Result<(), ApiError> {
+        for slice in gone {
+            let parameters =
+                DeleteParams::default().preconditions(Preconditions { uid: slice.uid(), resource_version: None });
+            match call("delete endpointslice", api.delete(&slice.name_any(), &parameters)).await {
+                Err(error) if error.is_not_found() || error.is_conflict() => {}
+                result => drop(result?),
+            }
+        }
+        Ok(())
+    }
+
+    async fn reconcile_endpoints(self: Arc<Self>, key: Key) -> Result<Next, ApiError> {
+        let api: Api<Endpoints> = Api::namespaced(self.shared.client.clone(), &key.namespace);
+        let existing = self.shared.endpoints.get_key(&key);
+        let Some(service) = self.shared.services.get_key(&key) else {
+            // Endpoints without a Service may be somebody's own; only those made here go with it.
+            let Some(orphan) = existing.filter(|endpoints| legacy::is_ours(endpoints)) else { return Ok(Next::Done) };
+            let parameters =
+                DeleteParams::default().preconditions(Preconditions { uid: orphan.uid(), resource_version: None });
+            return match call("delete endpoints", api.delete(&key.name, &parameters)).await {
+                Err(error) if !(error.is_not_found() || error.is_conflict()) => Err(error),
+                _ => Ok(Next::Done),
+            };
+        };
+        if service.metadata.deletion_timestamp.is_some() {
+            return Ok(Next::Done);
+        }
+        let Some(selector) = selector(&service) else { return Ok(Next::Done) };
+        let wanted = legacy::plan(&service, &self.backends(&service, &selector));
+        let result = match existing {
+            None => call("create endpoints", api.create(&PostParams::default(), &wanted)).await,
+            Some(existing) if legacy::same(&existing, &wanted) => return Ok(Next::Done),
+            Some(existing) => {
+                let wanted = legacy::over(&existing, wanted);
+                call("replace endpoints", api.replace(&key.name, &PostParams::default(), &wanted)).await
+            }
+        };
+        match result {
+            Err(error) if error.is_namespace_terminating() => Ok(Next::Done),
+            result => result.map(|_| Next::Done),
+        }
+    }
+}
+
+fn version(slice: &EndpointSlice) -> u64 {
+    slice.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(u64::MAX)
+}
+
+/// What a Service selects; `None` for one whose endpoints somebody else keeps.
+fn selector(service: &Service) -> Option<Selector> {
+    let spec = service.spec.as_ref()?;
+    if spec.type_.as_deref() == Some("ExternalName") {
+        return None;
+    }
+    spec.selector.as_ref().filter(|selector| !selector.is_empty()).map(Selector::from_map)
+}
+
+/// Address families of a Service; IPv4 where it does not say.
+fn families(service: &Service) -> BTreeSet<&str> {
+    let families = service.spec.as_ref().and_then(|spec| spec.ip_families.as_ref());
+    let families: BTreeSet<&str> = families.into_iter().flatten().map(String::as_str).collect();
+    if families.is_empty() { BTreeSet::from(["IPv4"]) } else { families }
+}

@@ -1,0 +1,198 @@
+//! Pod addresses for nodes: each node gets one slice of the cluster's range, kept in `spec.podCIDR` for its lifetime.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Node;
+use kube::{Api, ResourceExt};
+use oarlock_machinery::{ApiError, Change, EventType, Next, Recorder, WorkQueue, merge, queue};
+use parking_lot::Mutex;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::shared::{Shared, Task};
+
+/// The slices of the range, and who has which. Slices are handed out in turn, so that one that became free is used
+/// again as late as possible.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    range: IpNet,
+    mask: u8,
+    /// Slice number by node.
+    taken: HashMap<String, u128>,
+    next: u128,
+}
+
+impl Pool {
+    /// `None` if slices of prefix length `mask` do not fit into `range`.
+    pub fn new(range: IpNet, mask: u8) -> Option<Self> {
+        let fits = mask >= range.prefix_len() && mask <= range.max_prefix_len();
+        fits.then(|| Self { range: range.trunc(), mask, taken: HashMap::new(), next: 0 })
+    }
+
+    fn size(&self) -> u128 {
+        1u128.checked_shl(u32::from(self.mask - self.range.prefix_len())).unwrap_or(u128::MAX)
+    }
+
+    fn shift(&self) -> u32 {
+        u32::from(self.range.max_prefix_len() - self.mask)
+    }
+
+    fn slice(&self, number: u128) -> Option<IpNet> {
+        let offset = number.checked_shl(self.shift())?;
+        let address = match self.range.network() {
+            IpAddr::V4(base) => IpAddr::V4(Ipv4Addr::from(u32::from(base).checked_add(u32::try_from(offset).ok()?)?)),
+            IpAddr::V6(base) => IpAddr::V6(Ipv6Addr::from(u128::from(base).checked_add(offset)?)),
+        };
+        IpNet::new(address, self.mask).ok()
+    }
+
+    fn number(&self, slice: &IpNet) -> Option<u128> {
+        if !self.range.contains(slice) {
+            return None;
+        }
+        Some(match (slice.network(), self.range.network()) {
+            (IpAddr::V4(address), IpAddr::V4(base)) => u128::from(u32::from(address) - u32::from(base)) >> self.shift(),
+            (IpAddr::V6(address), IpAddr::V6(base)) => (u128::from(address) - u128::from(base)) >> self.shift(),
+            _ => return None,
+        })
+    }
+
+    /// Takes note of a slice that a node has.
+    fn occupy(&mut self, node: &str, slice: &IpNet) {
+        if let Some(number) = self.number(slice) {
+            self.taken.insert(node.to_owned(), number);
+            self.next = self.next.max(number + 1);
+        }
+    }
+
+    /// The slice of `node`, a new one if it has none; `None` if all are taken.
+    fn assign(&mut self, node: &str) -> Option<IpNet> {
+        if let Some(number) = self.taken.get(node) {
+            return self.slice(*number);
+        }
+        let size = self.size();
+        let in_use: std::collections::HashSet<u128> = self.taken.values().copied().collect();
+        let candidates = (0..size.min(in_use.len() as u128 + 1)).map(|step| (self.next % size + step) % size);
+        let number = candidates.into_iter().find(|number| !in_use.contains(number))?;
+        self.taken.insert(node.to_owned(), number);
+        self.next = number + 1;
+        self.slice(number)
+    }
+
+    fn release(&mut self, node: &str) {
+        self.taken.remove(node);
+    }
+}
+
+fn pod_cidr(node: &Node) -> Option<IpNet> {
+    node.spec.as_ref()?.pod_cidr.as_ref()?.parse().ok()
+}
+
+pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken, pool: Pool) -> Task {
+    let queue: Arc<WorkQueue<String>> = WorkQueue::new();
+    let pool = Arc::new(Mutex::new(pool));
+    let recorder = shared.recorder.named("cidrAllocator");
+    let (listening, on_node) = (pool.clone(), queue.clone());
+    shared.nodes.on_change(move |change| {
+        let node = change.object();
+        match (change, pod_cidr(node)) {
+            (Change::Deleted(_), _) => listening.lock().release(&node.name_any()),
+            (_, Some(slice)) => listening.lock().occupy(&node.name_any(), &slice),
+            (_, None) => on_node.add(node.name_any()),
+        }
+    });
+    let (shared, stop) = (shared.clone(), stop.clone());
+    Box::pin(async move {
+        // Only when every node is known it is known which slices are free.
+        shared.nodes.wait_synced().await;
+        let reconcile = |name| reconcile(shared.clone(), recorder.clone(), pool.clone(), name);
+        queue::work("node-ipam", queue, 1, stop, reconcile).await;
+    })
+}
+
+async fn reconcile(
+    shared: Arc<Shared>,
+    recorder: Recorder,
+    pool: Arc<Mutex<Pool>>,
+    name: String,
+) -> Result<Next, ApiError> {
+    let Some(node) = shared.nodes.get("", &name).filter(|node| pod_cidr(node).is_none()) else {
+        return Ok(Next::Done);
+    };
+    let assigned = pool.lock().assign(&name);
+    let Some(slice) = assigned else {
+        recorder.event(
+            node.as_ref(),
+            EventType::Normal,
+            "CIDRNotAvailable",
+            format!("Node {name} status is now: CIDRNotAvailable"),
+        );
+        return Ok(Next::After(std::time::Duration::from_secs(30)));
+    };
+    let api: Api<Node> = Api::all(shared.client.clone());
+    let cidr = slice.to_string();
+    let patch = json!({"metadata": {"uid": node.uid()}, "spec": {"podCIDR": cidr, "podCIDRs": [cidr]}});
+    match merge("patch node podCIDR", &api, &name, &patch).await {
+        Err(error) if error.is_not_found() => {
+            pool.lock().release(&name);
+            Ok(Next::Done)
+        }
+        result => result.map(|_| Next::Done),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn pool(range: &str, mask: u8) -> Pool {
+        Pool::new(range.parse().unwrap(), mask).unwrap()
+    }
+
+    #[test]
+    fn nodes_get_slices_in_turn_and_keep_them() {
+        let mut pool = pool("10.42.0.0/16", 24);
+        assert_eq!(pool.assign("a").unwrap().to_string(), "10.42.0.0/24");
+        assert_eq!(pool.assign("b").unwrap().to_string(), "10.42.1.0/24");
+        assert_eq!(pool.assign("a").unwrap().to_string(), "10.42.0.0/24");
+        pool.release("a");
+        assert_eq!(pool.assign("c").unwrap().to_string(), "10.42.2.0/24", "a free slice rests as long as possible");
+    }
+
+    #[test]
+    fn slices_found_on_nodes_are_not_given_again() {
+        let mut pool = pool("10.42.0.0/22", 24);
+        pool.occupy("old", &"10.42.1.0/24".parse().unwrap());
+        pool.occupy("foreign", &"192.168.0.0/24".parse().unwrap());
+        let given: Vec<_> = ["a", "b", "c", "d"].map(|node| pool.assign(node).map(|slice| slice.to_string())).into();
+        let given: Vec<_> = given.iter().map(Option::as_deref).collect();
+        assert_eq!(given, [Some("10.42.2.0/24"), Some("10.42.3.0/24"), Some("10.42.0.0/24"), None]);
+    }
+
+    #[test]
+    fn masks_that_do_not_fit_are_refused() {
+        assert!(Pool::new("10.42.0.0/16".parse().unwrap(), 15).is_none());
+        assert!(Pool::new("10.42.0.0/16".parse().unwrap(), 33).is_none());
+        assert_eq!(pool("fd00::/48", 64).assign("a").unwrap().to_string(), "fd00::/64");
+    }
+
+    proptest! {
+        #[test]
+        fn no_two_nodes_share_a_slice(steps in proptest::collection::vec((0u8..12, any::<bool>()), 1..100)) {
+            let mut pool = pool("10.0.0.0/29", 32);
+            for (node, comes) in steps {
+                let name = node.to_string();
+                if comes { pool.assign(&name); } else { pool.release(&name); }
+                let mut numbers: Vec<u128> = pool.taken.values().copied().collect();
+                numbers.sort_unstable();
+                numbers.dedup();
+                prop_assert_eq!(numbers.len(), pool.taken.len());
+                prop_assert!(numbers.iter().all(|number| *number < 8));
+            }
+        }
+    }
+}
