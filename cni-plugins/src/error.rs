@@ -45,6 +45,8 @@ pub enum PluginError {
     NotABridge { name: String },
     #[error("bridge {name} has address {existing}, not {wanted}")]
     OtherAddress { name: String, existing: IpNet, wanted: IpNet },
+    #[error("the container has a link {name} already")]
+    LinkExists { name: String },
     #[error("host port {protocol}/{port} is taken by another container")]
     PortTaken { protocol: String, port: u16 },
     #[error("IPAM plugin {plugin} was not found in CNI_PATH")]
@@ -77,7 +79,7 @@ impl PluginError {
             PluginError::Ipam { error, .. } => return error.code,
             PluginError::Drift(_) => return DRIFT,
             PluginError::Exhausted { .. } => return EXHAUSTED,
-            PluginError::Taken { .. } | PluginError::PortTaken { .. } => return TAKEN,
+            PluginError::Taken { .. } | PluginError::PortTaken { .. } | PluginError::LinkExists { .. } => return TAKEN,
             _ => ErrorCode::Internal,
         };
         code as u32

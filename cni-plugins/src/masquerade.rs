@@ -62,10 +62,8 @@ fn exemptions(own: IpNet, excluded: &[IpNet]) -> Vec<IpNet> {
         IpNet::V6(ipnet::Ipv6Net::new_assert([0xff00, 0, 0, 0, 0, 0, 0, 0].into(), 8))
     };
     let same_family = excluded.iter().filter(|net| net.addr().is_ipv4() == own.addr().is_ipv4());
-    let mut all: Vec<IpNet> = [own.trunc(), multicast].into_iter().chain(same_family.map(IpNet::trunc)).collect();
-    all.sort();
-    all.dedup();
-    all
+    let all: Vec<IpNet> = [own.trunc(), multicast].into_iter().chain(same_family.map(IpNet::trunc)).collect();
+    IpNet::aggregate(&all)
 }
 
 fn chain_name(exempt: &[IpNet]) -> String {

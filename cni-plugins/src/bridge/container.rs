@@ -19,7 +19,8 @@ pub struct Inside {
     connection: Connection,
 }
 
-/// Enters the namespace once: refuses router advertisements on links to come, and opens a connection.
+/// Enters the namespace once: refuses router advertisements on links to come, and opens a connection. The container must
+/// not have the link yet.
 pub fn prepare(netns: &Path, ifname: &str) -> Result<Inside> {
     let file =
         File::open(netns).map_err(|source| PluginError::File { operation: "open", path: netns.to_owned(), source })?;
@@ -28,7 +29,10 @@ pub fn prepare(netns: &Path, ifname: &str) -> Result<Inside> {
         sysctl::ensure("net/ipv6/conf/default/accept_ra", "0")?;
         Connection::open(Protocol::Route).context(|| format!("set up {ifname}"))
     };
-    let connection = run_in_fd(file.as_fd(), visit)??;
+    let mut connection = run_in_fd(file.as_fd(), visit)??;
+    if connection.link(ifname).context(|| format!("look up {ifname}"))?.is_some() {
+        return Err(PluginError::LinkExists { name: ifname.to_owned() });
+    }
     Ok(Inside { file, connection })
 }
 
@@ -41,6 +45,7 @@ impl Inside {
     pub fn configure(&mut self, ifname: &str, result: &CniResult) -> Result<()> {
         let connection = &mut self.connection;
         let link = connection.require_link(ifname).context(|| format!("find {ifname} of the container"))?;
+        connection.set_up(link.index).context(|| format!("bring {ifname} up"))?;
         for ip in &result.ips {
             connection.add_address(link.index, ip.address).context(|| format!("give {} to {ifname}", ip.address))?;
         }

@@ -76,10 +76,17 @@ pub fn create_pair(connection: &mut Connection, pair: &Pair<'_>, netns: Borrowed
         peer_name: &pair.call.ifname,
         peer_mac: Some(pair.mac),
         peer_netns: netns,
-        peer_up: true,
         mtu: pair.mtu,
     };
-    connection.create_veth(&whole).context(|| format!("create {} and {} of the container", pair.veth, pair.call.ifname))
+    let failed = || format!("create {} and {} of the container", pair.veth, pair.call.ifname);
+    match connection.create_veth(&whole) {
+        // The container does not have its end, so this is what an earlier namespace of the container left.
+        Err(error) if error.is_exists() => {
+            connection.delete_link_by_name(pair.veth).context(failed)?;
+            connection.create_veth(&whole).context(failed)
+        }
+        other => other.context(failed),
+    }
 }
 
 /// Gives the bridge its gateway addresses and lets the host forward.

@@ -1,7 +1,7 @@
 //! `bridge`: a veth pair between the container and a bridge of the host.
 //!
 //! ADD makes the bridge if need be, lets the IPAM plugin give addresses, makes the pair in one message (the container's end
-//! is born in its namespace, with its Ethernet address, up), then addresses and routes inside. The Ethernet address is made
+//! is born in its namespace with its Ethernet address), then addresses and routes inside. The Ethernet address is made
 //! of the IPv4 address, so a neighbour's cache is right when another pod gets the address. Router advertisements are
 //! refused before the link exists, and IPv6 addresses are usable without detection of duplicates.
 
@@ -10,13 +10,14 @@ mod container;
 mod host;
 
 use oarlock_cni::types::{CniResult, Interface, IpConfig};
-use oarlock_netlink::{Connection, Mac, Protocol};
+use oarlock_netlink::{Connection, Link, Mac, Protocol};
 
 use crate::call::{Call, stable_hash};
 use crate::error::{Context, PluginError, Result};
 use crate::plugin::Plugin;
 use crate::{delegate, masquerade};
 use config::Config;
+use container::Inside;
 
 pub const PLUGIN: Plugin = Plugin { name: "bridge", add, del, check, status, gc };
 
@@ -38,11 +39,12 @@ fn add(call: &Call) -> Result<CniResult> {
     let netns = call.existing_netns()?;
     let mut connection = route_connection()?;
     let bridge = host::ensure_bridge(&mut connection, &config)?;
+    let inside = container::prepare(netns, &call.ifname)?;
     let addresses = match config.ipam_type() {
         Some(kind) => with_addresses(kind, &config, call)?,
         None => CniResult::default(),
     };
-    let attached = attach(call, &config, &mut connection, &bridge, netns, addresses);
+    let attached = Attach { call, config: &config, bridge: &bridge }.run(&mut connection, inside, addresses);
     if attached.is_err() {
         // The first error is the one to tell; the runtime's DEL repeats what fails here.
         let _ = connection.delete_link_by_name(&own_veth(call));
@@ -73,52 +75,61 @@ fn with_addresses(kind: &str, config: &Config, call: &Call) -> Result<CniResult>
     Ok(result)
 }
 
-fn attach(
-    call: &Call,
-    config: &Config,
-    connection: &mut Connection,
-    bridge: &oarlock_netlink::Link,
-    netns: &std::path::Path,
-    mut result: CniResult,
-) -> Result<CniResult> {
-    let mtu = if config.mtu != 0 { config.mtu } else { bridge.mtu };
-    let mac = config.mac.unwrap_or_else(|| address_of(&result.ips));
-    let veth = own_veth(call);
-    let mut inside = container::prepare(netns, &call.ifname)?;
-    host::create_pair(connection, &host::Pair { veth: &veth, bridge: bridge.index, call, mac, mtu }, inside.netns())?;
-    inside.configure(&call.ifname, &result)?;
-    let port = connection.require_link(&veth).context(|| format!("find {veth}"))?;
-    if config.hairpin_mode || config.port_isolation {
-        connection
-            .set_bridge_port(port.index, config.hairpin_mode, config.port_isolation)
-            .context(|| format!("set up bridge port {veth}"))?;
-    }
-    if config.is_gateway {
-        host::ensure_gateways(connection, config, bridge, &result.ips)?;
-    }
-    if config.ip_masq {
-        for ip in &result.ips {
-            masquerade::add(&call.owner(), ip.address, &config.ip_masq_exclude)?;
+/// What an attachment is made of.
+struct Attach<'a> {
+    call: &'a Call,
+    config: &'a Config,
+    bridge: &'a Link,
+}
+
+impl Attach<'_> {
+    fn run(&self, connection: &mut Connection, mut inside: Inside, mut result: CniResult) -> Result<CniResult> {
+        let (call, config, bridge) = (self.call, self.config, self.bridge);
+        let mtu = if config.mtu != 0 { config.mtu } else { bridge.mtu };
+        let mac = config.mac.unwrap_or_else(|| address_of(&result.ips));
+        let veth = own_veth(call);
+        host::create_pair(
+            connection,
+            &host::Pair { veth: &veth, bridge: bridge.index, call, mac, mtu },
+            inside.netns(),
+        )?;
+        inside.configure(&call.ifname, &result)?;
+        let port = connection.require_link(&veth).context(|| format!("find {veth}"))?;
+        if config.hairpin_mode || config.port_isolation {
+            connection
+                .set_bridge_port(port.index, config.hairpin_mode, config.port_isolation)
+                .context(|| format!("set up bridge port {veth}"))?;
         }
+        if config.is_gateway {
+            host::ensure_gateways(connection, config, bridge, &result.ips)?;
+        }
+        if config.ip_masq {
+            for ip in &result.ips {
+                masquerade::add(&call.owner(), ip.address, &config.ip_masq_exclude)?;
+            }
+        }
+        let container_link = Interface {
+            name: call.ifname.clone(),
+            mac: Some(mac.to_string()),
+            mtu: Some(mtu),
+            sandbox: call.netns.as_ref().map(|path| path.display().to_string()),
+            ..Interface::default()
+        };
+        result.interfaces = vec![host_link(bridge), host_link(&port), container_link];
+        if result.dns.is_empty() {
+            result.dns = config.dns.clone();
+        }
+        Ok(result)
     }
-    let host_link = |link: &oarlock_netlink::Link| Interface {
+}
+
+fn host_link(link: &Link) -> Interface {
+    Interface {
         name: link.name.clone(),
         mac: link.mac.map(|mac| mac.to_string()),
         mtu: Some(link.mtu),
         ..Interface::default()
-    };
-    let container_link = Interface {
-        name: call.ifname.clone(),
-        mac: Some(mac.to_string()),
-        mtu: Some(mtu),
-        sandbox: Some(netns.display().to_string()),
-        ..Interface::default()
-    };
-    result.interfaces = vec![host_link(bridge), host_link(&port), container_link];
-    if result.dns.is_empty() {
-        result.dns = config.dns.clone();
     }
-    Ok(result)
 }
 
 /// The Ethernet address for a container: of its IPv4 address, or of the last bytes of its IPv6 address.

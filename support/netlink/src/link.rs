@@ -21,7 +21,6 @@ const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_PROTINFO: u16 = 12;
 const IFLA_LINKINFO: u16 = 18;
-const IFLA_AF_SPEC: u16 = 26;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_PROMISCUITY: u16 = 30;
 const IFLA_INFO_KIND: u16 = 1;
@@ -31,8 +30,6 @@ const VETH_INFO_PEER: u16 = 1;
 const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_ISOLATED: u16 = 33;
 const IFLA_BR_VLAN_FILTERING: u16 = 7;
-const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
-const ADDR_GEN_MODE_NONE: u8 = 1;
 
 const LINK_HEADER_BYTES: usize = 16;
 
@@ -102,8 +99,6 @@ pub struct VethPair<'a> {
     pub peer_mac: Option<Mac>,
     /// The far end's namespace.
     pub peer_netns: BorrowedFd<'a>,
-    /// Whether the far end is up from the start.
-    pub peer_up: bool,
     /// Bytes, both ends; 0 leaves the kernel's default.
     pub mtu: u32,
 }
@@ -130,8 +125,7 @@ fn link_header(writer: &mut Writer, family: u8, index: u32, link_flags: u32, cha
 const UP: u32 = libc::IFF_UP as u32;
 
 impl Connection {
-    /// Makes a veth pair. The near end is up at once. An IPv6 link-local address is not generated on the near end: a bridge
-    /// port needs none.
+    /// Makes a veth pair. The near end is up at once, the far end is not.
     pub fn create_veth(&mut self, pair: &VethPair<'_>) -> Result<()> {
         self.request("create a veth pair", NEW_LINK, flags::CREATE | flags::EXCL, |w| {
             link_header(w, 0, 0, UP, UP);
@@ -139,14 +133,13 @@ impl Connection {
             common_attributes(w, pair.mac, pair.mtu);
             if let Some(master) = pair.master {
                 w.u32(IFLA_MASTER, master);
-                without_link_local(w);
             }
             w.nest(IFLA_LINKINFO, |w| {
                 w.string(IFLA_INFO_KIND, "veth");
                 w.nest(IFLA_INFO_DATA, |w| {
                     w.nest(VETH_INFO_PEER, |w| {
-                        let up = if pair.peer_up { UP } else { 0 };
-                        link_header(w, 0, 0, up, up);
+                        // Up is refused here: this end does not know the other one yet.
+                        link_header(w, 0, 0, 0, 0);
                         w.string(IFLA_IFNAME, pair.peer_name);
                         common_attributes(w, pair.peer_mac, pair.mtu);
                         w.u32(IFLA_NET_NS_FD, pair.peer_netns.as_raw_fd().cast_unsigned());
@@ -274,12 +267,6 @@ fn common_attributes(writer: &mut Writer, mac: Option<Mac>, mtu: u32) {
     if mtu != 0 {
         writer.u32(IFLA_MTU, mtu);
     }
-}
-
-fn without_link_local(writer: &mut Writer) {
-    writer.nest(IFLA_AF_SPEC, |w| {
-        w.nest(libc::AF_INET6 as u16, |w| w.u8(IFLA_INET6_ADDR_GEN_MODE, ADDR_GEN_MODE_NONE));
-    });
 }
 
 fn parse(message: &Received<'_>) -> Option<Link> {
