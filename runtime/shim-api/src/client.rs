@@ -215,10 +215,21 @@ impl Shim {
         self.done("exec signal", request, QUICK).await
     }
 
-    /// Joins a container's standard input and output, from now on.
+    /// Joins a container's standard input and output, from now on. The input given back counts as a client's: when it
+    /// is closed, a container with `stdin_once` sees the end of its own. Who only listens calls
+    /// [`Shim::attach_output`].
     pub async fn attach(&self, container_id: &str) -> Result<AttachReply, ShimError> {
+        self.join(container_id, true).await
+    }
+
+    /// Joins a container's output, from now on.
+    pub async fn attach_output(&self, container_id: &str) -> Result<AttachReply, ShimError> {
+        self.join(container_id, false).await
+    }
+
+    async fn join(&self, container_id: &str, stdin: bool) -> Result<AttachReply, ShimError> {
         let unexpected = || ShimError::Unexpected { operation: "attach" };
-        let request = Request::Attach { container_id: container_id.into() };
+        let request = Request::Attach { container_id: container_id.into(), stdin };
         let (Reply::Attached { stdin, terminal }, fds) = self.call("attach", request, QUICK).await? else {
             return Err(unexpected());
         };

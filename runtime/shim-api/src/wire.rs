@@ -39,7 +39,7 @@ pub enum Request {
     /// Signal an exec's process.
     ExecSignal { container_id: String, exec_id: String, signal: i32 },
     /// Join a container's stdio. Descriptors come with the reply.
-    Attach { container_id: String },
+    Attach { container_id: String, stdin: bool },
     /// Set the terminal size of a container (`exec_id` absent) or an exec.
     Resize { container_id: String, exec_id: Option<String>, width: u16, height: u16 },
     /// End a container's standard input.

@@ -11,6 +11,7 @@ mod container;
 mod engine;
 mod exec;
 mod helper;
+mod memory;
 mod pidns;
 mod poll;
 mod reap;

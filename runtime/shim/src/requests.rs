@@ -94,7 +94,7 @@ impl Server {
             Request::ExecSignal { container_id, exec_id, signal } => {
                 self.exec_signal(to, &container_id, &exec_id, signal)
             }
-            Request::Attach { container_id } => self.attach(to, &container_id),
+            Request::Attach { container_id, stdin } => self.attach(to, &container_id, stdin),
             Request::Resize { container_id, exec_id, width, height } => {
                 self.resize(to, &container_id, exec_id.as_deref(), (width, height))
             }
@@ -338,11 +338,11 @@ impl Server {
         self.done(to)
     }
 
-    fn attach(&mut self, to: ReplyTo, id: &str) -> Handled {
+    fn attach(&mut self, to: ReplyTo, id: &str, stdin: bool) -> Handled {
         let (slot, _) = self.find(id)?;
         let Some(Some(container)) = self.containers.get_mut(slot as usize) else { return Ok(()) };
         let terminal = container.stdio.is_terminal();
-        let (stdin, ends) = container.stdio.attach(&self.poller).map_err(engine::io_failed("attach"))?;
+        let (stdin, ends) = container.stdio.attach(&self.poller, stdin).map_err(engine::io_failed("attach"))?;
         self.reply(to, Ok(Reply::Attached { stdin, terminal }), ends.0);
         Ok(())
     }

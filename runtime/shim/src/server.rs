@@ -20,6 +20,7 @@ use oarlock_shim_api::{ErrorKind, Event, RemoteError};
 use crate::client::Client;
 use crate::container::Container;
 use crate::helper::{self, Finished};
+use crate::memory;
 use crate::poll::{Poller, Ready, Token};
 use crate::requests::Purpose;
 use crate::setup::Config;
@@ -27,6 +28,9 @@ use crate::setup::Config;
 const CLIENTS_MAX: usize = 8;
 /// A helper that takes longer is killed; the client's own limit is a little longer still.
 const HELPER_LIMIT: Duration = Duration::from_secs(120);
+
+/// After so long without any event the shim gives memory back.
+const QUIET: Duration = Duration::from_millis(500);
 
 /// To whom a reply goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,16 +96,22 @@ impl Server {
     /// Serves until a shutdown is complete.
     pub(crate) fn serve(mut self) -> io::Result<()> {
         let mut ready = Vec::new();
+        let mut rested = false;
         while !self.is_finished() {
-            let limit = self.next_deadline();
-            if limit.is_none() {
-                self.rest();
-            }
+            // A container that writes all the time never lets the shim rest, nor pays for it.
+            let limit = self.next_deadline().or((!rested).then_some(QUIET));
             self.poller.wait(limit, &mut ready)?;
+            if ready.is_empty() && self.next_deadline().is_none() {
+                self.rest();
+                rested = true;
+                continue;
+            }
+            rested = false;
             for item in ready.drain(..) {
                 self.on_ready(item);
             }
             self.expire_helpers();
+            self.expire_stalls();
         }
         self.finish();
         Ok(())
@@ -110,8 +120,7 @@ impl Server {
     /// Idle: gives memory back, so that a pod at rest costs next to nothing.
     fn rest(&mut self) {
         self.scratch = Vec::new();
-        #[cfg(target_env = "gnu")]
-        trim();
+        memory::rest();
     }
 
     fn on_ready(&mut self, ready: Ready) {
@@ -255,7 +264,9 @@ impl Server {
     }
 
     fn next_deadline(&self) -> Option<Duration> {
-        let earliest = self.helpers.iter().flatten().map(|helper| helper.deadline).min()?;
+        let helpers = self.helpers.iter().flatten().map(|helper| helper.deadline);
+        let stalls = self.containers.iter().flatten().filter_map(|container| container.stdio.stalled_until());
+        let earliest = helpers.chain(stalls).min()?;
         Some(earliest.saturating_duration_since(Instant::now()))
     }
 
@@ -269,6 +280,15 @@ impl Server {
             let _ = nix::sys::signal::kill(helper.running.pid, Signal::SIGKILL);
             let message = format!("the operation took longer than {} seconds", HELPER_LIMIT.as_secs());
             self.finish_helper(slot as u32, Err(RemoteError::new(ErrorKind::TimedOut, message)));
+        }
+    }
+
+    fn expire_stalls(&mut self) {
+        let now = Instant::now();
+        for container in self.containers.iter_mut().flatten() {
+            if container.stdio.stalled_until().is_some_and(|limit| limit <= now) {
+                container.stdio.unstall(&self.poller, now);
+            }
         }
     }
 
@@ -301,13 +321,6 @@ impl Server {
             self.reply(to, Ok(Reply::Done), Vec::new());
         }
     }
-}
-
-#[allow(unsafe_code, reason = "asks the allocator to return memory")]
-#[cfg(target_env = "gnu")]
-fn trim() {
-    // SAFETY: takes a number only.
-    unsafe { nix::libc::malloc_trim(0) };
 }
 
 #[allow(unsafe_code, reason = "takes over an accepted socket")]

@@ -109,7 +109,7 @@ fn prepare(config: &Config) -> io::Result<Server> {
     fs::create_dir_all(&config.state_dir)?;
     fs::create_dir_all(&config.container_root)?;
     open_log(&config.state_dir.join("shim.log"))?;
-    tune_memory();
+    crate::memory::tune();
     // Not everyone may go below the score they have; the shim then is as likely a victim as others.
     let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     if let Some(path) = &config.cgroup {
@@ -145,18 +145,6 @@ fn open_log(path: &Path) -> io::Result<()> {
     }
     dup2_stderr(&file)?;
     Ok(())
-}
-
-/// Keeps the heap small: freed memory at its top goes back to the kernel soon, and never a second arena.
-fn tune_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: takes numbers only.
-    unsafe {
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 32 * 1024);
-        libc::mallopt(libc::M_TOP_PAD, 4 * 1024);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 * 1024);
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-    }
 }
 
 /// A socket left by a shim that is gone is replaced. The directory's descriptor stands for a path that may be too long

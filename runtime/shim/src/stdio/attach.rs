@@ -1,7 +1,7 @@
 //! One attached client: three pipes whose other ends the daemon holds.
 //!
-//! Output is queued up to a bound while the client does not read; past the bound the client is dropped, since neither
-//! the container nor its log may wait for it.
+//! Output is queued while the client does not read. A client with a full queue holds the container up for a moment, as
+//! a full pipe would; one that stays full is dropped (see `pump.rs`).
 
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -12,7 +12,10 @@ use nix::unistd::{pipe2, write};
 
 use crate::poll::{Poller, Token};
 
-const QUEUE_BYTES_MAX: usize = 1024 * 1024;
+/// From here on the container's output waits.
+const QUEUE_BYTES_FULL: usize = 256 * 1024;
+/// Reached only by output that cannot wait, the last of a container's life.
+const QUEUE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// The shim's ends.
 #[derive(Debug)]
@@ -72,6 +75,12 @@ impl Attached {
 
     fn outlet(&mut self, error: bool) -> Option<&mut Outlet> {
         if error { self.error.as_mut() } else { Some(&mut self.output) }
+    }
+
+    /// Whether the container's output has to wait for it.
+    pub(crate) fn is_full(&self) -> bool {
+        let longest = self.output.queue.len().max(self.error.as_ref().map_or(0, |outlet| outlet.queue.len()));
+        longest >= QUEUE_BYTES_FULL
     }
 
     /// Whether all output has been handed over.

@@ -4,9 +4,13 @@
 //! container stdout/stderr or terminal ──▶ log, every attached client
 //! attached client's stdin ──▶ container stdin (or terminal), held back while the container does not read
 //! ```
+//!
+//! A client that does not keep up holds the output back, the log's included, but only for [`STALL_LIMIT`]; then it is
+//! dropped. So a burst loses nobody, and a client that has stopped reading cannot stop a container.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -22,6 +26,8 @@ const READ_BYTES: usize = 16 * 1024;
 /// One container may not keep the loop from the others.
 const READS_PER_EVENT: usize = 4;
 const INPUT_BYTES_MAX: usize = 64 * 1024;
+/// How long a client may hold a container up.
+const STALL_LIMIT: Duration = Duration::from_secs(1);
 
 /// The ends a container's first process gets; `None` is `/dev/null`.
 #[derive(Debug, Default)]
@@ -49,6 +55,8 @@ pub(crate) struct Stdio {
     input: Input,
     log: Option<Log>,
     attached: Vec<Option<Attached>>,
+    /// Output is held back until then at the latest.
+    stalled_until: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -71,8 +79,17 @@ impl Stdio {
         log: Option<Log>,
     ) -> io::Result<(Stdio, ContainerEnds)> {
         let input = Input { wanted: stdin, once: stdin_once, pipe: None, pending: Vec::new(), closing: false };
-        let mut stdio =
-            Stdio { slot, terminal, master: None, output: None, error: None, input, log, attached: Vec::new() };
+        let mut stdio = Stdio {
+            slot,
+            terminal,
+            master: None,
+            output: None,
+            error: None,
+            input,
+            log,
+            attached: Vec::new(),
+            stalled_until: None,
+        };
         let mut ends = ContainerEnds::default();
         if terminal {
             return Ok((stdio, ends));
@@ -119,8 +136,44 @@ impl Stdio {
     /// Reads what the container wrote. `scratch` is shared by all containers.
     pub(crate) fn on_output(&mut self, poller: &Poller, error: bool, scratch: &mut Vec<u8>) {
         for _ in 0..READS_PER_EVENT {
-            if !self.read_once(poller, error, scratch) {
-                break;
+            if self.stalled_until.is_some() || !self.read_once(poller, error, scratch) {
+                return;
+            }
+            if self.attached.iter().flatten().any(Attached::is_full) {
+                self.stall(poller);
+            }
+        }
+    }
+
+    fn stall(&mut self, poller: &Poller) {
+        self.stalled_until = Some(Instant::now() + STALL_LIMIT);
+        for pipe in [&self.output, &self.error].into_iter().flatten() {
+            poller.remove(pipe);
+        }
+    }
+
+    /// When clients that hold the output back are to be dropped.
+    pub(crate) fn stalled_until(&self) -> Option<Instant> {
+        self.stalled_until
+    }
+
+    /// Lets the output go on if nobody is full any longer, or drops those who have been for too long.
+    pub(crate) fn unstall(&mut self, poller: &Poller, now: Instant) {
+        let Some(limit) = self.stalled_until else { return };
+        let full = |entry: &Option<Attached>| entry.as_ref().is_some_and(Attached::is_full);
+        if now >= limit {
+            for client in 0..self.attached.len() {
+                if full(&self.attached[client]) {
+                    self.drop_client(poller, client as u16);
+                }
+            }
+        } else if self.attached.iter().any(full) {
+            return;
+        }
+        self.stalled_until = None;
+        for (error, pipe) in [(false, &self.output), (true, &self.error)] {
+            if let Some(pipe) = pipe {
+                let _ = poller.set(pipe.as_fd(), Token::Output { container: self.slot, error }, EpollFlags::EPOLLIN);
             }
         }
     }
@@ -189,13 +242,13 @@ impl Stdio {
     }
 
     /// Joins a client.
-    pub(crate) fn attach(&mut self, poller: &Poller) -> io::Result<(bool, ClientEnds)> {
+    pub(crate) fn attach(&mut self, poller: &Poller, stdin: bool) -> io::Result<(bool, ClientEnds)> {
         let free = self.attached.iter().position(Option::is_none);
         let index = free.unwrap_or(self.attached.len());
         if index >= ATTACHED_MAX {
             return Err(io::Error::other("too many attached clients"));
         }
-        let stdin = self.input.pipe.is_some() && !self.input.closing;
+        let stdin = stdin && self.input.pipe.is_some() && !self.input.closing;
         let (attached, ends) = Attached::new(poller, self.slot, index as u16, stdin, self.terminal)?;
         if index == self.attached.len() {
             self.attached.push(None);
@@ -213,6 +266,7 @@ impl Stdio {
         if entry.as_mut().is_some_and(|attached| !attached.on_ready(poller, error, flags)) {
             self.drop_client(poller, client);
         }
+        self.unstall(poller, Instant::now());
         if self.output.is_none() && self.error.is_none() {
             self.release_drained();
         }
