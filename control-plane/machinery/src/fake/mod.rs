@@ -140,6 +140,20 @@ impl FakeApi {
         }
     }
 
+    /// Returns when the pods ADDED and MODIFIED so far are more than `known`; for stand-ins that follow pods.
+    pub async fn wait_for_change(&self, known: usize) {
+        let mut changes = self.revision.subscribe();
+        loop {
+            changes.borrow_and_update();
+            if self.changes("pods", "ADDED") + self.changes("pods", "MODIFIED") != known {
+                return;
+            }
+            if changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// As [`FakeApi::until`] for a plain condition.
     pub async fn until_true(&self, what: &str, mut check: impl FnMut(&Self) -> bool) {
         self.until(what, |api| check(api).then_some(())).await;
