@@ -4,7 +4,17 @@
 //! bounds. Does not know containers: what a stream is connected to is decided by a [`Backend`].
 
 mod backend;
+mod chunks;
+mod command;
+mod idle;
+mod negotiate;
+mod port_forward;
 mod server;
+mod spdy;
+mod spdy_command;
+mod status;
+mod tokens;
+mod websocket;
 
 pub use backend::{AttachParams, Backend, BoxRead, BoxWrite, ExecParams, Io, StreamError, TerminalSize};
 pub use server::StreamingServer;
