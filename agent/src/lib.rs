@@ -4,11 +4,32 @@
 //! through CRI to make them real, reports their status, keeps the node object and its lease fresh, and answers on :10250.
 //! It meets the runtime, the network and the API only through their published protocols.
 //!
-//! Where to start reading: [`plan`] says what a pod needs next (pure), `worker` owns a pod and carries that out, `status`
-//! says what is told to the API (pure), `agent` wires it all together.
+//! Where to start reading: `plan` says what a pod needs next (pure), `worker` owns a pod and carries that out, `status`
+//! says what is told to the API (pure), `spec` turns a pod into what the runtime is asked for (pure), `agent` wires it all
+//! together.
 
+mod admission;
+mod agent;
+mod cgroups;
 mod config;
+mod cri;
 mod error;
+mod hooks;
+mod logs;
+mod model;
+mod node;
+mod objects;
+mod plan;
+mod pleg;
+mod pods;
+mod recorder;
+mod server;
+mod shared;
+mod sources;
+mod spec;
+mod status;
+mod termination;
+mod worker;
 
 pub use config::Config;
 pub use error::Error;
@@ -38,8 +59,6 @@ impl Agent {
 
     /// Runs until `shutdown`. Containers keep running when the agent ends.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        let _ = (&self.config, &self.client);
-        shutdown.cancelled().await;
-        Ok(())
+        agent::run(self.config, self.client, shutdown).await
     }
 }

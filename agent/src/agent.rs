@@ -1,0 +1,138 @@
+//! Wires the parts together and keeps them running.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use oarlock_node_api::NodeApi;
+use oarlock_probes::{ExecProbe, ProbeManager};
+use oarlock_supervise::Tasks;
+use oarlock_volumes::VolumeManager;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::cgroups::PodCgroups;
+use crate::cri::Runtime;
+use crate::node::capacity::{Capacity, Machine};
+use crate::node::{identity, status, sync};
+use crate::objects::Objects;
+use crate::pods::{Pods, Source};
+use crate::server::{ApiAuthorizer, Backend};
+use crate::shared::{PodTable, Shared};
+use crate::{Config, Error, logs, pleg, recorder, sources};
+
+const NEWS: usize = 1024;
+const PROBE_UPDATES: usize = 1024;
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Exec probes go to the runtime.
+struct RuntimeExec(Runtime);
+
+#[async_trait]
+impl ExecProbe for RuntimeExec {
+    async fn exec(&self, container_id: &str, command: &[String], timeout: Duration) -> Result<(i32, Vec<u8>), String> {
+        let answer = self.0.exec_sync(container_id, command, timeout).await.map_err(|error| error.to_string())?;
+        let mut output = answer.stdout;
+        output.extend(answer.stderr);
+        Ok((answer.exit_code, output))
+    }
+}
+
+/// Runs the agent until `shutdown`.
+pub(crate) async fn run(config: Config, client: kube::Client, shutdown: CancellationToken) -> Result<(), Error> {
+    for path in [config.pods_root(), config.state_dir().join("pods"), config.pod_logs_dir.clone()] {
+        let io = |source| Error::Io { operation: "create directory", path: path.clone(), source };
+        tokio::fs::create_dir_all(&path).await.map_err(io)?;
+    }
+    let data_dir = config.data_dir.clone();
+    let read = tokio::task::spawn_blocking(move || (Machine::read(&data_dir), identity::read())).await;
+    let (machine, identity) = read.unwrap_or_default();
+
+    let runtime = Runtime::new(&config.runtime_endpoint);
+    let (recorder, event_sender) = recorder::recorder(client.clone(), config.node_name.clone());
+    let (objects, service_watch) = Objects::new(client.clone());
+    let (probe_updates, probe_receiver) = mpsc::channel(PROBE_UPDATES);
+    let placeholder = status::new_node(&config, &identity, Default::default());
+    let cgroups = PodCgroups { root: config.cgroup_root.clone(), enabled: config.cgroups_per_qos, systemd: false };
+    let shared = Arc::new(Shared {
+        volumes: VolumeManager::new(config.pods_root(), objects.clone()),
+        probes: ProbeManager::new(Arc::new(RuntimeExec(runtime.clone())), probe_updates),
+        capacity: Capacity::of(&machine, &config),
+        cgroups: ArcSwap::from_pointee(cgroups),
+        table: PodTable::default(),
+        id_scheme: ArcSwap::from_pointee("oarlock://".to_owned()),
+        node: ArcSwap::from_pointee(placeholder),
+        runtime_ok: AtomicBool::new(true),
+        client: client.clone(),
+        runtime,
+        recorder,
+        objects,
+        config,
+    });
+    meet_runtime(&shared).await;
+
+    let config = &shared.config;
+    let mut tasks = Tasks::new(shutdown);
+    let token = tasks.token();
+    let (news, news_receiver) = mpsc::channel(NEWS);
+    let mut known_sources = HashSet::from([Source::Api]);
+    if let Some(directory) = config.static_pod_dir.clone() {
+        known_sources.insert(Source::Files);
+        let (node_name, news) = (config.node_name.clone(), news.clone());
+        let watch = sources::watch_directory(directory, client.clone(), node_name, news, token.clone());
+        tasks.spawn("static pods", finished(watch));
+    }
+    let api = NodeApi::new(
+        oarlock_node_api::Config {
+            listen: config.listen,
+            cert_file: config.cert_file.clone(),
+            key_file: config.key_file.clone(),
+            client_ca_file: config.client_ca_file.clone(),
+        },
+        Arc::new(Backend { shared: shared.clone() }),
+        Arc::new(ApiAuthorizer::new(client.clone(), config.node_name.clone())),
+    );
+    let pods = Pods::new(shared.clone(), known_sources, token.clone());
+    let node = sync::NodeSync::new(shared.clone(), identity, config.listen.port());
+    tasks.spawn("pods", finished(pods.run(news_receiver, probe_receiver)));
+    tasks.spawn("events", finished(event_sender.run(token.clone())));
+    tasks.spawn("services", finished(service_watch.run(token.clone())));
+    tasks.spawn("node status", finished(node.run(token.clone())));
+    tasks.spawn("node lease", finished(sync::keep_lease(shared.clone(), token.clone())));
+    tasks.spawn("runtime events", finished(pleg::follow_events(shared.clone(), news.clone(), token.clone())));
+    tasks.spawn("runtime relist", finished(pleg::relist(shared.clone(), news.clone(), token.clone())));
+    tasks.spawn("logs", finished(logs::rotate(shared.clone(), token.clone())));
+    let watch = sources::watch_api(client, config.node_name.clone(), news, token.clone());
+    tasks.spawn("pod watch", finished(watch));
+    tasks.spawn("node API", api.run(token));
+    tasks.join(DRAIN).await.map_err(Error::from)
+}
+
+/// Learns the runtime's name and cgroup driver, if it is there; later is early enough otherwise.
+async fn meet_runtime(shared: &Shared) {
+    let hello = async {
+        if let Ok(version) = shared.runtime.version().await {
+            shared.id_scheme.store(Arc::new(format!("{}://", version.runtime_name)));
+        }
+        if let Ok(systemd) = shared.runtime.systemd_cgroups().await {
+            let cgroups = PodCgroups { systemd, ..(**shared.cgroups.load()).clone() };
+            shared.cgroups.store(Arc::new(cgroups));
+        }
+    };
+    let _ = tokio::time::timeout(Duration::from_secs(5), hello).await;
+    let cgroups = shared.cgroups.load_full();
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(move || cgroups.ensure_tree()).await {
+        tracing::warn!(%error, "the cgroups for pods could not be made; they go without limits of their own");
+        let without = PodCgroups { enabled: false, ..(**shared.cgroups.load()).clone() };
+        shared.cgroups.store(Arc::new(without));
+    }
+}
+
+/// A task that ends without an error when it ends.
+async fn finished(task: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {
+    task.await;
+    Ok(())
+}

@@ -1,0 +1,120 @@
+//! The tree of cgroups that pods live in: `kubepods`, `kubepods/burstable`, `kubepods/besteffort`, and one for each pod.
+//!
+//! With the systemd driver the runtime makes the slices; this module then only names them. All calls block on files.
+
+use k8s_openapi::api::core::v1::Pod;
+use oarlock_cgroup::{Cgroup, CgroupError, Limits};
+
+use crate::spec;
+use crate::spec::resources::{Qos, cpu_quota, cpu_shares, pod_limits, pod_requests, qos_of};
+
+/// Names, makes and removes pod cgroups.
+#[derive(Debug, Clone)]
+pub(crate) struct PodCgroups {
+    /// Cgroup above `kubepods`; empty for the root.
+    pub root: String,
+    /// False leaves cgroups to the runtime altogether.
+    pub enabled: bool,
+    pub systemd: bool,
+}
+
+impl PodCgroups {
+    fn path(&self, qos: Qos, uid: &str) -> String {
+        let root = self.root.trim_matches('/');
+        let base = if root.is_empty() { "kubepods".to_owned() } else { format!("{root}/kubepods") };
+        match qos {
+            Qos::Guaranteed => format!("{base}/pod{uid}"),
+            Qos::Burstable => format!("{base}/burstable/pod{uid}"),
+            Qos::BestEffort => format!("{base}/besteffort/pod{uid}"),
+        }
+    }
+
+    /// What the runtime is told as the sandbox's cgroup parent.
+    pub(crate) fn parent(&self, pod: &Pod) -> String {
+        let (qos, uid) = (qos_of(pod), spec::pod_uid(pod));
+        if !self.enabled {
+            return String::new();
+        }
+        if !self.systemd {
+            return format!("/{}", self.path(qos, uid));
+        }
+        let pod_part = format!("pod{}", uid.replace('-', "_"));
+        match qos {
+            Qos::Guaranteed => format!("/kubepods.slice/kubepods-{pod_part}.slice"),
+            Qos::Burstable => {
+                format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-{pod_part}.slice")
+            }
+            Qos::BestEffort => {
+                format!("/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-{pod_part}.slice")
+            }
+        }
+    }
+
+    /// Makes the upper levels.
+    pub(crate) fn ensure_tree(&self) -> Result<(), CgroupError> {
+        if !self.enabled || self.systemd {
+            return Ok(());
+        }
+        for qos in [Qos::Burstable, Qos::BestEffort] {
+            let path = self.path(qos, "");
+            let group = path.trim_end_matches("/pod").to_owned();
+            Cgroup::new(&group)?.create()?;
+        }
+        let best_effort = self.path(Qos::BestEffort, "");
+        let limits = Limits { cpu_shares: Some(2), ..Default::default() };
+        Cgroup::new(best_effort.trim_end_matches("/pod"))?.set_limits(&limits)
+    }
+
+    /// Makes the pod's cgroup with its limits. Idempotent.
+    pub(crate) fn create(&self, pod: &Pod) -> Result<(), CgroupError> {
+        if !self.enabled || self.systemd {
+            return Ok(());
+        }
+        let group_path = self.path(qos_of(pod), spec::pod_uid(pod));
+        let group = Cgroup::new(&group_path)?;
+        group.create()?;
+        let (requests, limits) = (pod_requests(pod), pod_limits(pod));
+        let shares = cpu_shares(requests.get("cpu").copied().unwrap_or(0));
+        let cpu = limits.get("cpu").copied();
+        group.set_limits(&Limits {
+            cpu_shares: u64::try_from(shares).ok(),
+            cpu_quota_us: cpu.map(cpu_quota),
+            cpu_period_us: cpu.map(|_| 100_000),
+            memory_limit_bytes: limits.get("memory").map(|milli| milli / 1000).filter(|bytes| *bytes > 0),
+            ..Default::default()
+        })
+    }
+
+    /// Removes the pod's cgroup, whatever its class was. Nothing there is success.
+    pub(crate) fn remove(&self, uid: &str) -> Result<(), CgroupError> {
+        if !self.enabled || self.systemd || uid.is_empty() {
+            return Ok(());
+        }
+        let mut result = Ok(());
+        for qos in [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort] {
+            let group_path = self.path(qos, uid);
+            let removed =
+                Cgroup::new(&group_path).and_then(|group| if group.exists() { group.remove() } else { Ok(()) });
+            result = result.and(removed);
+        }
+        result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parents_are_named_as_upstream_names_them() {
+        let pod: Pod = serde_json::from_value(serde_json::json!({"metadata": {"name": "p", "uid": "a-b"},
+            "spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "1"}}}]}}))
+        .expect("a pod");
+        let mut cgroups = PodCgroups { root: String::new(), enabled: true, systemd: false };
+        assert_eq!(cgroups.parent(&pod), "/kubepods/burstable/poda-b");
+        cgroups.systemd = true;
+        assert_eq!(cgroups.parent(&pod), "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-poda_b.slice");
+        cgroups.enabled = false;
+        assert_eq!(cgroups.parent(&pod), "");
+    }
+}

@@ -1,0 +1,147 @@
+//! What the machine has and what pods may use of it. Reading is apart from the pure part.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+
+use crate::Config;
+
+/// Thousandths of each resource.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Capacity {
+    pub capacity: BTreeMap<String, i64>,
+    pub allocatable: BTreeMap<String, i64>,
+}
+
+/// What was read of the machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Machine {
+    pub cpus: i64,
+    pub memory_bytes: i64,
+    pub storage_bytes: i64,
+    /// Total bytes of huge pages by the size's name, such as `hugepages-2Mi`.
+    pub hugepages: BTreeMap<String, i64>,
+}
+
+impl Capacity {
+    /// Capacity, and what is left of it after reservations. A tenth of the disk is kept free.
+    pub(crate) fn of(machine: &Machine, config: &Config) -> Self {
+        let mut capacity = BTreeMap::from([
+            ("cpu".to_owned(), machine.cpus * 1000),
+            ("memory".to_owned(), machine.memory_bytes.saturating_mul(1000)),
+            ("ephemeral-storage".to_owned(), machine.storage_bytes.saturating_mul(1000)),
+            ("pods".to_owned(), i64::from(config.max_pods) * 1000),
+        ]);
+        for (name, bytes) in &machine.hugepages {
+            capacity.insert(name.clone(), bytes.saturating_mul(1000));
+        }
+        let mut allocatable = capacity.clone();
+        let mut take = |name: &str, milli: i64| {
+            if let Some(amount) = allocatable.get_mut(name) {
+                *amount = (*amount - milli).max(0);
+            }
+        };
+        let as_milli = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        take("cpu", as_milli(config.reserved_cpu_millis));
+        let pages: i64 = machine.hugepages.values().sum();
+        take("memory", as_milli(config.reserved_memory_bytes).saturating_add(pages).saturating_mul(1000));
+        take("ephemeral-storage", (machine.storage_bytes / 10).saturating_mul(1000));
+        Self { capacity, allocatable }
+    }
+
+    pub(crate) fn memory_bytes(&self) -> i64 {
+        self.capacity.get("memory").copied().unwrap_or(0) / 1000
+    }
+}
+
+/// Amounts as the API shows them.
+pub(crate) fn quantities(amounts: &BTreeMap<String, i64>) -> BTreeMap<String, Quantity> {
+    let shown = |(name, milli): (&String, &i64)| {
+        let text = match name.as_str() {
+            "memory" if milli % 1_024_000 == 0 => format!("{}Ki", milli / 1_024_000),
+            _ if milli % 1000 == 0 => (milli / 1000).to_string(),
+            _ => format!("{milli}m"),
+        };
+        (name.clone(), Quantity(text))
+    };
+    amounts.iter().map(shown).collect()
+}
+
+impl Machine {
+    /// Reads the machine; blocks on files.
+    pub(crate) fn read(data_dir: &Path) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, |n| i64::try_from(n.get()).unwrap_or(1));
+        let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let kib = |name: &str| -> Option<i64> {
+            let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        let storage_bytes = disk(data_dir).map_or(0, |disk| disk.total_bytes);
+        Self {
+            cpus,
+            memory_bytes: kib("MemTotal").unwrap_or(0) * 1024,
+            storage_bytes,
+            hugepages: hugepages(Path::new("/sys/kernel/mm/hugepages")),
+        }
+    }
+}
+
+/// Room on a file system.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Disk {
+    pub total_bytes: i64,
+    pub available_bytes: i64,
+    pub inodes: i64,
+    pub inodes_free: i64,
+}
+
+/// The room on the file system of `path`, or of the nearest directory above it that exists.
+pub(crate) fn disk(path: &Path) -> Option<Disk> {
+    let existing = path.ancestors().find(|path| path.exists())?;
+    let stats = nix::sys::statvfs::statvfs(existing).ok()?;
+    let bytes = |blocks: u64| i64::try_from(blocks.saturating_mul(stats.fragment_size())).unwrap_or(i64::MAX);
+    Some(Disk {
+        total_bytes: bytes(stats.blocks()),
+        available_bytes: bytes(stats.blocks_available()),
+        inodes: i64::try_from(stats.files()).unwrap_or(i64::MAX),
+        inodes_free: i64::try_from(stats.files_available()).unwrap_or(i64::MAX),
+    })
+}
+
+fn hugepages(dir: &Path) -> BTreeMap<String, i64> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let kib = name.strip_prefix("hugepages-").and_then(|rest| rest.strip_suffix("kB"));
+        let Some(kib) = kib.and_then(|kib| kib.parse::<i64>().ok()) else { continue };
+        let pages = std::fs::read_to_string(entry.path().join("nr_hugepages")).unwrap_or_default();
+        let pages: i64 = pages.trim().parse().unwrap_or(0);
+        let size = if kib % (1 << 20) == 0 { format!("{}Gi", kib >> 20) } else { format!("{}Mi", kib >> 10) };
+        found.insert(format!("hugepages-{size}"), pages * kib * 1024);
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reservations_and_a_tenth_of_the_disk_are_kept_back() {
+        let machine = Machine {
+            cpus: 2,
+            memory_bytes: 1 << 30,
+            storage_bytes: 1000,
+            hugepages: [("hugepages-2Mi".to_owned(), 4 << 20)].into(),
+        };
+        let mut config = Config::new("n", "127.0.0.1".parse().unwrap());
+        config.reserved_cpu_millis = 500;
+        let capacity = Capacity::of(&machine, &config);
+        let (all, left) = (quantities(&capacity.capacity), quantities(&capacity.allocatable));
+        assert_eq!((all["cpu"].0.as_str(), left["cpu"].0.as_str()), ("2", "1500m"));
+        assert_eq!((all["memory"].0.as_str(), left["memory"].0.as_str()), ("1048576Ki", "1044480Ki"));
+        assert_eq!(left["ephemeral-storage"].0, "900");
+        assert_eq!(all["pods"].0, "110");
+    }
+}

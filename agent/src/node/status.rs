@@ -1,0 +1,266 @@
+//! The node's status as the API shows it. Pure: what was read of machine and runtime comes in.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{
+    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
+    NodeSystemInfo,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use oarlock_proto::cri;
+
+use super::capacity::{Capacity, quantities};
+use crate::{Config, VERSION};
+
+/// At most this many images are listed.
+const MAX_IMAGES: usize = 50;
+
+/// Who the machine is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub machine_id: String,
+    pub system_uuid: String,
+    pub boot_id: String,
+    pub kernel: String,
+    pub os_image: String,
+    pub architecture: String,
+    pub host_name: String,
+}
+
+/// How runtime and resources are at the moment.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Health {
+    /// `<name>://<version>`; empty until the runtime was reached.
+    pub runtime_version: String,
+    /// What keeps the node from being Ready; empty when nothing does.
+    pub troubles: Vec<String>,
+    pub memory_pressure: bool,
+    pub disk_pressure: bool,
+    pub pid_pressure: bool,
+    pub images: Vec<ContainerImage>,
+}
+
+/// What the runtime's status says against Ready.
+pub(crate) fn runtime_troubles(status: &Result<cri::StatusResponse, String>) -> Vec<String> {
+    let conditions = match status {
+        Err(error) => return vec![format!("container runtime is down: {error}")],
+        Ok(response) => response.status.clone().unwrap_or_default().conditions,
+    };
+    let mut troubles = Vec::new();
+    for (kind, what) in [("RuntimeReady", "container runtime"), ("NetworkReady", "container runtime network")] {
+        match conditions.iter().find(|condition| condition.r#type == kind) {
+            Some(condition) if condition.status => {}
+            Some(condition) => troubles.push(format!(
+                "{what} not ready: {kind}=false reason:{} message:{}",
+                condition.reason, condition.message
+            )),
+            None => troubles.push(format!("{what} status check may not have completed yet")),
+        }
+    }
+    troubles
+}
+
+/// The runtime's images as the node lists them: the largest ones.
+pub(crate) fn listed_images(mut images: Vec<cri::Image>) -> Vec<ContainerImage> {
+    images.sort_by_key(|image| std::cmp::Reverse(image.size));
+    images
+        .into_iter()
+        .take(MAX_IMAGES)
+        .map(|image| {
+            let names: Vec<String> = image.repo_digests.into_iter().chain(image.repo_tags).collect();
+            ContainerImage { names: Some(names), size_bytes: i64::try_from(image.size).ok() }
+        })
+        .collect()
+}
+
+/// The labels that every node has, and the configured ones.
+pub(crate) fn labels(config: &Config, identity: &Identity) -> BTreeMap<String, String> {
+    let mut labels = config.node_labels.clone();
+    for (name, value) in [
+        ("kubernetes.io/hostname", config.node_name.as_str()),
+        ("kubernetes.io/os", "linux"),
+        ("kubernetes.io/arch", identity.architecture.as_str()),
+        ("beta.kubernetes.io/os", "linux"),
+        ("beta.kubernetes.io/arch", identity.architecture.as_str()),
+    ] {
+        labels.insert(name.to_owned(), value.to_owned());
+    }
+    labels
+}
+
+/// The object that registers the node.
+pub(crate) fn new_node(config: &Config, identity: &Identity, status: NodeStatus) -> Node {
+    let taints = (!config.register_with_taints.is_empty()).then(|| config.register_with_taints.clone());
+    Node {
+        metadata: ObjectMeta {
+            name: Some(config.node_name.clone()),
+            labels: Some(labels(config, identity)),
+            annotations: Some(BTreeMap::from([(
+                "volumes.kubernetes.io/controller-managed-attach-detach".to_owned(),
+                "true".to_owned(),
+            )])),
+            ..Default::default()
+        },
+        spec: Some(NodeSpec { taints, ..Default::default() }),
+        status: Some(status),
+    }
+}
+
+/// The whole status. Transition times of `last` are kept where nothing changed.
+pub(crate) fn node_status(
+    config: &Config,
+    port: u16,
+    capacity: &Capacity,
+    identity: &Identity,
+    health: &Health,
+    last: Option<&NodeStatus>,
+    now: Timestamp,
+) -> NodeStatus {
+    let address = |type_: &str, address: String| NodeAddress { type_: type_.to_owned(), address };
+    NodeStatus {
+        addresses: Some(vec![
+            address("InternalIP", config.node_ip.to_string()),
+            address("Hostname", config.node_name.clone()),
+        ]),
+        capacity: Some(quantities(&capacity.capacity)),
+        allocatable: Some(quantities(&capacity.allocatable)),
+        conditions: Some(conditions(health, last, now)),
+        daemon_endpoints: Some(NodeDaemonEndpoints {
+            kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(port) }),
+        }),
+        images: Some(health.images.clone()),
+        node_info: Some(NodeSystemInfo {
+            architecture: identity.architecture.clone(),
+            boot_id: identity.boot_id.clone(),
+            container_runtime_version: health.runtime_version.clone(),
+            kernel_version: identity.kernel.clone(),
+            kube_proxy_version: String::new(),
+            kubelet_version: VERSION.to_owned(),
+            machine_id: identity.machine_id.clone(),
+            operating_system: "linux".to_owned(),
+            os_image: identity.os_image.clone(),
+            system_uuid: identity.system_uuid.clone(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn conditions(health: &Health, last: Option<&NodeStatus>, now: Timestamp) -> Vec<NodeCondition> {
+    let pressure = |kind: &'static str, on: bool, yes: (&'static str, &str), no: (&'static str, &str)| {
+        let (reason, message) = if on { yes } else { no };
+        (kind, on, reason, message.to_owned())
+    };
+    let ready = if health.troubles.is_empty() {
+        ("Ready", true, "KubeletReady", "kubelet is posting ready status".to_owned())
+    } else {
+        let message = match health.troubles.as_slice() {
+            [one] => one.clone(),
+            several => format!("[{}]", several.join(", ")),
+        };
+        ("Ready", false, "KubeletNotReady", message)
+    };
+    let all = [
+        pressure(
+            "MemoryPressure",
+            health.memory_pressure,
+            ("KubeletHasInsufficientMemory", "kubelet has insufficient memory available"),
+            ("KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
+        ),
+        pressure(
+            "DiskPressure",
+            health.disk_pressure,
+            ("KubeletHasDiskPressure", "kubelet has disk pressure"),
+            ("KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+        ),
+        pressure(
+            "PIDPressure",
+            health.pid_pressure,
+            ("KubeletHasInsufficientPID", "kubelet has insufficient PID available"),
+            ("KubeletHasSufficientPID", "kubelet has sufficient PID available"),
+        ),
+        ready,
+    ];
+    let before = |kind: &str| {
+        last.and_then(|last| last.conditions.as_ref()).and_then(|all| all.iter().find(|c| c.type_ == kind))
+    };
+    let second = Timestamp::from_second(now.as_second()).unwrap_or(now);
+    all.into_iter()
+        .map(|(kind, on, reason, message)| {
+            let status = if on { "True" } else { "False" };
+            let same = before(kind).filter(|before| before.status == status);
+            let since = same.and_then(|before| before.last_transition_time.clone());
+            NodeCondition {
+                type_: kind.to_owned(),
+                status: status.to_owned(),
+                reason: Some(reason.to_owned()),
+                message: Some(message),
+                last_heartbeat_time: Some(Time(second)),
+                last_transition_time: Some(since.unwrap_or(Time(second))),
+            }
+        })
+        .collect()
+}
+
+/// Whether two statuses say the same, heart-beat times aside.
+pub(crate) fn same(a: &NodeStatus, b: &NodeStatus) -> bool {
+    let still = |status: &NodeStatus| {
+        let mut status = status.clone();
+        for condition in status.conditions.iter_mut().flatten() {
+            condition.last_heartbeat_time = None;
+        }
+        status
+    };
+    still(a) == still(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).expect("a small number")
+    }
+
+    fn status(health: &Health, last: Option<&NodeStatus>, now: Timestamp) -> NodeStatus {
+        let config = Config::new("n", "192.0.2.1".parse().unwrap());
+        node_status(&config, 10250, &Capacity::default(), &Identity::default(), health, last, now)
+    }
+
+    fn ready(status: &NodeStatus) -> NodeCondition {
+        status.conditions.iter().flatten().find(|c| c.type_ == "Ready").cloned().expect("a Ready condition")
+    }
+
+    #[test]
+    fn ready_says_what_is_missing_and_keeps_its_transition_time() {
+        let response = cri::StatusResponse {
+            status: Some(cri::RuntimeStatus {
+                conditions: vec![
+                    cri::RuntimeCondition { r#type: "RuntimeReady".into(), status: true, ..Default::default() },
+                    cri::RuntimeCondition {
+                        r#type: "NetworkReady".into(),
+                        status: false,
+                        reason: "NetworkPluginNotReady".into(),
+                        message: "no network config".into(),
+                    },
+                ],
+            }),
+            ..Default::default()
+        };
+        let down = Health { troubles: runtime_troubles(&Ok(response)), ..Default::default() };
+        let first = status(&down, None, at(10));
+        assert_eq!(
+            ready(&first).message.as_deref(),
+            Some(
+                "container runtime network not ready: NetworkReady=false reason:NetworkPluginNotReady message:no network config"
+            )
+        );
+        let second = status(&down, Some(&first), at(20));
+        assert_eq!(ready(&second).last_transition_time, Some(Time(at(10))));
+        assert!(same(&first, &second));
+        let up = status(&Health::default(), Some(&second), at(30));
+        assert_eq!((ready(&up).status.as_str(), ready(&up).last_transition_time), ("True", Some(Time(at(30)))));
+        assert!(!same(&second, &up));
+    }
+}

@@ -1,0 +1,314 @@
+//! Keeps the node object true: registers it, reports its status on change and every few minutes, renews its lease.
+//!
+//! While the node is not Ready the runtime is asked often, so that Ready follows within a moment of the network's; after
+//! that now and then.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::api::core::v1::{Node, NodeStatus};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
+use kube::api::{Api, Patch, PatchParams, PostParams};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use super::capacity::disk;
+use super::status::{self, Health, Identity};
+use crate::objects::Delays;
+use crate::recorder::Level;
+use crate::shared::Shared;
+
+const CALL: Duration = Duration::from_secs(10);
+/// How often a node that is not Ready is looked at; and one that is.
+const EAGER: Duration = Duration::from_millis(100);
+const CALM: Duration = Duration::from_secs(10);
+const EAGER_FOR: Duration = Duration::from_secs(60);
+const LEASE_NAMESPACE: &str = "kube-node-lease";
+/// Images are listed again after this many calm rounds.
+const IMAGE_ROUNDS: u32 = 6;
+const MEMORY_FLOOR_BYTES: i64 = 100 << 20;
+
+/// The keeper of the node object.
+pub(crate) struct NodeSync {
+    shared: Arc<Shared>,
+    identity: Identity,
+    port: u16,
+    sent: Option<(NodeStatus, tokio::time::Instant)>,
+    pod_cidr: Option<String>,
+    rounds: u32,
+    images: Vec<k8s_openapi::api::core::v1::ContainerImage>,
+    was_ready: Option<bool>,
+}
+
+impl NodeSync {
+    pub(crate) fn new(shared: Arc<Shared>, identity: Identity, port: u16) -> Self {
+        Self { shared, identity, port, sent: None, pod_cidr: None, rounds: 0, images: Vec::new(), was_ready: None }
+    }
+
+    /// Runs until `shutdown`.
+    pub(crate) async fn run(mut self, shutdown: CancellationToken) {
+        let mut delays = Delays::default();
+        let began = tokio::time::Instant::now();
+        loop {
+            let health = self.health().await;
+            let ready = health.troubles.is_empty();
+            match self.report(&health).await {
+                Ok(()) => delays.reset(),
+                Err(error) => {
+                    tracing::debug!(%error, "the node's status was not taken");
+                    delays.wait(&shutdown).await;
+                    if shutdown.is_cancelled() {
+                        return;
+                    }
+                    continue;
+                }
+            }
+            self.rounds += 1;
+            let eager = !ready && began.elapsed() < EAGER_FOR;
+            let pause = if eager {
+                EAGER
+            } else if ready {
+                CALM
+            } else {
+                Duration::from_secs(1)
+            };
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn health(&mut self) -> Health {
+        let shared = &self.shared;
+        let status = shared.runtime.status().await.map_err(|error| error.to_string());
+        let reached = status.is_ok();
+        if shared.runtime_ok.swap(reached, Ordering::Relaxed) != reached {
+            tracing::info!(reached, "the container runtime changed");
+        }
+        let mut health = Health { troubles: status::runtime_troubles(&status), ..Default::default() };
+        if reached && let Ok(version) = shared.runtime.version().await {
+            health.runtime_version = format!("{}://{}", version.runtime_name, version.runtime_version);
+            let scheme = format!("{}://", version.runtime_name);
+            if **shared.id_scheme.load() != scheme {
+                shared.id_scheme.store(Arc::new(scheme));
+            }
+            if self.rounds.is_multiple_of(IMAGE_ROUNDS)
+                && let Ok(images) = shared.runtime.list_images().await
+            {
+                self.images = status::listed_images(images);
+            }
+        }
+        health.images = self.images.clone();
+        let data_dir = shared.config.data_dir.clone();
+        let pressures = tokio::task::spawn_blocking(move || pressures(&data_dir)).await.unwrap_or_default();
+        (health.memory_pressure, health.disk_pressure, health.pid_pressure) = pressures;
+        health
+    }
+
+    /// Registers the node if need be, and sends the status when it says something new or is due.
+    async fn report(&mut self, health: &Health) -> Result<(), kube::Error> {
+        let shared = self.shared.clone();
+        let config = &shared.config;
+        let last = self.sent.as_ref().map(|(status, _)| status);
+        let now = Timestamp::now();
+        let next = status::node_status(config, self.port, &shared.capacity, &self.identity, health, last, now);
+        let due = self.sent.as_ref().is_none_or(|(_, at)| at.elapsed() >= config.node_status_report_period);
+        let news = last.is_none_or(|last| !status::same(last, &next));
+        if !due && !news {
+            return self.follow_node().await;
+        }
+        let next = match self.sent {
+            None => self.register(next, health).await?,
+            Some(_) => next,
+        };
+        let api: Api<Node> = Api::all(shared.client.clone());
+        let patch = Patch::Strategic(json!({ "status": patch_body(&next) }));
+        let params = PatchParams::default();
+        match bounded(api.patch_status(&config.node_name, &params, &patch)).await {
+            Ok(node) => self.take_node(node).await,
+            Err(kube::Error::Api(refusal)) if refusal.code == 404 => {
+                // Somebody removed the node: it registers anew.
+                self.sent = None;
+                return Err(kube::Error::Api(refusal));
+            }
+            Err(error) => return Err(error),
+        }
+        self.tell_changes(health);
+        self.sent = Some((next, tokio::time::Instant::now()));
+        Ok(())
+    }
+
+    fn tell_changes(&mut self, health: &Health) {
+        let ready = health.troubles.is_empty();
+        if self.was_ready == Some(ready) {
+            return;
+        }
+        let name = &self.shared.config.node_name;
+        if ready {
+            tracing::info!(node.name = name, "the node is ready");
+            let message = format!("Node {name} status is now: NodeReady");
+            self.shared.recorder.node(name, Level::Normal, "NodeReady", message);
+        } else if self.was_ready == Some(true) {
+            tracing::warn!(node.name = name, troubles = ?health.troubles, "the node is not ready");
+            let message = format!("Node {name} status is now: NodeNotReady");
+            self.shared.recorder.node(name, Level::Normal, "NodeNotReady", message);
+        }
+        self.was_ready = Some(ready);
+    }
+
+    /// Creates the node object, or adopts the one that is there; transition times are carried over from it.
+    async fn register(&mut self, status: NodeStatus, health: &Health) -> Result<NodeStatus, kube::Error> {
+        let shared = self.shared.clone();
+        let api: Api<Node> = Api::all(shared.client.clone());
+        let name = &shared.config.node_name;
+        let object = status::new_node(&shared.config, &self.identity, status.clone());
+        match bounded(api.create(&PostParams::default(), &object)).await {
+            Ok(node) => {
+                tracing::info!(node.name = name, "registered the node");
+                shared.recorder.node(name, Level::Normal, "Starting", "Starting kubelet.");
+                self.take_node(node).await;
+                return Ok(status);
+            }
+            Err(kube::Error::Api(refusal)) if refusal.code == 409 => {}
+            Err(error) => return Err(error),
+        }
+        let found = bounded(api.get(name)).await?;
+        let wanted = status::labels(&shared.config, &self.identity);
+        let stale = wanted
+            .iter()
+            .any(|(key, value)| found.metadata.labels.as_ref().and_then(|labels| labels.get(key)) != Some(value));
+        if stale {
+            let patch = Patch::Merge(json!({ "metadata": { "labels": wanted } }));
+            bounded(api.patch(name, &PatchParams::default(), &patch)).await?;
+        }
+        let last = found.status.clone();
+        self.take_node(found).await;
+        let now = Timestamp::now();
+        Ok(status::node_status(&shared.config, self.port, &shared.capacity, &self.identity, health, last.as_ref(), now))
+    }
+
+    /// Between reports: a node that waits for its pod addresses, or that is not Ready, is read again.
+    async fn follow_node(&mut self) -> Result<(), kube::Error> {
+        if self.pod_cidr.is_some() && self.was_ready == Some(true) && !self.rounds.is_multiple_of(IMAGE_ROUNDS) {
+            return Ok(());
+        }
+        let api: Api<Node> = Api::all(self.shared.client.clone());
+        let found = bounded(api.get_opt(&self.shared.config.node_name)).await?;
+        match found {
+            Some(node) => self.take_node(node).await,
+            None => self.sent = None,
+        }
+        Ok(())
+    }
+
+    async fn take_node(&mut self, node: Node) {
+        let cidr = node.spec.as_ref().and_then(|spec| spec.pod_cidr.clone()).filter(|cidr| !cidr.is_empty());
+        self.shared.node.store(Arc::new(node));
+        if let Some(cidr) = cidr.filter(|cidr| self.pod_cidr.as_ref() != Some(cidr)) {
+            match self.shared.runtime.update_pod_cidr(cidr.clone()).await {
+                Ok(()) => self.pod_cidr = Some(cidr),
+                Err(error) if error.unimplemented() => self.pod_cidr = Some(cidr),
+                Err(error) => tracing::debug!(%error, "the runtime was not told of the pod addresses"),
+            }
+        }
+    }
+}
+
+/// The status as a patch: lists that merge by key are sent whole.
+fn patch_body(status: &NodeStatus) -> serde_json::Value {
+    let mut body = serde_json::to_value(status).unwrap_or_default();
+    if let Some(addresses) = body.get_mut("addresses").and_then(serde_json::Value::as_array_mut) {
+        addresses.insert(0, json!({ "$patch": "replace" }));
+    }
+    body
+}
+
+async fn bounded<T>(call: impl Future<Output = Result<T, kube::Error>>) -> Result<T, kube::Error> {
+    match tokio::time::timeout(CALL, call).await {
+        Ok(answer) => answer,
+        Err(elapsed) => Err(kube::Error::Service(Box::new(elapsed))),
+    }
+}
+
+/// Memory, disk and PID pressure.
+fn pressures(data_dir: &Path) -> (bool, bool, bool) {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let available = available.and_then(|rest| rest.split_whitespace().next()?.parse::<i64>().ok());
+    let memory = available.is_some_and(|kib| kib * 1024 < MEMORY_FLOOR_BYTES);
+    let disk = disk(data_dir).is_some_and(|disk| {
+        let few = |free: i64, total: i64, percent: i64| total > 0 && free < total / 100 * percent;
+        few(disk.available_bytes, disk.total_bytes, 10) || few(disk.inodes_free, disk.inodes, 5)
+    });
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<i64>().ok();
+    let running = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let processes = running.split_whitespace().nth(3).and_then(|text| text.split('/').nth(1)?.parse::<i64>().ok());
+    let pids = match (processes, number("/proc/sys/kernel/pid_max")) {
+        (Some(processes), Some(most)) => processes > most / 10 * 9,
+        _ => false,
+    };
+    (memory, disk, pids)
+}
+
+/// Renews the node's lease until `shutdown`.
+pub(crate) async fn keep_lease(shared: Arc<Shared>, shutdown: CancellationToken) {
+    let mut delays = Delays::default();
+    let duration = shared.config.node_lease_duration;
+    loop {
+        match renew(&shared, duration).await {
+            Ok(()) => delays.reset(),
+            Err(error) => {
+                tracing::debug!(%error, "the node's lease was not renewed");
+                delays.wait(&shutdown).await;
+                if shutdown.is_cancelled() {
+                    return;
+                }
+                continue;
+            }
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(duration / 4) => {}
+        }
+    }
+}
+
+async fn renew(shared: &Shared, duration: Duration) -> Result<(), kube::Error> {
+    let api: Api<Lease> = Api::namespaced(shared.client.clone(), LEASE_NAMESPACE);
+    let name = &shared.config.node_name;
+    let now = MicroTime(Timestamp::now());
+    let patch = Patch::Merge(json!({ "spec": { "holderIdentity": name, "renewTime": now,
+        "leaseDurationSeconds": duration.as_secs() } }));
+    match bounded(api.patch(name, &PatchParams::default(), &patch)).await {
+        Err(kube::Error::Api(refusal)) if refusal.code == 404 => {}
+        other => return other.map(drop),
+    }
+    let node = shared.node.load();
+    let owner = node.metadata.uid.clone().map(|uid| OwnerReference {
+        api_version: "v1".to_owned(),
+        kind: "Node".to_owned(),
+        name: name.clone(),
+        uid,
+        ..Default::default()
+    });
+    let lease = Lease {
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            namespace: Some(LEASE_NAMESPACE.to_owned()),
+            owner_references: owner.map(|owner| vec![owner]),
+            ..Default::default()
+        },
+        spec: Some(LeaseSpec {
+            holder_identity: Some(name.clone()),
+            lease_duration_seconds: i32::try_from(duration.as_secs()).ok(),
+            renew_time: Some(now),
+            ..Default::default()
+        }),
+    };
+    bounded(api.create(&PostParams::default(), &lease)).await.map(drop)
+}

@@ -1,0 +1,241 @@
+//! All pods of the node: takes in what the sources, the runtime and the probes tell, keeps one worker for each pod UID, and
+//! hands everything on to it. Decides only whether a pod is admitted, since that depends on all of them.
+//!
+//! A pod that the runtime has and no source knows is ended, but only once every source has been listed: while the API is
+//! away, its containers are nobody's to touch.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::Pod;
+use oarlock_probes::Update;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::admission;
+use crate::cri::{Found, found_pods};
+use crate::model::PodUid;
+use crate::shared::Shared;
+use crate::spec;
+use crate::worker::{self, Event, Worker, unknown_pod};
+
+/// What the sources and the runtime tell.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// A source begins to tell everything that it has.
+    SourceInit(Source),
+    /// A source has this pod.
+    Pod(Source, Arc<Pod>),
+    /// A source has told everything.
+    SourceReady(Source),
+    /// A source has this pod no more.
+    PodGone(Source, PodUid),
+    /// Something happened to a pod in the runtime.
+    Runtime(PodUid),
+    /// Events of the runtime may have been missed.
+    RuntimeAll,
+    /// These pods have something in the runtime.
+    RuntimeFound(Vec<Found>),
+}
+
+/// Where pods come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Source {
+    Api,
+    Files,
+}
+
+struct Known {
+    mailbox: mpsc::Sender<Event>,
+    pod: Arc<Pod>,
+    source: Option<Source>,
+    /// Counts towards what is taken of the node.
+    admitted: bool,
+}
+
+/// The keeper of all workers.
+pub(crate) struct Pods {
+    shared: Arc<Shared>,
+    known: HashMap<PodUid, Known>,
+    workers: JoinSet<(PodUid, bool)>,
+    /// UIDs told since a source began.
+    told: HashMap<Source, HashSet<PodUid>>,
+    ready: HashSet<Source>,
+    sources: HashSet<Source>,
+    shutdown: CancellationToken,
+}
+
+impl Pods {
+    pub(crate) fn new(shared: Arc<Shared>, sources: HashSet<Source>, shutdown: CancellationToken) -> Self {
+        Self {
+            shared,
+            known: HashMap::new(),
+            workers: JoinSet::new(),
+            told: HashMap::new(),
+            ready: HashSet::new(),
+            sources,
+            shutdown,
+        }
+    }
+
+    /// Runs until `shutdown`.
+    pub(crate) async fn run(mut self, mut news: mpsc::Receiver<News>, mut probes: mpsc::Receiver<Update>) {
+        loop {
+            tokio::select! {
+                () = self.shutdown.cancelled() => break,
+                Some(news) = news.recv() => self.take(news).await,
+                Some(update) = probes.recv() => {
+                    let uid = PodUid::from(update.pod_uid.as_str());
+                    self.send(&uid, Event::Probe(update)).await;
+                }
+                Some(ended) = self.workers.join_next(), if !self.workers.is_empty() => self.ended(ended),
+            }
+        }
+        while self.workers.join_next().await.is_some() {}
+    }
+
+    fn ended(&mut self, ended: Result<(PodUid, bool), tokio::task::JoinError>) {
+        match ended {
+            Ok((uid, true)) => {
+                self.known.remove(&uid);
+            }
+            Ok((_, false)) => {}
+            Err(error) => {
+                // A worker that broke must not leave its pod without an owner.
+                tracing::error!(%error, "a pod worker broke; the agent ends to start afresh");
+                self.shutdown.cancel();
+            }
+        }
+    }
+
+    async fn send(&self, uid: &PodUid, event: Event) {
+        if let Some(known) = self.known.get(uid) {
+            // A closed mailbox means that the worker has just ended.
+            let _ = known.mailbox.send(event).await;
+        }
+    }
+
+    async fn take(&mut self, news: News) {
+        match news {
+            News::SourceInit(source) => {
+                self.told.insert(source, HashSet::new());
+            }
+            News::Pod(source, pod) => self.desired(source, pod).await,
+            News::SourceReady(source) => self.source_ready(source).await,
+            News::PodGone(source, uid) => {
+                if self.known.get(&uid).is_some_and(|known| known.source == Some(source)) {
+                    self.gone(&uid).await;
+                }
+            }
+            News::Runtime(uid) => self.send(&uid, Event::RuntimeChanged).await,
+            News::RuntimeAll => {
+                let uids: Vec<PodUid> = self.known.keys().cloned().collect();
+                for uid in uids {
+                    self.send(&uid, Event::RuntimeChanged).await;
+                }
+            }
+            News::RuntimeFound(found) => self.end_unknown(found).await,
+        }
+    }
+
+    async fn gone(&mut self, uid: &PodUid) {
+        if let Some(known) = self.known.get_mut(uid) {
+            known.source = None;
+            known.admitted = false;
+        }
+        self.send(uid, Event::Gone).await;
+    }
+
+    async fn desired(&mut self, source: Source, pod: Arc<Pod>) {
+        if spec::is_mirror(&pod) && source == Source::Api {
+            return;
+        }
+        let uid = PodUid::from(spec::pod_uid(&pod));
+        if uid.as_str().is_empty() {
+            return;
+        }
+        self.told.entry(source).or_default().insert(uid.clone());
+        let terminal = |pod: &Pod| {
+            let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+            matches!(phase, Some("Succeeded" | "Failed"))
+        };
+        if let Some(known) = self.known.get_mut(&uid) {
+            known.source = Some(source);
+            known.pod = pod.clone();
+            known.admitted &= !terminal(&pod);
+            self.send(&uid, Event::Desired(pod)).await;
+            return;
+        }
+        // Taken up before the agent last started: judged then.
+        let acknowledged = pod.status.as_ref().is_some_and(|status| status.start_time.is_some());
+        let judged = if acknowledged || pod.metadata.deletion_timestamp.is_some() {
+            Ok(())
+        } else {
+            let others: Vec<&Pod> = self.known.values().filter(|known| known.admitted).map(|k| &*k.pod).collect();
+            admission::admit(&pod, &self.shared.node.load(), &self.shared.capacity, &others)
+        };
+        let admitted = judged.is_ok() && !terminal(&pod);
+        self.start_worker(uid.clone(), pod.clone(), Some(source), admitted);
+        self.send(&uid, Event::Desired(pod)).await;
+        if let Err(refusal) = judged {
+            self.send(&uid, Event::Rejected { reason: refusal.reason, message: refusal.message }).await;
+        }
+    }
+
+    fn start_worker(&mut self, uid: PodUid, pod: Arc<Pod>, source: Option<Source>, admitted: bool) {
+        let (mailbox, receiver) = mpsc::channel(worker::MAILBOX);
+        let worker = Worker::new(self.shared.clone(), pod.clone(), receiver);
+        let shutdown = self.shutdown.clone();
+        self.known.insert(uid.clone(), Known { mailbox, pod, source, admitted });
+        self.workers.spawn(async move {
+            let forgotten = worker.run(shutdown).await;
+            (uid, forgotten)
+        });
+    }
+
+    /// A source has told everything: what it has not told is gone; then the runtime is searched for what nobody knows.
+    async fn source_ready(&mut self, source: Source) {
+        self.ready.insert(source);
+        let told = self.told.remove(&source).unwrap_or_default();
+        let known = self.known.iter().filter(|(uid, known)| known.source == Some(source) && !told.contains(*uid));
+        let missing: Vec<PodUid> = known.map(|(uid, _)| uid.clone()).collect();
+        for uid in missing {
+            self.gone(&uid).await;
+        }
+        if self.all_ready() {
+            match found_pods(&self.shared.runtime).await {
+                Ok(found) => self.end_unknown(found).await,
+                Err(error) => tracing::debug!(%error, "the runtime could not be searched for unknown pods yet"),
+            }
+            self.end_leftovers().await;
+        }
+    }
+
+    fn all_ready(&self) -> bool {
+        self.sources.iter().all(|source| self.ready.contains(source))
+    }
+
+    /// Ends pods that the runtime has and no source knows.
+    async fn end_unknown(&mut self, found: Vec<Found>) {
+        if !self.all_ready() {
+            return;
+        }
+        for found in found.into_iter().filter(|found| !self.known.contains_key(&found.uid)).collect::<Vec<_>>() {
+            tracing::info!(pod.uid = %found.uid, pod.name = found.name, "ending a pod that nobody knows");
+            let uid = found.uid.clone();
+            self.start_worker(uid.clone(), Arc::new(unknown_pod(&found)), None, false);
+            self.send(&uid, Event::Gone).await;
+        }
+    }
+
+    /// Ends pods of which only volumes are left.
+    async fn end_leftovers(&mut self) {
+        let known: HashSet<String> = self.known.keys().map(ToString::to_string).collect();
+        for uid in self.shared.volumes.orphans(&known) {
+            let found = Found { uid: PodUid::from(uid), name: String::new(), namespace: String::new() };
+            self.start_worker(found.uid.clone(), Arc::new(unknown_pod(&found)), None, false);
+            self.send(&found.uid, Event::Gone).await;
+        }
+    }
+}

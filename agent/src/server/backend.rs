@@ -1,0 +1,235 @@
+//! [`Backend`]: what the :10250 server asks of the agent.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use k8s_openapi::api::core::v1::Pod;
+use oarlock_node_api::{
+    ContainerRef, ExecRequest, LogFile, MetricsPage, NodeBackend, NodeError, PodList, PortForwardRequest,
+};
+use oarlock_proto::cri;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::stats;
+use crate::model::{Container, ContainerId, PodUid, RunState};
+use crate::shared::{PodEntry, Shared};
+use crate::spec;
+
+const RUN: Duration = Duration::from_secs(120);
+/// While a log is followed, the container is looked at this often.
+const FOLLOW: Duration = Duration::from_millis(500);
+
+/// Answers from the table of pods and from the runtime.
+pub(crate) struct Backend {
+    pub shared: Arc<Shared>,
+}
+
+impl Backend {
+    fn pod(&self, target: &ContainerRef) -> Result<PodEntry, NodeError> {
+        let entry = match target.pod_uid.as_deref().filter(|uid| !uid.is_empty()) {
+            Some(uid) => self.shared.table.get(&PodUid::from(uid)),
+            None => self.shared.table.find(&target.namespace, &target.pod),
+        };
+        let missing = || NodeError::NotFound(format!("pod \"{}_{}\" does not exist", target.pod, target.namespace));
+        entry.filter(|entry| spec::pod_name(&entry.pod) == target.pod).ok_or_else(missing)
+    }
+
+    /// The running container that a request names.
+    fn running(&self, target: &ContainerRef) -> Result<Container, NodeError> {
+        let entry = self.pod(target)?;
+        let record = entry.observed.latest(&target.container).filter(|record| record.state == RunState::Running);
+        record.cloned().ok_or_else(|| NodeError::NotFound(format!("container not found (\"{}\")", target.container)))
+    }
+}
+
+#[async_trait]
+impl NodeBackend for Backend {
+    async fn pods(&self) -> PodList {
+        let items = self.shared.table.all().iter().map(PodEntry::with_status).collect();
+        PodList { items, metadata: Default::default() }
+    }
+
+    async fn running_pods(&self) -> PodList {
+        let entries = self.shared.table.all();
+        let running = entries.iter().filter(|entry| entry.observed.containers.iter().any(Container::live));
+        let items = running.map(|entry| Pod { status: None, ..(*entry.pod).clone() }).collect();
+        PodList { items, metadata: Default::default() }
+    }
+
+    async fn container_log_path(
+        &self,
+        namespace: &str,
+        pod: &str,
+        container: &str,
+        previous: bool,
+    ) -> Result<LogFile, NodeError> {
+        let target = ContainerRef { namespace: namespace.into(), pod: pod.into(), ..Default::default() };
+        let entry = self.pod(&target)?;
+        let known = entry.pod.spec.as_ref().and_then(|spec| spec::find_container(spec, container));
+        if known.is_none() {
+            let message = format!("container \"{container}\" in pod \"{pod}\" is not available");
+            return Err(NodeError::BadRequest(message));
+        }
+        let latest = entry.observed.latest(container);
+        let record = match (previous, latest) {
+            (false, latest) => latest,
+            (true, Some(latest)) => entry.observed.last_ended(container, Some(&latest.id)).or_else(|| {
+                // Waiting to run again: the one that ended is the previous one.
+                let waiting = entry.status.container_statuses.iter().flatten().find(|s| s.name == container);
+                let waits = waiting.and_then(|s| s.state.as_ref()).is_some_and(|state| state.waiting.is_some());
+                Some(latest).filter(|latest| waits && latest.state == RunState::Exited)
+            }),
+            (true, None) => None,
+        };
+        let Some(record) = record else {
+            let message = if previous {
+                format!("previous terminated container \"{container}\" in pod \"{pod}\" not found")
+            } else {
+                let reason = waiting_reason(&entry, container);
+                format!("container \"{container}\" in pod \"{pod}\" is waiting to start: {reason}")
+            };
+            return Err(NodeError::BadRequest(message));
+        };
+        let running = self.follow(PodUid::from(spec::pod_uid(&entry.pod)), record);
+        Ok(LogFile { path: record.log_path.clone().into(), running })
+    }
+
+    async fn exec_url(&self, request: ExecRequest) -> Result<String, NodeError> {
+        let container = self.running(&request.target)?;
+        let exec = cri::ExecRequest {
+            container_id: container.id.to_string(),
+            cmd: request.command,
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            // A terminal has one output.
+            stderr: request.stderr && !request.tty,
+        };
+        self.shared.runtime.exec(exec).await.map_err(internal)
+    }
+
+    async fn attach_url(&self, request: ExecRequest) -> Result<String, NodeError> {
+        let container = self.running(&request.target)?;
+        let attach = cri::AttachRequest {
+            container_id: container.id.to_string(),
+            stdin: request.stdin,
+            tty: request.tty,
+            stdout: request.stdout,
+            stderr: request.stderr && !request.tty,
+        };
+        self.shared.runtime.attach(attach).await.map_err(internal)
+    }
+
+    async fn port_forward_url(&self, request: PortForwardRequest) -> Result<String, NodeError> {
+        let entry = self.pod(&request.target)?;
+        let sandbox = entry.observed.current_sandbox().filter(|sandbox| sandbox.ready);
+        let Some(sandbox) = sandbox else {
+            return Err(NodeError::NotFound(format!("pod not found (\"{}\")", spec::pod_uid(&entry.pod))));
+        };
+        let forward = cri::PortForwardRequest {
+            pod_sandbox_id: sandbox.id.to_string(),
+            port: request.ports.into_iter().map(i32::from).collect(),
+        };
+        self.shared.runtime.port_forward(forward).await.map_err(internal)
+    }
+
+    async fn run_in_container(&self, request: ExecRequest) -> Result<Vec<u8>, NodeError> {
+        let container = self.running(&request.target)?;
+        let answer = self.shared.runtime.exec_sync(container.id.as_str(), &request.command, RUN).await;
+        let answer = answer.map_err(internal)?;
+        let mut output = answer.stdout;
+        output.extend(answer.stderr);
+        if answer.exit_code != 0 {
+            let shown = String::from_utf8_lossy(&output).into_owned();
+            let message = format!("command '{}' exited with {}: {shown}", request.command.join(" "), answer.exit_code);
+            return Err(NodeError::Internal(message));
+        }
+        Ok(output)
+    }
+
+    async fn stats_summary(&self) -> Value {
+        let pods = self.shared.runtime.sandbox_stats().await.unwrap_or_default();
+        let filesystem = self.shared.runtime.image_fs_info().await.ok();
+        stats::summary(&self.shared, &pods, filesystem.as_ref())
+    }
+
+    async fn metrics(&self, page: MetricsPage) -> String {
+        match page {
+            MetricsPage::Probes => self.shared.probes.metrics(),
+            MetricsPage::Agent => stats::agent_metrics(&self.shared),
+            MetricsPage::Resource | MetricsPage::CAdvisor => {
+                let pods = self.shared.runtime.sandbox_stats().await.unwrap_or_default();
+                let containers = self.shared.runtime.container_stats().await.unwrap_or_default();
+                stats::resource_metrics(&pods, &containers, page == MetricsPage::CAdvisor)
+            }
+        }
+    }
+
+    async fn configz(&self) -> Value {
+        let config = &self.shared.config;
+        json!({ "kubeletconfig": {
+            "kind": "KubeletConfiguration",
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "address": config.listen.ip().to_string(),
+            "port": config.listen.port(),
+            "clusterDomain": config.cluster_domain,
+            "clusterDNS": config.cluster_dns.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "maxPods": config.max_pods,
+            "cgroupsPerQOS": config.cgroups_per_qos,
+            "cgroupDriver": if self.shared.cgroups.load().systemd { "systemd" } else { "cgroupfs" },
+            "containerRuntimeEndpoint": format!("unix://{}", config.runtime_endpoint.display()),
+            "containerLogMaxSize": config.container_log_max_bytes.to_string(),
+            "containerLogMaxFiles": config.container_log_max_files,
+            "nodeLeaseDurationSeconds": config.node_lease_duration.as_secs(),
+            "nodeStatusReportFrequency": format!("{}s", config.node_status_report_period.as_secs()),
+            "staticPodPath": config.static_pod_dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default(),
+            "resolvConf": config.resolv_conf.display().to_string(),
+        } })
+    }
+
+    async fn healthy(&self) -> Result<(), String> {
+        if self.shared.runtime_ok() { Ok(()) } else { Err("the container runtime cannot be reached".to_owned()) }
+    }
+}
+
+impl Backend {
+    /// Turns false when the container does not run any more.
+    fn follow(&self, uid: PodUid, record: &Container) -> watch::Receiver<bool> {
+        let (sender, receiver) = watch::channel(record.state == RunState::Running);
+        if record.state == RunState::Running {
+            let (shared, id): (_, ContainerId) = (self.shared.clone(), record.id.clone());
+            tokio::spawn(async move {
+                let runs = || {
+                    let entry = shared.table.get(&uid);
+                    let record = entry.and_then(|e| e.observed.containers.iter().find(|c| c.id == id).cloned());
+                    record.is_some_and(|record| record.state == RunState::Running)
+                };
+                while runs() {
+                    tokio::select! {
+                        () = sender.closed() => return,
+                        () = tokio::time::sleep(FOLLOW) => {}
+                    }
+                }
+                sender.send_replace(false);
+            });
+        }
+        receiver
+    }
+}
+
+fn waiting_reason(entry: &PodEntry, container: &str) -> String {
+    let lists = [
+        &entry.status.container_statuses,
+        &entry.status.init_container_statuses,
+        &entry.status.ephemeral_container_statuses,
+    ];
+    let status = lists.into_iter().flatten().flatten().find(|status| status.name == container);
+    let waiting = status.and_then(|status| status.state.as_ref()).and_then(|state| state.waiting.as_ref());
+    waiting.and_then(|waiting| waiting.reason.clone()).unwrap_or_else(|| "ContainerCreating".to_owned())
+}
+
+fn internal(error: crate::cri::CriError) -> NodeError {
+    if error.not_found() { NodeError::NotFound(error.description()) } else { NodeError::Internal(error.to_string()) }
+}

@@ -1,0 +1,126 @@
+//! What every part of the agent works with, and what the parts know of each other's pods.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use arc_swap::ArcSwap;
+use k8s_openapi::api::core::v1::{Node, Pod, PodStatus};
+use oarlock_probes::ProbeManager;
+use oarlock_volumes::{Allocatable, PodFacts, VolumeManager};
+use parking_lot::RwLock;
+
+use crate::Config;
+use crate::cgroups::PodCgroups;
+use crate::cri::Runtime;
+use crate::model::{Observed, PodUid};
+use crate::node::capacity::Capacity;
+use crate::objects::Objects;
+use crate::recorder::Recorder;
+use crate::spec;
+
+/// What every part of the agent works with.
+pub(crate) struct Shared {
+    pub config: Config,
+    pub client: kube::Client,
+    pub runtime: Runtime,
+    pub volumes: VolumeManager,
+    pub probes: ProbeManager,
+    pub recorder: Recorder,
+    pub objects: Arc<Objects>,
+    pub cgroups: ArcSwap<PodCgroups>,
+    pub capacity: Capacity,
+    pub table: PodTable,
+    /// `<runtime>://`, before container ids.
+    pub id_scheme: ArcSwap<String>,
+    /// The node object as the API has it.
+    pub node: ArcSwap<Node>,
+    /// Whether the runtime was reached when last tried.
+    pub runtime_ok: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn host_ip(&self) -> String {
+        self.config.node_ip.to_string()
+    }
+
+    /// `<pods>/<uid>`.
+    pub(crate) fn pod_dir(&self, uid: &str) -> PathBuf {
+        self.config.pods_root().join(uid)
+    }
+
+    /// `<namespace>_<name>_<uid>` under the logs' root.
+    pub(crate) fn log_dir(&self, pod: &Pod) -> PathBuf {
+        let name = format!("{}_{}_{}", spec::pod_namespace(pod), spec::pod_name(pod), spec::pod_uid(pod));
+        self.config.pod_logs_dir.join(name)
+    }
+
+    pub(crate) fn pod_facts(&self, pod_ip: Option<&str>) -> PodFacts {
+        let milli = |name: &str| self.capacity.allocatable.get(name).copied().unwrap_or(0).max(0) as u64;
+        PodFacts {
+            node_name: self.config.node_name.clone(),
+            host_ip: Some(self.config.node_ip),
+            pod_ip: pod_ip.and_then(|ip| ip.parse().ok()),
+            allocatable: Allocatable {
+                cpu_millis: milli("cpu"),
+                memory_bytes: milli("memory") / 1000,
+                ephemeral_storage_bytes: milli("ephemeral-storage") / 1000,
+            },
+        }
+    }
+
+    pub(crate) fn runtime_ok(&self) -> bool {
+        self.runtime_ok.load(Ordering::Relaxed)
+    }
+}
+
+/// A pod as its worker last saw it.
+#[derive(Clone)]
+pub(crate) struct PodEntry {
+    pub pod: Arc<Pod>,
+    pub status: Arc<PodStatus>,
+    pub observed: Arc<Observed>,
+}
+
+impl PodEntry {
+    /// The pod with the status that the agent gives it.
+    pub(crate) fn with_status(&self) -> Pod {
+        let mut pod = (*self.pod).clone();
+        pod.status = Some((*self.status).clone());
+        pod
+    }
+}
+
+/// The pods that have a worker, for those who only read.
+#[derive(Default)]
+pub(crate) struct PodTable {
+    pods: RwLock<HashMap<PodUid, PodEntry>>,
+}
+
+impl PodTable {
+    pub(crate) fn set(&self, uid: &PodUid, entry: PodEntry) {
+        self.pods.write().insert(uid.clone(), entry);
+    }
+
+    pub(crate) fn remove(&self, uid: &PodUid) {
+        self.pods.write().remove(uid);
+    }
+
+    pub(crate) fn get(&self, uid: &PodUid) -> Option<PodEntry> {
+        self.pods.read().get(uid).cloned()
+    }
+
+    pub(crate) fn all(&self) -> Vec<PodEntry> {
+        self.pods.read().values().cloned().collect()
+    }
+
+    /// By name; of several with one name, the one that was made last.
+    pub(crate) fn find(&self, namespace: &str, name: &str) -> Option<PodEntry> {
+        let pods = self.pods.read();
+        let named = pods
+            .values()
+            .filter(|entry| spec::pod_namespace(&entry.pod) == namespace && spec::pod_name(&entry.pod) == name);
+        named.max_by_key(|entry| entry.pod.metadata.creation_timestamp.as_ref().map(|at| at.0)).cloned()
+    }
+}

@@ -1,0 +1,230 @@
+//! Where pods come from: the API watch of pods bound to this node, and a directory of manifests.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, DeleteParams, PostParams};
+use kube::runtime::watcher;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::model::PodUid;
+use crate::objects::Delays;
+use crate::pods::{News, Source};
+use crate::spec::{self, names};
+
+const DIRECTORY_PERIOD: Duration = Duration::from_secs(10);
+const MAX_MANIFEST_BYTES: u64 = 1 << 20;
+const CALL: Duration = Duration::from_secs(10);
+
+/// Watches the pods bound to the node until `shutdown`.
+pub(crate) async fn watch_api(
+    client: kube::Client,
+    node_name: String,
+    news: mpsc::Sender<News>,
+    shutdown: CancellationToken,
+) {
+    let config = watcher::Config::default().fields(&format!("spec.nodeName={node_name}"));
+    let mut events = watcher(Api::<Pod>::all(client), config).boxed();
+    let mut delays = Delays::default();
+    let mut told_trouble = false;
+    loop {
+        let event = tokio::select! {
+            () = shutdown.cancelled() => return,
+            event = events.next() => event,
+        };
+        let event = match event {
+            None => return,
+            Some(Ok(event)) => event,
+            Some(Err(error)) => {
+                if delays.failing_for() > Duration::from_secs(10) && !told_trouble {
+                    tracing::warn!(%error, "the API cannot be watched; pods go on as they are");
+                    told_trouble = true;
+                }
+                delays.wait(&shutdown).await;
+                continue;
+            }
+        };
+        delays.reset();
+        told_trouble = false;
+        let told = match event {
+            watcher::Event::Init => News::SourceInit(Source::Api),
+            watcher::Event::InitApply(pod) | watcher::Event::Apply(pod) => News::Pod(Source::Api, Arc::new(pod)),
+            watcher::Event::InitDone => News::SourceReady(Source::Api),
+            watcher::Event::Delete(pod) => News::PodGone(Source::Api, PodUid::from(spec::pod_uid(&pod))),
+        };
+        if news.send(told).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads a directory of manifests again and again until `shutdown`. A bad manifest is reported and left out.
+pub(crate) async fn watch_directory(
+    directory: PathBuf,
+    client: kube::Client,
+    node_name: String,
+    news: mpsc::Sender<News>,
+    shutdown: CancellationToken,
+) {
+    let mut bad: HashMap<PathBuf, String> = HashMap::new();
+    let mut mirrored: HashMap<PodUid, Arc<Pod>> = HashMap::new();
+    loop {
+        let (dir, node) = (directory.clone(), node_name.clone());
+        let read = tokio::task::spawn_blocking(move || read_directory(&dir, &node)).await;
+        if let Ok((pods, errors)) = read {
+            for (path, error) in &errors {
+                if bad.get(path) != Some(error) {
+                    tracing::warn!(path = %path.display(), error, "a static pod's manifest is not usable");
+                }
+            }
+            bad = errors;
+            let _ = news.send(News::SourceInit(Source::Files)).await;
+            for pod in &pods {
+                let _ = news.send(News::Pod(Source::Files, pod.clone())).await;
+            }
+            let _ = news.send(News::SourceReady(Source::Files)).await;
+            mirror(&client, &pods, &mut mirrored).await;
+        }
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(DIRECTORY_PERIOD) => {}
+        }
+    }
+}
+
+type ReadOut = (Vec<Arc<Pod>>, HashMap<PathBuf, String>);
+
+fn read_directory(directory: &Path, node_name: &str) -> ReadOut {
+    let (mut pods, mut errors) = (Vec::new(), HashMap::new());
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        if hidden || !path.is_file() {
+            continue;
+        }
+        match read_manifest(&path, node_name) {
+            Ok(pod) => pods.push(Arc::new(pod)),
+            Err(error) => {
+                errors.insert(path, error);
+            }
+        }
+    }
+    (pods, errors)
+}
+
+fn read_manifest(path: &Path, node_name: &str) -> Result<Pod, String> {
+    let length = path.metadata().map_err(|error| error.to_string())?.len();
+    if length > MAX_MANIFEST_BYTES {
+        return Err(format!("{length} bytes are too many"));
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    static_pod(&text, node_name)
+}
+
+/// A manifest as a pod of this node: named after the node, identified by its content.
+pub(crate) fn static_pod(text: &str, node_name: &str) -> Result<Pod, String> {
+    let value: serde_json::Value = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
+    if value["kind"] != "Pod" || value["apiVersion"] != "v1" {
+        return Err("not a v1 Pod".to_owned());
+    }
+    let mut pod: Pod = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    let name = pod.metadata.name.clone().filter(|name| !name.is_empty()).ok_or("metadata.name is missing")?;
+    if pod.spec.as_ref().is_none_or(|spec| spec.containers.is_empty()) {
+        return Err("spec.containers is missing".to_owned());
+    }
+    let hash = {
+        let mut bytes = Vec::new();
+        for seed in [0u8, 1, 2, 3] {
+            let salted = [text.as_bytes(), node_name.as_bytes(), &[seed]].concat();
+            bytes.extend(spec::hash::fnv1a_32(&salted).to_be_bytes());
+        }
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    };
+    pod.metadata.name = Some(format!("{name}-{node_name}"));
+    pod.metadata.namespace.get_or_insert_with(|| "default".to_owned());
+    pod.metadata.uid = Some(hash.clone());
+    let annotations = pod.metadata.annotations.get_or_insert_default();
+    annotations.insert(names::CONFIG_SOURCE.to_owned(), "file".to_owned());
+    annotations.insert(names::CONFIG_HASH.to_owned(), hash);
+    annotations.insert(names::CONFIG_SEEN.to_owned(), Timestamp::UNIX_EPOCH.to_string());
+    if let Some(spec) = &mut pod.spec {
+        spec.node_name = Some(node_name.to_owned());
+        spec.enable_service_links.get_or_insert(true);
+        let toleration = serde_json::json!({"operator": "Exists", "effect": "NoExecute"});
+        if let Ok(toleration) = serde_json::from_value(toleration) {
+            spec.tolerations.get_or_insert_default().push(toleration);
+        }
+    }
+    Ok(pod)
+}
+
+/// Keeps one API object for each static pod, so that it can be seen; removes those of manifests that went.
+async fn mirror(client: &kube::Client, pods: &[Arc<Pod>], mirrored: &mut HashMap<PodUid, Arc<Pod>>) {
+    let current: HashMap<PodUid, Arc<Pod>> =
+        pods.iter().map(|pod| (PodUid::from(spec::pod_uid(pod)), pod.clone())).collect();
+    for (uid, pod) in mirrored.iter().filter(|(uid, _)| !current.contains_key(*uid)) {
+        tracing::info!(pod.uid = %uid, "removing the mirror of a static pod");
+        delete_mirror(client, pod).await;
+    }
+    let mut kept = HashMap::new();
+    for (uid, pod) in current {
+        if mirrored.contains_key(&uid) || create_mirror(client, &pod).await {
+            kept.insert(uid, pod);
+        }
+    }
+    *mirrored = kept;
+}
+
+/// Creates the mirror, in the place of one of an older manifest; true when it is there.
+async fn create_mirror(client: &kube::Client, pod: &Pod) -> bool {
+    let api: Api<Pod> = Api::namespaced(client.clone(), spec::pod_namespace(pod));
+    let hash = spec::annotation(pod, names::CONFIG_HASH).unwrap_or_default().to_owned();
+    let mut object = pod.clone();
+    object.metadata.uid = None;
+    object.metadata.annotations.get_or_insert_default().insert(names::CONFIG_MIRROR.to_owned(), hash.clone());
+    match tokio::time::timeout(CALL, api.get_opt(spec::pod_name(pod))).await {
+        Ok(Ok(Some(found))) if spec::annotation(&found, names::CONFIG_MIRROR) == Some(&hash) => return true,
+        Ok(Ok(Some(_))) => delete_mirror(client, pod).await,
+        Ok(Ok(None)) => {}
+        _ => return false,
+    }
+    matches!(tokio::time::timeout(CALL, api.create(&PostParams::default(), &object)).await, Ok(Ok(_)))
+}
+
+async fn delete_mirror(client: &kube::Client, pod: &Pod) {
+    let api: Api<Pod> = Api::namespaced(client.clone(), spec::pod_namespace(pod));
+    let params = DeleteParams { grace_period_seconds: Some(0), ..Default::default() };
+    let _ = tokio::time::timeout(CALL, api.delete(spec::pod_name(pod), &params)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manifest_becomes_a_pod_of_the_node() {
+        let text = "apiVersion: v1\nkind: Pod\nmetadata: {name: web}\nspec: {containers: [{name: c, image: i}]}\n";
+        let pod = static_pod(text, "node-1").expect("a pod");
+        assert_eq!(pod.metadata.name.as_deref(), Some("web-node-1"));
+        assert_eq!(spec::pod_uid(&pod).len(), 32);
+        assert!(spec::is_static(&pod));
+        let changed = static_pod(&text.replace("image: i", "image: j"), "node-1").expect("a pod");
+        assert_ne!(spec::pod_uid(&pod), spec::pod_uid(&changed));
+    }
+
+    #[test]
+    fn bad_manifests_say_what_is_wrong() {
+        assert_eq!(static_pod("kind: Service\napiVersion: v1\n", "n"), Err("not a v1 Pod".to_owned()));
+        let nameless = static_pod("kind: Pod\napiVersion: v1\nspec: {containers: [{name: c}]}\n", "n");
+        assert_eq!(nameless, Err("metadata.name is missing".to_owned()));
+        assert!(static_pod("{", "n").is_err());
+    }
+}

@@ -1,0 +1,305 @@
+//! Carrying out the planner's actions, one background task each. Every step may be repeated after a crash at any point.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Container, Pod};
+use kube::api::{Api, DeleteParams, Preconditions};
+use oarlock_proto::cri;
+use tokio_util::sync::CancellationToken;
+
+use crate::hooks;
+use crate::model::{ContainerId, Observed, PodUid, SandboxId};
+use crate::plan::{Action, KillReason, Outcome};
+use crate::recorder::Level;
+use crate::shared::Shared;
+use crate::spec::{self, dns, sandbox};
+
+/// Volumes wait for API objects and mounts.
+const VOLUMES: Duration = Duration::from_secs(120);
+const CALL: Duration = Duration::from_secs(10);
+
+/// One action with all it needs.
+pub(super) struct Job {
+    pub shared: Arc<Shared>,
+    pub pod: Arc<Pod>,
+    pub uid: PodUid,
+    pub observed: Observed,
+    /// The image of the container to start.
+    pub image: Option<String>,
+    pub cancel: CancellationToken,
+}
+
+/// A failure with a container's waiting reason and a message.
+pub(super) fn failed(reason: &str, message: impl Into<String>) -> Outcome {
+    Outcome::Failed { reason: reason.to_owned(), message: message.into() }
+}
+
+impl Job {
+    pub(super) async fn perform(&self, action: Action) -> Outcome {
+        match action {
+            Action::SetUpVolumes => self.cancellable(self.set_up_volumes()).await,
+            Action::CreateSandbox { attempt, stop } => self.create_sandbox(attempt, stop).await,
+            Action::EnsureImage { container } => self.cancellable(self.ensure_image(&container)).await,
+            Action::StartContainer { name, restart_count } => self.start_container(&name, restart_count).await,
+            Action::KillContainer { id, name, deadline, why } => {
+                self.cancellable(self.kill_container(&id, &name, deadline, why)).await
+            }
+            Action::RemoveContainer { id, name } => self.remove_container(&id, &name).await,
+            Action::StopSandbox { id } => match self.shared.runtime.stop_sandbox(id.as_str()).await {
+                Ok(()) => Outcome::Done,
+                Err(error) => self.troubled("FailedKillPod", format!("error killing pod: {error}")),
+            },
+            Action::RemoveSandbox { id } => match self.shared.runtime.remove_sandbox(id.as_str()).await {
+                Ok(()) => Outcome::Done,
+                Err(error) => failed("", error.to_string()),
+            },
+            Action::TearDownVolumes => self.tear_down_volumes().await,
+            Action::RemoveCgroup => self.remove_cgroup().await,
+            Action::FinishDeletion => self.finish_deletion().await,
+            Action::Forget | Action::Cancel(_) => Outcome::Done,
+        }
+    }
+
+    async fn cancellable(&self, step: impl Future<Output = Outcome>) -> Outcome {
+        tokio::select! {
+            outcome = step => outcome,
+            () = self.cancel.cancelled() => Outcome::Cancelled,
+        }
+    }
+
+    /// A failure that the user is told of.
+    fn troubled(&self, reason: &'static str, message: String) -> Outcome {
+        self.shared.recorder.pod(&self.pod, Level::Warning, reason, message.clone());
+        failed(reason, message)
+    }
+
+    async fn set_up_volumes(&self) -> Outcome {
+        let facts = self.shared.pod_facts(None);
+        match tokio::time::timeout(VOLUMES, self.shared.volumes.set_up(&self.pod, &facts)).await {
+            Ok(Ok(())) => Outcome::Done,
+            Ok(Err(error)) => self.troubled("FailedMount", error.full_message()),
+            Err(_) => self.troubled("FailedMount", "Unable to attach or mount volumes: timed out".to_owned()),
+        }
+    }
+
+    async fn tear_down_volumes(&self) -> Outcome {
+        let torn_down = tokio::time::timeout(VOLUMES, self.shared.volumes.tear_down(self.uid.as_str())).await;
+        let dir = self.shared.pod_dir(self.uid.as_str());
+        match torn_down {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return failed("", error.full_message()),
+            Err(_) => return failed("", "tearing volumes down timed out"),
+        }
+        // What the agent itself put there: the hosts file and message files.
+        for own in ["etc-hosts", "containers"] {
+            let path = dir.join(own);
+            let removed = match tokio::fs::symlink_metadata(&path).await {
+                Ok(meta) if meta.is_dir() => tokio::fs::remove_dir_all(&path).await,
+                Ok(_) => tokio::fs::remove_file(&path).await,
+                Err(_) => Ok(()),
+            };
+            if let Err(error) = removed {
+                return failed("", format!("remove {}: {error}", path.display()));
+            }
+        }
+        let _ = tokio::fs::remove_dir(&dir).await;
+        Outcome::Done
+    }
+
+    async fn remove_cgroup(&self) -> Outcome {
+        let (cgroups, uid) = (self.shared.cgroups.load_full(), self.uid.clone());
+        match tokio::task::spawn_blocking(move || cgroups.remove(uid.as_str())).await {
+            Ok(Ok(())) => Outcome::Done,
+            Ok(Err(error)) => {
+                tracing::debug!(pod.uid = %self.uid, %error, "the pod's cgroup could not be removed yet");
+                failed("", error.to_string())
+            }
+            Err(error) => failed("", error.to_string()),
+        }
+    }
+
+    async fn create_sandbox(&self, attempt: u32, stop: Vec<SandboxId>) -> Outcome {
+        let shared = &self.shared;
+        if attempt > 0 {
+            let message = "Pod sandbox changed, it will be killed and re-created.";
+            shared.recorder.pod(&self.pod, Level::Normal, "SandboxChanged", message);
+        }
+        for id in stop {
+            if let Err(error) = shared.runtime.stop_sandbox(id.as_str()).await {
+                return self.troubled("FailedKillPod", format!("error killing pod: {error}"));
+            }
+        }
+        let handler = match self.runtime_handler().await {
+            Ok(handler) => handler,
+            Err(message) => return self.troubled("FailedCreatePodSandBox", message),
+        };
+        let (cgroups, pod, logs) = (shared.cgroups.load_full(), self.pod.clone(), shared.log_dir(&self.pod));
+        let prepared = tokio::task::spawn_blocking(move || {
+            std::fs::create_dir_all(&logs).map_err(|error| format!("create {}: {error}", logs.display()))?;
+            cgroups.create(&pod).map_err(|error| chain(&error))
+        });
+        match prepared.await {
+            Ok(Ok(())) => {}
+            Ok(Err(message)) => {
+                return self
+                    .troubled("FailedCreatePodContainer", format!("unable to ensure pod container exists: {message}"));
+            }
+            Err(error) => return failed("", error.to_string()),
+        }
+        let config = self.sandbox_config(attempt).await;
+        match shared.runtime.run_sandbox(config, handler).await {
+            Ok(_) => Outcome::Done,
+            Err(error) => self.troubled("FailedCreatePodSandBox", format!("Failed to create pod sandbox: {error}")),
+        }
+    }
+
+    pub(super) async fn sandbox_config(&self, attempt: u32) -> cri::PodSandboxConfig {
+        let config = &self.shared.config;
+        let text = tokio::fs::read_to_string(&config.resolv_conf).await.unwrap_or_default();
+        let cluster = dns::ClusterDns { servers: &config.cluster_dns, domain: &config.cluster_domain };
+        sandbox::sandbox_config(
+            &self.pod,
+            sandbox::SandboxFacts {
+                attempt,
+                log_directory: self.shared.log_dir(&self.pod).to_string_lossy().into_owned(),
+                dns: dns::dns_config(&self.pod, &dns::parse_resolv_conf(&text), &cluster),
+                cgroup_parent: self.shared.cgroups.load().parent(&self.pod),
+                cluster_domain: &config.cluster_domain,
+            },
+        )
+    }
+
+    /// The runtime handler of the pod's class; empty for the default.
+    pub(super) async fn runtime_handler(&self) -> Result<String, String> {
+        let class = self.pod.spec.as_ref().and_then(|spec| spec.runtime_class_name.clone());
+        let Some(class) = class.filter(|class| !class.is_empty()) else { return Ok(String::new()) };
+        match self.shared.objects.runtime_handler(&class).await {
+            Ok(Some(handler)) => Ok(handler),
+            Ok(None) => Err(format!("RuntimeClass \"{class}\" not found")),
+            Err(error) => Err(chain(&error)),
+        }
+    }
+
+    async fn kill_container(&self, id: &ContainerId, name: &str, deadline: Timestamp, why: KillReason) -> Outcome {
+        let message = match why {
+            KillReason::PodEnding => format!("Stopping container {name}"),
+            KillReason::SandboxChanged => format!("Stopping container {name}"),
+            KillReason::DefinitionChanged => format!("Container {name} definition changed, will be restarted"),
+            KillReason::LivenessProbe => format!("Container {name} failed liveness probe, will be restarted"),
+            KillReason::StartupProbe => format!("Container {name} failed startup probe, will be restarted"),
+            KillReason::StateUnknown => {
+                format!("Container {name} is in unknown state, try killing it before restart")
+            }
+        };
+        self.shared.recorder.container(&self.pod, name, Level::Normal, "Killing", message);
+        let left = || Duration::try_from(deadline.duration_since(Timestamp::now())).unwrap_or_default();
+        if let Some(container) = self.container(name) {
+            self.pre_stop(&container, id, left()).await;
+        }
+        // A hook may have used the time up; the container still gets a moment after SIGTERM.
+        let grace = left().max(Duration::from_secs(1));
+        let whole_seconds = Duration::from_secs_f64(grace.as_secs_f64().round());
+        match self.shared.runtime.stop_container(id.as_str(), whole_seconds).await {
+            Ok(()) => Outcome::Done,
+            Err(error) => self.troubled("FailedKillPod", format!("error killing pod: {error}")),
+        }
+    }
+
+    async fn pre_stop(&self, container: &Container, id: &ContainerId, limit: Duration) {
+        let handler = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.pre_stop.as_ref());
+        let Some(handler) = handler.filter(|_| !limit.is_zero()) else { return };
+        let hook = hooks::Hook { handler, container, container_id: id.as_str(), host: &self.pod_ip() };
+        if let Err(message) = hooks::run(&self.shared.runtime, &hook, limit).await {
+            let text = format!("PreStopHook failed: {message}");
+            self.shared.recorder.container(&self.pod, &container.name, Level::Warning, "FailedPreStopHook", text);
+        }
+    }
+
+    async fn remove_container(&self, id: &ContainerId, name: &str) -> Outcome {
+        let record = self.observed.containers.iter().find(|container| container.id == *id);
+        match self.shared.runtime.remove_container(id.as_str()).await {
+            Ok(()) => {
+                if let Some(link) = self.log_link(id, name) {
+                    let _ = tokio::fs::remove_file(link).await;
+                }
+                if let Some(log) = record.map(|record| record.log_path.clone()).filter(|log| !log.is_empty()) {
+                    remove_log(Path::new(&log)).await;
+                }
+                Outcome::Done
+            }
+            Err(error) => failed("", error.to_string()),
+        }
+    }
+
+    async fn finish_deletion(&self) -> Outcome {
+        let api: Api<Pod> = Api::namespaced(self.shared.client.clone(), spec::pod_namespace(&self.pod));
+        let uid = Some(self.uid.to_string());
+        let params = DeleteParams {
+            grace_period_seconds: Some(0),
+            preconditions: Some(Preconditions { uid, resource_version: None }),
+            ..Default::default()
+        };
+        match tokio::time::timeout(CALL, api.delete(spec::pod_name(&self.pod), &params)).await {
+            Ok(Ok(_)) => Outcome::Done,
+            Ok(Err(kube::Error::Api(refusal))) if refusal.code == 404 || refusal.code == 409 => Outcome::Done,
+            Ok(Err(error)) => failed("", error.to_string()),
+            Err(_) => failed("", "deleting the pod timed out"),
+        }
+    }
+
+    pub(super) fn container(&self, name: &str) -> Option<Container> {
+        self.pod.spec.as_ref().and_then(|spec| spec::find_container(spec, name)).map(|(container, _)| container)
+    }
+
+    /// Addresses of the pod as its containers see them.
+    pub(super) fn pod_ips(&self) -> Vec<String> {
+        if spec::host_network(&self.pod) {
+            return vec![self.shared.host_ip()];
+        }
+        self.observed.current_sandbox().map(|sandbox| sandbox.ips.clone()).unwrap_or_default()
+    }
+
+    pub(super) fn pod_ip(&self) -> String {
+        self.pod_ips().first().cloned().unwrap_or_default()
+    }
+
+    /// `<pod>_<namespace>_<container>-<id>.log` among the container logs.
+    pub(super) fn log_link(&self, id: &ContainerId, name: &str) -> Option<std::path::PathBuf> {
+        let dir = self.shared.config.container_logs_dir.as_ref()?;
+        let (pod, namespace) = (spec::pod_name(&self.pod), spec::pod_namespace(&self.pod));
+        Some(dir.join(format!("{pod}_{namespace}_{name}-{id}.log")))
+    }
+}
+
+/// Removes a container's log with its rotated parts; then its directories, if nothing else is in them.
+async fn remove_log(log: &Path) {
+    let Some(dir) = log.parent() else { return };
+    let Some(name) = log.file_name().and_then(|name| name.to_str()) else { return };
+    if let Ok(mut entries) = tokio::fs::read_dir(dir).await {
+        while let Ok(Some(entry)) = entries.next_entry().await {
+            if entry.file_name().to_str().is_some_and(|entry| entry.starts_with(name)) {
+                let _ = tokio::fs::remove_file(entry.path()).await;
+            }
+        }
+    }
+    if tokio::fs::remove_dir(dir).await.is_ok()
+        && let Some(pod_dir) = dir.parent()
+    {
+        let _ = tokio::fs::remove_dir(pod_dir).await;
+    }
+}
+
+/// An error with its causes.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        cause = source.source();
+    }
+    text
+}

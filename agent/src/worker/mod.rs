@@ -1,0 +1,469 @@
+//! The owner of one pod: a task that takes in events, asks the planner, and carries its actions out.
+//!
+//! ```text
+//!   API watch ─┐                     ┌──────────────┐   actions    ┌───────────────────────────┐
+//!   runtime  ──┼─ Event ──▶ Worker ──│ State · plan │─────────────▶│ one background task a key │
+//!   probes   ──┘              ▲      └──────┬───────┘              └────────────┬──────────────┘
+//!                             │             │ status                            │
+//!                             │             ▼                                   │
+//!                             │     one patch under way at a time               │
+//!                             └──────────────── Event ◀─────────────────────────┘
+//! ```
+//!
+//! The worker itself never waits for anything but events. Everything it starts ends in an event of its own. It decides
+//! nothing that `plan` and `status` do not say.
+
+mod actions;
+mod image;
+mod ledger;
+mod report;
+mod start;
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use oarlock_probes::{InitialOutcomes, Kind, Outcome as ProbeOutcome, Target, Update};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::model::{ContainerId, Observed, PodUid, RunState};
+use crate::plan::{self, Action, Key, Outcome, PodView, State, Why};
+use crate::recorder::Level;
+use crate::shared::{PodEntry, Shared};
+use crate::{spec, status};
+
+/// How often a running pod's volumes are brought up to date.
+const REFRESH: Duration = Duration::from_secs(60);
+pub(crate) const MAILBOX: usize = 64;
+
+/// Everything that can happen to a pod, from outside.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A source has the pod, in this form.
+    Desired(Arc<Pod>),
+    /// No source has the pod any more.
+    Gone,
+    /// The pod may not run here.
+    Rejected {
+        reason: String,
+        message: String,
+    },
+    /// Something happened in the runtime.
+    RuntimeChanged,
+    Probe(Update),
+}
+
+/// What the worker's own background tasks come back with.
+enum Ended {
+    Action { key: Key, outcome: Outcome, seen_from: u64, observed: Option<(u64, Observed)> },
+    Observed { ticket: u64, observed: Option<Observed> },
+    Reported(report::Sent),
+    Refreshed,
+}
+
+/// The owner of one pod.
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    uid: PodUid,
+    pod: Arc<Pod>,
+    state: State,
+    mailbox: mpsc::Receiver<Event>,
+    tasks: JoinSet<Ended>,
+    cancels: BTreeMap<Key, CancellationToken>,
+    tickets: Arc<AtomicU64>,
+    looking: bool,
+    look_again: bool,
+    look_failures: u32,
+    probing: HashSet<ContainerId>,
+    report: report::Report,
+    refresh_at: tokio::time::Instant,
+    saved: ledger::Ledger,
+}
+
+impl Worker {
+    /// A worker for a pod that a source has, or (with `gone`) that only the runtime has.
+    pub(crate) fn new(shared: Arc<Shared>, pod: Arc<Pod>, mailbox: mpsc::Receiver<Event>) -> Self {
+        let uid = PodUid::from(spec::pod_uid(&pod));
+        let last = pod.status.clone().unwrap_or_default();
+        let now = Timestamp::now();
+        let saved = ledger::load(&shared.config.state_dir(), &uid);
+        let mut state = State::default();
+        state.backoff = saved.backoff.clone();
+        state.started_at = Some(last.start_time.as_ref().map_or(now, |at| at.0));
+        for known in [&last.container_statuses, &last.init_container_statuses].into_iter().flatten().flatten() {
+            if known.container_id.is_some() {
+                state.known_restarts.insert(known.name.clone(), u32::try_from(known.restart_count).unwrap_or(0));
+            }
+        }
+        if matches!(last.phase.as_deref(), Some("Failed" | "Succeeded")) {
+            let why = match (&last.reason, &last.message) {
+                (Some(reason), message) => {
+                    Why::Failed { reason: reason.clone(), message: message.clone().unwrap_or_default() }
+                }
+                (None, _) => Why::Completed,
+            };
+            state.finish_with(why, Duration::from_secs(30), now);
+        }
+        Self {
+            report: report::Report::new(last),
+            shared,
+            uid,
+            state,
+            pod,
+            mailbox,
+            tasks: JoinSet::new(),
+            cancels: BTreeMap::new(),
+            tickets: Arc::new(AtomicU64::new(1)),
+            looking: false,
+            look_again: false,
+            look_failures: 0,
+            probing: HashSet::new(),
+            refresh_at: tokio::time::Instant::now() + REFRESH.mul_f64(0.8 + 0.4 * rand::random::<f64>()),
+            saved,
+        }
+    }
+
+    /// Runs until the pod is forgotten (true) or `shutdown` (false), which leaves its containers alone.
+    pub(crate) async fn run(mut self, shutdown: CancellationToken) -> bool {
+        self.look();
+        loop {
+            let wake = self.advance();
+            let Some(wake) = wake else { break };
+            let sleep = tokio::time::sleep_until(wake.min(self.refresh_at));
+            tokio::select! {
+                () = shutdown.cancelled() => return false,
+                event = self.mailbox.recv() => match event {
+                    Some(event) => self.take(event),
+                    None => return false,
+                },
+                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    if let Ok(ended) = ended {
+                        self.ended(ended);
+                    }
+                }
+                () = sleep => self.refresh(),
+            }
+            while let Ok(event) = self.mailbox.try_recv() {
+                self.take(event);
+            }
+            while let Some(Ok(ended)) = self.tasks.try_join_next() {
+                self.ended(ended);
+            }
+        }
+        self.shared.probes.stop_pod(self.uid.as_str());
+        self.shared.objects.forget_pod(self.uid.as_str());
+        self.shared.table.remove(&self.uid);
+        ledger::remove(&self.shared.config.state_dir(), &self.uid);
+        true
+    }
+
+    fn take(&mut self, event: Event) {
+        let now = Timestamp::now();
+        match event {
+            Event::Desired(pod) => self.desired(pod, now),
+            Event::Gone => {
+                self.state.gone = true;
+                let grace = self
+                    .state
+                    .deletion
+                    .unwrap_or_else(|| self.state.spec.as_ref().map_or(Duration::from_secs(30), |spec| spec.grace));
+                self.state.finish_with(Why::Deleted, grace, now);
+            }
+            Event::Rejected { reason, message } => {
+                self.shared.recorder.pod(&self.pod, Level::Warning, "FailedAdmission", message.clone());
+                self.state.finish_with(Why::Failed { reason, message }, Duration::from_secs(1), now);
+            }
+            Event::RuntimeChanged => self.look(),
+            Event::Probe(update) => self.probe(update),
+        }
+    }
+
+    fn desired(&mut self, pod: Arc<Pod>, now: Timestamp) {
+        self.state.gone = false;
+        self.state.set_spec(PodView::of(&pod));
+        if pod.metadata.deletion_timestamp.is_some() {
+            let seconds = pod.metadata.deletion_grace_period_seconds.unwrap_or(30);
+            let grace = Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+            if self.state.deletion != Some(grace) {
+                self.state.deletion = Some(grace);
+                self.state.finish_with(Why::Deleted, grace, now);
+            }
+        }
+        self.report.seen(&pod);
+        self.pod = pod;
+    }
+
+    fn probe(&mut self, update: Update) {
+        let id = ContainerId::from(update.container_id.as_str());
+        let known = self.state.observed.as_ref().is_some_and(|o| o.containers.iter().any(|c| c.id == id));
+        if !known {
+            return;
+        }
+        let ending = self.state.end.is_some();
+        if let Some(message) = update.probe_failed.filter(|_| !ending || update.kind == Kind::Readiness) {
+            let level = Level::Warning;
+            self.shared.recorder.container(&self.pod, &update.container_name, level, "Unhealthy", message);
+        }
+        let view = self.state.probes.entry(id).or_default();
+        match update.kind {
+            Kind::Startup => view.startup = Some(update.outcome),
+            Kind::Readiness => view.readiness = Some(update.outcome),
+            Kind::Liveness => view.liveness = Some(update.outcome),
+        }
+    }
+
+    fn ended(&mut self, ended: Ended) {
+        let now = Timestamp::now();
+        match ended {
+            Ended::Action { key, outcome, seen_from, observed } => {
+                self.cancels.remove(&key);
+                self.state.finish(&key, outcome, seen_from, now);
+                match observed {
+                    Some((ticket, observed)) => self.state.observe(ticket, observed),
+                    None if matches!(key, Key::Sandbox | Key::Container(_)) => self.look(),
+                    None => {}
+                }
+            }
+            Ended::Observed { ticket, observed } => {
+                self.looking = false;
+                match observed {
+                    Some(observed) => {
+                        self.look_failures = 0;
+                        self.state.observe(ticket, observed);
+                    }
+                    None => {
+                        self.look_failures += 1;
+                        self.look_again = true;
+                    }
+                }
+                if std::mem::take(&mut self.look_again) {
+                    self.look();
+                }
+            }
+            Ended::Reported(sent) => self.report.ended(sent),
+            Ended::Refreshed => {}
+        }
+    }
+
+    /// Looks at the pod in the runtime, in the background; once at a time.
+    fn look(&mut self) {
+        if self.looking {
+            self.look_again = true;
+            return;
+        }
+        self.looking = true;
+        let delay = match self.look_failures {
+            0 => Duration::ZERO,
+            failures => Duration::from_millis(100 << failures.min(6)),
+        };
+        let (shared, uid, tickets) = (self.shared.clone(), self.uid.clone(), self.tickets.clone());
+        let known = self.state.observed.clone();
+        self.tasks.spawn(async move {
+            tokio::time::sleep(delay).await;
+            let ticket = tickets.fetch_add(1, Ordering::Relaxed);
+            let observed = shared.runtime.observe(&uid, known.as_ref()).await;
+            if let Err(error) = &observed {
+                tracing::debug!(pod.uid = %uid, %error, "the runtime could not be looked at");
+            }
+            Ended::Observed { ticket, observed: observed.ok() }
+        });
+    }
+
+    /// Draws conclusions, starts what the plan says, tells the API. Gives the time to look again, or None to end.
+    fn advance(&mut self) -> Option<tokio::time::Instant> {
+        let now = Timestamp::now();
+        self.state.settle(now);
+        self.run_probes();
+        let report_wake = self.tell(now);
+        let plan = plan::plan(&self.state, now);
+        for action in plan.actions {
+            match action {
+                Action::Forget => return None,
+                Action::Cancel(key) => {
+                    self.state.cancel(&key);
+                    if let Some(token) = self.cancels.get(&key) {
+                        token.cancel();
+                    }
+                }
+                action => self.begin(action, now),
+            }
+        }
+        self.save();
+        let far = tokio::time::Instant::now() + Duration::from_secs(86_400);
+        let wake = plan.wake_at.map_or(far, |at| {
+            tokio::time::Instant::now() + Duration::try_from(at.duration_since(now)).unwrap_or_default()
+        });
+        Some(wake.min(report_wake.unwrap_or(far)))
+    }
+
+    fn begin(&mut self, action: Action, now: Timestamp) {
+        let Some(key) = action.key() else { return };
+        self.state.begin(&action, now);
+        let cancel = CancellationToken::new();
+        self.cancels.insert(key.clone(), cancel.clone());
+        let job = actions::Job {
+            shared: self.shared.clone(),
+            pod: self.pod.clone(),
+            uid: self.uid.clone(),
+            observed: self.state.observed.clone().unwrap_or_default(),
+            image: self.image_for(&action),
+            cancel,
+        };
+        let tickets = self.tickets.clone();
+        self.tasks.spawn(async move {
+            let outcome = job.perform(action).await;
+            let ticket = tickets.fetch_add(1, Ordering::Relaxed);
+            let observed = match key {
+                Key::Sandbox | Key::Container(_) => {
+                    job.shared.runtime.observe(&job.uid, Some(&job.observed)).await.ok()
+                }
+                _ => None,
+            };
+            Ended::Action { key, outcome, seen_from: ticket, observed: observed.map(|observed| (ticket, observed)) }
+        });
+    }
+
+    /// What the runtime calls the image of the container that is to start.
+    fn image_for(&self, action: &Action) -> Option<String> {
+        let Action::StartContainer { name, .. } = action else { return None };
+        match self.state.images.get(name) {
+            Some(plan::ImageState::Ready { image_ref }) => Some(image_ref.clone()),
+            _ => None,
+        }
+    }
+
+    /// Starts the probes of containers that have started, with what the API last knew of those taken over.
+    fn run_probes(&mut self) {
+        let Some(observed) = &self.state.observed else { return };
+        self.probing.retain(|id| {
+            let running = observed.containers.iter().find(|c| c.id == *id).filter(|c| c.state == RunState::Running);
+            running.is_some()
+        });
+        let Some(spec) = self.pod.spec.as_ref().filter(|_| self.state.end.is_none()) else { return };
+        for record in observed.containers.iter().filter(|c| c.state == RunState::Running) {
+            if self.probing.contains(&record.id) || self.state.starting(&record.name) {
+                continue;
+            }
+            let Some((container, _)) = spec::find_container(spec, &record.name) else { continue };
+            let probed = container.startup_probe.is_some()
+                || container.readiness_probe.is_some()
+                || container.liveness_probe.is_some();
+            let host_network = spec.host_network.unwrap_or(false);
+            let sandbox_ip = observed.current_sandbox().and_then(|sandbox| sandbox.ips.first());
+            let ip =
+                if host_network { Some(self.shared.config.node_ip) } else { sandbox_ip.and_then(|ip| ip.parse().ok()) };
+            let (true, Some(pod_ip)) = (probed, ip) else { continue };
+            let initial = self.report.outcomes_before(&record.name, &record.id, &self.shared.id_scheme.load());
+            let carried = self.saved.probes.get(record.id.as_str()).copied().unwrap_or(initial);
+            self.state.probes.entry(record.id.clone()).or_insert(plan::ProbeView {
+                startup: carried.startup,
+                readiness: carried.readiness,
+                liveness: None,
+            });
+            self.shared.probes.start(Target {
+                pod_uid: self.uid.to_string(),
+                pod_ip,
+                container,
+                container_id: record.id.to_string(),
+                started_at: record.started_at.unwrap_or(record.created_at),
+                initial: carried,
+            });
+            self.probing.insert(record.id.clone());
+        }
+    }
+
+    /// Brings the volumes up to date, in the background.
+    fn refresh(&mut self) {
+        if tokio::time::Instant::now() < self.refresh_at {
+            return;
+        }
+        self.refresh_at = tokio::time::Instant::now() + REFRESH.mul_f64(0.8 + 0.4 * rand::random::<f64>());
+        if !self.state.volumes_ready || self.state.end.is_some() {
+            return;
+        }
+        let (shared, pod) = (self.shared.clone(), self.pod.clone());
+        let ip = self.report.current.pod_ip.clone();
+        self.tasks.spawn(async move {
+            let facts = shared.pod_facts(ip.as_deref());
+            match tokio::time::timeout(Duration::from_secs(60), shared.volumes.refresh(&pod, &facts)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(
+                    pod.namespace = spec::pod_namespace(&pod),
+                    pod.name = spec::pod_name(&pod),
+                    error = error.full_message(),
+                    "volumes were not brought up to date"
+                ),
+                Err(_) => tracing::debug!(pod.name = spec::pod_name(&pod), "bringing volumes up to date timed out"),
+            }
+            Ended::Refreshed
+        });
+    }
+
+    /// Makes the status, lets readers see it, and sends what changed.
+    fn tell(&mut self, now: Timestamp) -> Option<tokio::time::Instant> {
+        let Some(observed) = self.state.observed.clone() else { return None };
+        let scheme = self.shared.id_scheme.load();
+        let host_ip = self.shared.host_ip();
+        let facts = status::StatusFacts { host_ip: &host_ip, id_scheme: &scheme, now };
+        let next = status::pod_status(&self.pod, &self.state, &self.report.current, &facts);
+        for transition in report::transitions(&self.report.current, &next) {
+            transition.record(&self.shared.recorder, &self.pod);
+        }
+        self.report.current = next;
+        let entry = PodEntry {
+            pod: self.pod.clone(),
+            status: Arc::new(self.report.current.clone()),
+            observed: Arc::new(observed),
+        };
+        self.shared.table.set(&self.uid, entry);
+        let wake = self.send_status();
+        self.state.status_sent = self.report.settled();
+        wake
+    }
+
+    fn send_status(&mut self) -> Option<tokio::time::Instant> {
+        if self.state.gone || spec::is_static(&self.pod) {
+            return None;
+        }
+        let patch = match self.report.next_patch(self.uid.as_str()) {
+            report::Next::Nothing => return None,
+            report::Next::Wait(until) => return Some(until),
+            report::Next::Send(patch) => patch,
+        };
+        let (client, pod, status) = (self.shared.client.clone(), self.pod.clone(), self.report.current.clone());
+        self.tasks.spawn(async move { Ended::Reported(report::send(client, &pod, patch, status).await) });
+        None
+    }
+
+    /// Keeps on disk what a restart of the agent must not lose.
+    fn save(&mut self) {
+        let mut ledger = ledger::Ledger { backoff: self.state.backoff.clone(), ..Default::default() };
+        for (id, view) in &self.state.probes {
+            let settled = |outcome: Option<ProbeOutcome>| outcome.filter(|outcome| *outcome != ProbeOutcome::Unknown);
+            let kept =
+                InitialOutcomes { startup: settled(view.startup), readiness: settled(view.readiness), liveness: None };
+            if kept != InitialOutcomes::default() {
+                ledger.probes.insert(id.to_string(), kept);
+            }
+        }
+        if ledger != self.saved {
+            ledger::store(&self.shared.config.state_dir(), &self.uid, &ledger);
+            self.saved = ledger;
+        }
+    }
+}
+
+/// A pod that only the runtime knows, as far as its labels tell.
+pub(crate) fn unknown_pod(found: &crate::cri::Found) -> Pod {
+    let mut pod = Pod::default();
+    pod.metadata.name = Some(found.name.clone());
+    pod.metadata.namespace = Some(found.namespace.clone());
+    pod.metadata.uid = Some(found.uid.to_string());
+    pod.status = Some(PodStatus::default());
+    pod
+}
