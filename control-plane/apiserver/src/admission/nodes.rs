@@ -1,0 +1,110 @@
+//! What a node may write: its own Node, Lease and mirror pods, and the status of pods bound to it.
+
+use serde_json::Value;
+
+use crate::core::{Context, Target};
+use crate::error::{ApiError, ApiResult};
+use crate::object;
+use crate::registry::Change;
+
+const MIRROR: &str = "/metadata/annotations/kubernetes.io~1config.mirror";
+
+fn refuse<T>(target: &Target, why: &str) -> ApiResult<T> {
+    Err(ApiError::forbidden(target.kind, &target.name, why))
+}
+
+pub(crate) fn on_create(ctx: &Context, target: &Target, object: &Value) -> ApiResult<()> {
+    let Some(node) = ctx.user.node_name() else { return Ok(()) };
+    match target.kind.storage {
+        "nodes" if object::name(object) != node => {
+            refuse(target, &format!("node \"{node}\" is not allowed to modify node \"{}\"", object::name(object)))
+        }
+        "nodes" => check_labels(target, node, &Value::Null, object),
+        "coordination.k8s.io/leases" => {
+            let own = target.namespace == "kube-node-lease" && object::name(object) == node;
+            if own {
+                Ok(())
+            } else {
+                refuse(target, "can only access node lease with the same name as the requesting node")
+            }
+        }
+        "pods" => {
+            if object::text(object, MIRROR).is_empty() {
+                return refuse(
+                    target,
+                    &format!(
+                        "pod does not have \"kubernetes.io/config.mirror\" annotation, node \"{node}\" can only create mirror pods"
+                    ),
+                );
+            }
+            if object::text(object, "/spec/nodeName") != node {
+                return refuse(
+                    target,
+                    &format!("node \"{node}\" can only create pods with spec.nodeName set to itself"),
+                );
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn on_update(
+    ctx: &Context,
+    target: &Target,
+    _change: &Change<'_>,
+    old: &Value,
+    new: &Value,
+) -> ApiResult<()> {
+    let Some(node) = ctx.user.node_name() else { return Ok(()) };
+    match target.kind.storage {
+        "nodes" if target.name != node => {
+            refuse(target, &format!("node \"{node}\" is not allowed to modify node \"{}\"", target.name))
+        }
+        "nodes" if target.subresource.is_none() => {
+            if old.pointer("/spec/taints") != new.pointer("/spec/taints") {
+                return refuse(target, &format!("node \"{node}\" is not allowed to modify taints"));
+            }
+            check_labels(target, node, old, new)
+        }
+        "pods" if object::text(old, "/spec/nodeName") != node => refuse(
+            target,
+            &format!("node \"{node}\" can only update pod status for pods with spec.nodeName set to itself"),
+        ),
+        _ => Ok(()),
+    }
+}
+
+pub(crate) fn on_delete(ctx: &Context, target: &Target) -> ApiResult<()> {
+    let Some(node) = ctx.user.node_name() else { return Ok(()) };
+    match target.kind.storage {
+        "nodes" => refuse(target, &format!("node \"{node}\" cannot delete nodes")),
+        "pods" => {
+            let record = ctx.core.store.get(&target.key()).ok_or_else(|| target.not_found())?;
+            if object::index(target.kind, &record).field("spec.nodeName") == node {
+                return Ok(());
+            }
+            refuse(target, &format!("node \"{node}\" can only delete pods with spec.nodeName set to itself"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Labels under `node-restriction.kubernetes.io/` are for administrators to pin workloads by.
+fn check_labels(target: &Target, node: &str, old: &Value, new: &Value) -> ApiResult<()> {
+    let restricted = |object: &Value| -> Vec<(String, Value)> {
+        let labels = object.pointer("/metadata/labels").and_then(Value::as_object).into_iter().flatten();
+        let held = labels.filter(|(key, _)| {
+            let prefix = key.split_once('/').map_or("", |(prefix, _)| prefix);
+            prefix == "node-restriction.kubernetes.io" || prefix.ends_with(".node-restriction.kubernetes.io")
+        });
+        held.map(|(key, value)| (key.clone(), value.clone())).collect()
+    };
+    if restricted(old) == restricted(new) {
+        return Ok(());
+    }
+    refuse(
+        target,
+        &format!("is not allowed to modify labels: node \"{node}\" may not set node-restriction.kubernetes.io labels"),
+    )
+}

@@ -1,0 +1,49 @@
+//! What single kinds need beyond the generic registry: sub-resources with a life of their own, allocation, reviews.
+
+pub(crate) mod connect;
+pub(crate) mod namespaces;
+pub(crate) mod pods;
+pub(crate) mod reviews;
+pub(crate) mod scale;
+pub(crate) mod services;
+pub(crate) mod token_requests;
+
+use oarlock_kinds::Kind;
+use serde_json::Value;
+
+use crate::core::Context;
+use crate::error::ApiResult;
+use crate::registry::Mode;
+
+/// Holds what was allocated for an object until the object is stored.
+pub(crate) type Reserved<'a> = Option<services::Reservation<'a>>;
+
+/// Runs on a new object before it is validated.
+pub(crate) fn on_create<'a>(ctx: &'a Context, kind: &Kind, object: &mut Value) -> ApiResult<Reserved<'a>> {
+    match kind.storage {
+        "services" => services::on_create(ctx, kind, object),
+        "namespaces" => {
+            namespaces::on_create(object);
+            Ok(None)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Runs on a changed object before it is validated.
+pub(crate) fn on_update<'a>(
+    ctx: &'a Context,
+    kind: &Kind,
+    mode: Mode,
+    old: &Value,
+    new: &mut Value,
+) -> ApiResult<Reserved<'a>> {
+    match (kind.storage, mode) {
+        ("services", Mode::Main) => services::on_update(ctx, kind, old, new),
+        ("namespaces", Mode::Main | Mode::Status) => {
+            namespaces::on_update(old, new);
+            Ok(None)
+        }
+        _ => Ok(None),
+    }
+}
