@@ -138,6 +138,7 @@ fn exec(command: &str, stdin: bool, tty: bool) -> ExecParams {
 async fn upgrade(url: &str, headers: &[(&str, &str)]) -> (http::response::Parts, String, Option<TokioIo<Upgraded>>) {
     let uri: http::Uri = url.parse().unwrap();
     let stream = TcpStream::connect(uri.authority().unwrap().as_str()).await.unwrap();
+    stream.set_nodelay(true).unwrap();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
     tokio::spawn(connection.with_upgrades());
     let mut request = Request::post(uri.path()).header("host", "x");
