@@ -5,10 +5,29 @@
 //!
 //! Entry point: [`ImageStore`].
 
+//!
+//! ```text
+//! <root>/images/<id>.json        one record an image, written when all its layers are in place
+//! <root>/layers/<chain id>/fs    unpacked layers, whole or absent
+//! <root>/containers/<key>/       one container's upper and work directory, and which layers it stands on
+//! <root>/scratch/                unfinished work, cleared at start
+//! ```
+//!
+//! Layer blobs are not kept: a layer is verified and unpacked while it arrives, and nothing reads the blob again.
+
+mod archive;
 mod error;
+mod fetch;
+mod files;
+mod layers;
+mod manifest;
 mod model;
+mod record;
 mod reference;
+mod registry;
+mod rootfs;
 mod store;
+mod unpack;
 
 pub use error::ImageError;
 pub use model::{Auth, Image, MirrorRule, Progress, ProgressSink, RegistryConfig, Rootfs, Usage};

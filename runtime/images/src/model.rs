@@ -25,7 +25,7 @@ pub struct Image {
 }
 
 /// Credentials for a registry.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub enum Auth {
     /// User name and password.
     Basic { username: String, password: String },

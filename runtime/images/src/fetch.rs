@@ -1,0 +1,202 @@
+//! One image from a registry: manifest, configuration, then all missing layers at once.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::stream::BoxStream;
+use futures::{StreamExt, TryStreamExt};
+use oci_spec::image::{ImageConfiguration, ImageManifest};
+use tokio_util::io::{StreamReader, SyncIoBridge};
+
+use crate::layers::{Layers, Pending, Wanted};
+use crate::manifest::{self, DOCUMENT_BYTES_MAX, Document};
+use crate::registry::Source;
+use crate::{ImageError, Progress, ProgressSink, Reference};
+
+/// Layers on their way at the same time, for one image.
+const PARALLEL: usize = 4;
+const TRIES: u32 = 3;
+const RETRY_PAUSE: Duration = Duration::from_millis(300);
+const NESTING_MAX: usize = 3;
+
+/// An image whose layers are on disk, not yet in place.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    pub(crate) id: String,
+    pub(crate) config: ImageConfiguration,
+    /// Of the document the reference names, which may be an index.
+    pub(crate) digest: String,
+    pub(crate) size_bytes: u64,
+    pub(crate) chain_ids: Vec<String>,
+    pub(crate) pending: Vec<Pending>,
+}
+
+/// Fetches an image from the first source that has it.
+pub(crate) async fn fetch(
+    sources: &[Source],
+    reference: &Reference,
+    layers: &Arc<Layers>,
+    progress: Option<&ProgressSink>,
+) -> Result<Fetched, ImageError> {
+    let mut last = ImageError::NotFound { reference: reference.to_string() };
+    for source in sources {
+        match fetch_from(source, reference, layers, progress).await {
+            Ok(fetched) => return Ok(fetched),
+            Err(error) => {
+                tracing::debug!(image = %reference, registry = source.name(), %error, "image source failed");
+                last = named(error, reference);
+            }
+        }
+    }
+    Err(last)
+}
+
+/// Errors name the image as the user did, not the mirror's name for it.
+fn named(error: ImageError, reference: &Reference) -> ImageError {
+    let reference = reference.to_string();
+    match error {
+        ImageError::NotFound { .. } => ImageError::NotFound { reference },
+        ImageError::Denied { message, .. } => ImageError::Denied { reference, message },
+        ImageError::Registry { message, .. } => ImageError::Registry { reference, message },
+        other => other,
+    }
+}
+
+async fn fetch_from(
+    source: &Source,
+    reference: &Reference,
+    layers: &Arc<Layers>,
+    progress: Option<&ProgressSink>,
+) -> Result<Fetched, ImageError> {
+    let (image, digest) = manifest_of(source, reference).await?;
+    let id = manifest::check(image.config().digest().as_ref())?;
+    let config_bytes = retry(|| small_blob(source, &id, image.config().size())).await?;
+    manifest::verify(&config_bytes, &id)?;
+    let config = manifest::config(&config_bytes)?;
+    let wanted = manifest::layers(&image, &config)?;
+    let size_bytes = wanted.iter().map(|layer| layer.size_bytes).sum::<u64>() + config_bytes.len() as u64;
+    let chain_ids: Vec<String> = wanted.iter().map(|layer| layer.chain_id.clone()).collect();
+    let mut seen = BTreeSet::new();
+    let missing: Vec<Wanted> = wanted
+        .into_iter()
+        .filter(|layer| !layers.has(&layer.chain_id) && seen.insert(layer.chain_id.clone()))
+        .collect();
+    tell(
+        progress,
+        Progress::Layers { count: missing.len(), bytes: missing.iter().map(|layer| layer.size_bytes).sum() },
+    );
+    let pending = futures::stream::iter(missing)
+        .map(|layer| async move { retry(|| one_layer(source, &layer, layers, progress)).await })
+        .buffer_unordered(PARALLEL)
+        .try_collect()
+        .await?;
+    Ok(Fetched { id, config, digest, size_bytes, chain_ids, pending })
+}
+
+/// The manifest for this machine, and the digest of the document the reference names.
+async fn manifest_of(source: &Source, reference: &Reference) -> Result<(ImageManifest, String), ImageError> {
+    let (bytes, _) = retry(|| source.document(None)).await?;
+    let digest = manifest::digest(&bytes);
+    if let Some(expected) = &reference.digest {
+        manifest::verify(&bytes, expected)?;
+    }
+    let mut document = manifest::parse(&bytes)?;
+    for _ in 0..NESTING_MAX {
+        let index = match document {
+            Document::Image(image) => return Ok((image, digest)),
+            Document::Choice(index) => index,
+        };
+        let chosen = manifest::check(manifest::choose(&index, &reference.to_string())?.digest().as_ref())?;
+        let (bytes, _) = retry(|| source.document(Some(&chosen))).await?;
+        manifest::verify(&bytes, &chosen)?;
+        document = manifest::parse(&bytes)?;
+    }
+    Err(ImageError::Damaged { what: "indexes are nested too deep".into() })
+}
+
+async fn small_blob(source: &Source, digest: &str, size: u64) -> Result<Vec<u8>, ImageError> {
+    let mut stream = source.blob(digest, size).await?;
+    let mut bytes = Vec::new();
+    while let Some(chunk) = stream.next().await {
+        bytes.extend_from_slice(&chunk.map_err(|error| interrupted(digest, &error))?);
+        if bytes.len() as u64 > DOCUMENT_BYTES_MAX {
+            return Err(ImageError::LimitExceeded { what: "size of the configuration" });
+        }
+    }
+    Ok(bytes)
+}
+
+fn interrupted(digest: &str, error: &io::Error) -> ImageError {
+    ImageError::Registry { reference: digest.to_owned(), message: format!("the transfer broke off: {error}") }
+}
+
+async fn one_layer(
+    source: &Source,
+    layer: &Wanted,
+    layers: &Arc<Layers>,
+    progress: Option<&ProgressSink>,
+) -> Result<Pending, ImageError> {
+    let digest = layer.digest.clone().unwrap_or_default();
+    let stream = source.blob(&digest, layer.size_bytes).await?;
+    let broken = Arc::new(parking_lot::Mutex::new(None));
+    let reader =
+        StreamReader::new(watched(stream, digest.clone(), layer.size_bytes, progress.cloned(), broken.clone()));
+    let (layers, wanted) = (layers.clone(), layer.clone());
+    let unpacked =
+        tokio::task::spawn_blocking(move || layers.unpack(&wanted, SyncIoBridge::new(Box::pin(reader)))).await;
+    let pending = match unpacked.map_err(|_| ImageError::Cancelled)? {
+        // A broken transfer looks like a damaged archive from inside: tell the true cause, which is worth a retry.
+        Err(error) => return Err(broken.lock().take().map_or(error, |error| interrupted(&digest, &error))),
+        Ok(pending) => pending,
+    };
+    tell(progress, Progress::Unpacked { digest });
+    Ok(pending)
+}
+
+/// Counts what passes and remembers how it ended. More bytes than announced end the stream.
+fn watched(
+    stream: BoxStream<'static, io::Result<Bytes>>,
+    digest: String,
+    of: u64,
+    progress: Option<ProgressSink>,
+    broken: Arc<parking_lot::Mutex<Option<io::Error>>>,
+) -> BoxStream<'static, io::Result<Bytes>> {
+    let mut bytes = 0;
+    let watched = stream.map(move |item| match item {
+        Ok(chunk) => {
+            bytes += chunk.len() as u64;
+            if bytes > of {
+                return Err(io::Error::other("more bytes than announced"));
+            }
+            tell(progress.as_ref(), Progress::Fetched { digest: digest.clone(), bytes, of });
+            Ok(chunk)
+        }
+        Err(error) => {
+            *broken.lock() = Some(io::Error::new(error.kind(), error.to_string()));
+            Err(error)
+        }
+    });
+    watched.boxed()
+}
+
+async fn retry<T, F: Future<Output = Result<T, ImageError>>>(mut attempt: impl FnMut() -> F) -> Result<T, ImageError> {
+    let mut tries = 1;
+    loop {
+        match attempt().await {
+            Err(error) if tries < TRIES && matches!(error, ImageError::Registry { .. }) => {
+                tokio::time::sleep(RETRY_PAUSE * tries).await;
+                tries += 1;
+            }
+            other => return other,
+        }
+    }
+}
+
+pub(crate) fn tell(progress: Option<&ProgressSink>, event: Progress) {
+    if let Some(progress) = progress {
+        progress(event);
+    }
+}
