@@ -56,9 +56,10 @@ fn pod() -> impl Strategy<Value = serde_json::Value> {
     (policies, 0..3usize, 0..2usize, 1..3usize).prop_map(|(policy, inits, sidecars, mains)| {
         let mut init_list = Vec::new();
         init_list.extend((0..inits).map(|n| serde_json::json!({"name": format!("i{n}"), "image": "i"})));
-        init_list.extend((0..sidecars).map(
-            |n| serde_json::json!({"name": format!("s{n}"), "image": "i", "restartPolicy": "Always"}),
-        ));
+        init_list.extend(
+            (0..sidecars)
+                .map(|n| serde_json::json!({"name": format!("s{n}"), "image": "i", "restartPolicy": "Always"})),
+        );
         let mains: Vec<_> = (0..mains).map(|n| serde_json::json!({"name": format!("m{n}"), "image": "i"})).collect();
         serde_json::json!({"restartPolicy": policy, "initContainers": init_list, "containers": mains})
     })
@@ -149,7 +150,9 @@ impl World {
         let Action::StartContainer { name, .. } = action else { return Ok(()) };
         prop_assert!(self.state.end.is_none(), "a start of {name} in a pod that ends");
         let view = self.state.spec.as_ref().and_then(|spec| spec.find(name)).expect("a container of the pod");
-        if view.role == Role::Main && let Some(code) = self.ended_codes.get(name) {
+        if view.role == Role::Main
+            && let Some(code) = self.ended_codes.get(name)
+        {
             prop_assert!(view.restarts_after(*code), "{name} ended with {code} and runs again");
         }
         Ok(())
@@ -161,7 +164,8 @@ impl World {
         }
         let action = self.under_way.remove(nth % self.under_way.len());
         let key = action.key().expect("a key");
-        let outcome = if ok { self.effect(&action)? } else { Outcome::Failed { reason: "x".into(), message: "x".into() } };
+        let outcome =
+            if ok { self.effect(&action)? } else { Outcome::Failed { reason: "x".into(), message: "x".into() } };
         let looks = matches!(key, Key::Sandbox | Key::Container(_));
         let look = looks.then(|| self.look());
         // Sometimes the look after an action fails: then only a later one shows the effect.

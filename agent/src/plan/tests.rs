@@ -204,10 +204,8 @@ fn a_changed_image_replaces_the_container() {
 fn a_lost_sandbox_is_replaced_after_its_containers_are_gone() {
     let spec = serde_json::json!({"containers": [{"name": "a", "image": "i"}]});
     let mut state = running_pod(spec, Vec::new());
-    let dead = |state| Observed {
-        sandboxes: vec![sandbox("s0", 0, false)],
-        containers: vec![container("c1", "a", state)],
-    };
+    let dead =
+        |state| Observed { sandboxes: vec![sandbox("s0", 0, false)], containers: vec![container("c1", "a", state)] };
     state.observe(2, dead(RunState::Running));
     assert_eq!(kills(&plan(&state, at(20))), [("a", KillReason::SandboxChanged)]);
     state.observe(3, dead(RunState::Exited));
@@ -232,7 +230,10 @@ fn deletion_kills_main_containers_then_sidecars_backwards_then_tears_down() {
     state.finish_with(Why::Deleted, Duration::from_secs(30), at(20));
     let steps: [(&[&str], &[&str]); 3] = [(&[], &["a", "b"]), (&["a", "b"], &["s2"]), (&["a", "b", "s2"], &["s1"])];
     for (ticket, (ended, killed)) in steps.into_iter().enumerate() {
-        state.observe(2 + ticket as u64, Observed { sandboxes: vec![sandbox("s0", 0, true)], containers: records(ended) });
+        state.observe(
+            2 + ticket as u64,
+            Observed { sandboxes: vec![sandbox("s0", 0, true)], containers: records(ended) },
+        );
         let made = plan(&state, at(20));
         assert_eq!(kills(&made).iter().map(|(name, _)| *name).collect::<Vec<_>>(), killed);
     }

@@ -88,11 +88,16 @@ fn condition(
     }
 }
 
-/// The sandbox has its network and the volumes are there.
+/// The sandbox has its network and the volumes are there. Volumes are made beside the sandbox here; to clients one follows
+/// the other. A container shows that both were there, also to an agent that has just started.
 fn network_ready(state: &State) -> Verdict {
-    let usable = state.observed.as_ref().and_then(|o| o.current_sandbox()).is_some_and(|sandbox| sandbox.usable());
-    // Volumes are made beside the sandbox here; to clients one follows the other.
-    Verdict { ok: usable && (state.volumes_ready || state.end.is_some()), reason: None, message: None }
+    let observed = state.observed.as_ref();
+    let ok =
+        observed.and_then(|observed| Some((observed, observed.current_sandbox()?))).is_some_and(|(all, sandbox)| {
+            let used = all.containers.iter().any(|container| container.sandbox == sandbox.id);
+            sandbox.usable() && (state.volumes_ready || used || state.end.is_some())
+        });
+    Verdict { ok, reason: None, message: None }
 }
 
 fn statuses(list: &Option<Vec<ContainerStatus>>) -> &[ContainerStatus] {

@@ -1,0 +1,291 @@
+//! The whole agent between a fake API server and a fake runtime: pods from their creation to Ready to their deletion.
+
+mod fakes;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use fakes::api::FakeApi;
+use fakes::runtime::FakeRuntime;
+use oarlock_agent::{Agent, Config};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+const POD: &str = "/api/v1/namespaces/default/pods/web";
+const NODE: &str = "/api/v1/nodes/node-1";
+
+/// An agent with its neighbours.
+struct Node {
+    api: FakeApi,
+    runtime: FakeRuntime,
+    dir: TempDir,
+    agent: Option<(JoinHandle<()>, CancellationToken)>,
+    runtime_stop: CancellationToken,
+}
+
+impl Node {
+    async fn start(images: &[&str]) -> Node {
+        let node = Node {
+            api: FakeApi::new(),
+            runtime: FakeRuntime::new(images),
+            dir: tempfile::tempdir().expect("a directory"),
+            agent: None,
+            runtime_stop: CancellationToken::new(),
+        };
+        node.runtime.serve(&node.dir.path().join("runtime.sock"), node.runtime_stop.clone());
+        node.with_agent().await
+    }
+
+    async fn with_agent(mut self) -> Node {
+        let root = self.dir.path();
+        let authority = oarlock_pki::Authority::ensure(&root.join("pki"), "test").expect("an authority");
+        let request = oarlock_pki::Request {
+            common_name: "system:node:node-1".into(),
+            organizations: vec!["system:nodes".into()],
+            dns_names: vec!["node-1".into()],
+            addresses: vec![Ipv4Addr::LOCALHOST.into()],
+            usage: oarlock_pki::Usage::Server,
+        };
+        let identity = authority.ensure_identity("node", &request).expect("a certificate");
+        let mut config = Config::new("node-1", Ipv4Addr::LOCALHOST.into());
+        config.data_dir = root.join("data");
+        config.runtime_endpoint = root.join("runtime.sock");
+        config.pod_logs_dir = root.join("logs/pods");
+        config.container_logs_dir = Some(root.join("logs/containers"));
+        config.listen = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0);
+        config.cert_file = identity.cert_file;
+        config.key_file = identity.key_file;
+        config.client_ca_file = authority.certificate_file();
+        config.cgroups_per_qos = false;
+        let token = CancellationToken::new();
+        let agent = Agent::with_client(config, self.api.client());
+        let shutdown = token.clone();
+        let task = tokio::spawn(async move { agent.run(shutdown).await.expect("the agent") });
+        self.agent = Some((task, token));
+        self
+    }
+
+    /// Ends the agent as a kill would: without a word to anyone.
+    async fn kill_agent(&mut self) {
+        let (task, _token) = self.agent.take().expect("a running agent");
+        task.abort();
+        let _ = task.await;
+    }
+
+    fn create(&self, pod: Value) {
+        self.api.put(POD, pod);
+    }
+
+    fn events(&self) -> Vec<String> {
+        let reason = |event: Value| event["reason"].as_str().unwrap_or_default().to_owned();
+        self.api.all("/events/").into_iter().map(reason).collect()
+    }
+
+    async fn wait_for_event(&self, wanted: &str) {
+        let found = tokio::time::timeout(Duration::from_secs(10), async {
+            while !self.events().iter().any(|reason| reason == wanted) {
+                tokio::task::yield_now().await;
+            }
+        });
+        assert!(found.await.is_ok(), "no event {wanted}: {:?}", self.events());
+    }
+}
+
+fn pod(spec: Value) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "web", "namespace": "default", "uid": "pod-uid-1", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": spec,
+        "status": {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]},
+    })
+}
+
+fn plain() -> Value {
+    pod(json!({"nodeName": "node-1", "restartPolicy": "Always", "terminationGracePeriodSeconds": 1,
+        "containers": [{"name": "app", "image": "app:1"}]}))
+}
+
+fn condition(object: &Value, kind: &str) -> String {
+    let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let found = conditions.iter().find(|condition| condition["type"] == kind);
+    found.map_or(String::new(), |condition| condition["status"].as_str().unwrap_or_default().to_owned())
+}
+
+fn ready(pod: &Value) -> bool {
+    condition(pod, "Ready") == "True"
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_lives_from_creation_to_ready_to_deletion() {
+    let node = Node::start(&["app:1"]).await;
+    let registered = node.api.wait(NODE, "Ready", |node| condition(node, "Ready") == "True").await;
+    assert_eq!(registered["status"]["nodeInfo"]["containerRuntimeVersion"], "fake://1.0");
+    assert_eq!(registered["metadata"]["labels"]["kubernetes.io/hostname"], "node-1");
+    node.api
+        .wait("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/node-1", "held", |lease| {
+            lease["spec"]["holderIdentity"] == "node-1"
+        })
+        .await;
+
+    node.create(plain());
+    let pod = node.api.wait(POD, "Ready", ready).await;
+    assert_eq!(pod["status"]["phase"], "Running");
+    assert_eq!(pod["status"]["podIP"], "10.42.0.9");
+    assert_eq!(pod["status"]["containerStatuses"][0]["restartCount"], 0);
+    for event in ["Pulled", "Created", "Started"] {
+        node.wait_for_event(event).await;
+    }
+    let hosts = std::fs::read_to_string(node.dir.path().join("data/pods/pod-uid-1/etc-hosts")).expect("a hosts file");
+    assert!(hosts.contains("10.42.0.9\tweb"), "{hosts}");
+
+    node.api.delete_gracefully(POD, 1);
+    node.api.wait(POD, "gone", Value::is_null).await;
+    let changes = node.api.changes();
+    let last = changes.iter().rposition(|change| change.ends_with("pods/web/status")).expect("a status");
+    let deleted = changes.iter().position(|change| change.starts_with("DELETE")).expect("a deletion");
+    assert!(last < deleted, "the last status comes before the deletion: {changes:?}");
+    let empty = tokio::time::timeout(Duration::from_secs(10), async {
+        loop {
+            let world = node.runtime.world.lock().unwrap();
+            if world.sandboxes.is_empty() && world.containers.is_empty() {
+                return;
+            }
+            drop(world);
+            tokio::task::yield_now().await;
+        }
+    });
+    assert!(empty.await.is_ok(), "something is left in the runtime: {:?}", node.runtime.calls());
+    assert!(!node.dir.path().join("data/pods/pod-uid-1").exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_that_ends_runs_again_and_is_counted() {
+    let node = Node::start(&["app:1"]).await;
+    node.create(plain());
+    node.api.wait(POD, "Ready", ready).await;
+    node.runtime.exit("app", 3);
+    let pod = node
+        .api
+        .wait(POD, "restarted", |pod| pod["status"]["containerStatuses"][0]["restartCount"] == 1 && ready(pod))
+        .await;
+    let last = &pod["status"]["containerStatuses"][0]["lastState"]["terminated"];
+    assert_eq!((&last["exitCode"], &last["reason"]), (&json!(3), &json!("Error")));
+    node.runtime.exit("app", 3);
+    node.api
+        .wait(POD, "in CrashLoopBackOff", |pod| {
+            pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CrashLoopBackOff"
+        })
+        .await;
+    node.wait_for_event("BackOff").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_like_pod_with_an_init_container_succeeds() {
+    let node = Node::start(&["app:1"]).await;
+    node.create(pod(json!({"nodeName": "node-1", "restartPolicy": "Never",
+        "initContainers": [{"name": "prepare", "image": "app:1"}], "containers": [{"name": "app", "image": "app:1"}]})));
+    node.api
+        .wait(POD, "preparing", |pod| !pod["status"]["initContainerStatuses"][0]["state"]["running"].is_null())
+        .await;
+    assert_eq!(node.runtime.running(), ["prepare"]);
+    node.runtime.exit("prepare", 0);
+    node.api.wait(POD, "Ready", ready).await;
+    node.runtime.exit("app", 0);
+    let pod = node.api.wait(POD, "Succeeded", |pod| pod["status"]["phase"] == "Succeeded").await;
+    assert_eq!(pod["status"]["initContainerStatuses"][0]["ready"], true);
+    assert_eq!(pod["status"]["containerStatuses"][0]["state"]["terminated"]["reason"], "Completed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_agent_adopts_its_pods_without_a_flip_or_a_restart() {
+    let mut node = Node::start(&["app:1"]).await;
+    node.runtime.world.lock().unwrap().exec_exit_code = 0;
+    node.create(pod(json!({"nodeName": "node-1", "containers": [{"name": "app", "image": "app:1",
+        "readinessProbe": {"exec": {"command": ["true"]}, "periodSeconds": 1}}]})));
+    node.api.wait(POD, "Ready", ready).await;
+    node.kill_agent().await;
+    let patches = |node: &Node| node.api.changes().iter().filter(|c| c.ends_with("pods/web/status")).count();
+    let (before, calls) = (patches(&node), node.runtime.calls());
+    // A pod that nobody knows any more appears in the meantime.
+    let stray = {
+        let mut world = node.runtime.world.lock().unwrap();
+        let mut stray = world.sandboxes[0].clone();
+        stray.id = "stray".into();
+        let uid = "stray-uid".to_owned();
+        stray.config.labels.insert("io.kubernetes.pod.uid".into(), uid);
+        world.sandboxes.push(stray);
+        "stray"
+    };
+    let node = node.with_agent().await;
+    let removed = tokio::time::timeout(Duration::from_secs(10), async {
+        while node.runtime.world.lock().unwrap().sandboxes.iter().any(|sandbox| sandbox.id == stray) {
+            tokio::task::yield_now().await;
+        }
+    });
+    assert!(removed.await.is_ok(), "the unknown pod stays: {:?}", node.runtime.calls());
+    let pod = node.api.get(POD).expect("the pod");
+    assert!(ready(&pod));
+    assert_eq!(patches(&node), before, "an adopted pod has nothing to tell");
+    let made = |calls: &[String]| calls.iter().filter(|call| call.starts_with("create") || *call == "run").count();
+    assert_eq!(made(&node.runtime.calls()), made(&calls), "nothing was started again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn containers_outlive_an_api_outage_and_the_status_catches_up() {
+    let node = Node::start(&["app:1"]).await;
+    node.create(plain());
+    node.api.wait(POD, "Ready", ready).await;
+    node.api.set_down(true);
+    node.runtime.exit("app", 1);
+    let restarted = tokio::time::timeout(Duration::from_secs(10), async {
+        while node.runtime.running().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    });
+    assert!(restarted.await.is_ok(), "restarts need the API: {:?}", node.runtime.calls());
+    node.api.set_down(false);
+    node.api.wait(POD, "told", |pod| pod["status"]["containerStatuses"][0]["restartCount"] == 1 && ready(pod)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn trouble_is_told_where_the_user_looks() {
+    let node = Node::start(&["app:1"]).await;
+    node.create(pod(json!({"nodeName": "node-1", "containers": [
+        {"name": "app", "image": "app:1", "env": [{"name": "X", "valueFrom": {"configMapKeyRef": {"name": "none", "key": "k"}}}]},
+        {"name": "nothere", "image": "missing:1"}, {"name": "never", "image": "absent:1", "imagePullPolicy": "Never"},
+        {"name": "bad", "image": "Bad Name"}]})));
+    let reason = |pod: &Value, name: &str| {
+        let all = pod["status"]["containerStatuses"].as_array().cloned().unwrap_or_default();
+        let found = all.iter().find(|status| status["name"] == name).cloned().unwrap_or_default();
+        found["state"]["waiting"]["reason"].as_str().unwrap_or_default().to_owned()
+    };
+    let pod = node
+        .api
+        .wait(POD, "in trouble", |pod| {
+            reason(pod, "app") == "CreateContainerConfigError"
+                && reason(pod, "nothere") == "ImagePullBackOff"
+                && reason(pod, "never") == "ErrImageNeverPull"
+                && reason(pod, "bad") == "InvalidImageName"
+        })
+        .await;
+    assert_eq!(pod["status"]["phase"], "Pending");
+    let message = &pod["status"]["containerStatuses"][0]["state"]["waiting"]["message"];
+    assert_eq!(message, "configmap \"none\" not found");
+    node.wait_for_event("Failed").await;
+    // The config map appears: the container starts without anyone touching the pod.
+    node.api
+        .put("/api/v1/namespaces/default/configmaps/none", json!({"metadata": {"name": "none"}, "data": {"k": "v"}}));
+    node.api.wait(POD, "running", |pod| !pod["status"]["containerStatuses"][0]["state"]["running"].is_null()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pod_that_does_not_fit_fails_with_the_reason() {
+    let node = Node::start(&["app:1"]).await;
+    node.create(pod(json!({"nodeName": "node-1", "containers": [
+        {"name": "app", "image": "app:1", "resources": {"requests": {"cpu": "100000"}}}]})));
+    let pod = node.api.wait(POD, "Failed", |pod| pod["status"]["phase"] == "Failed").await;
+    assert_eq!(pod["status"]["reason"], "OutOfcpu");
+    assert!(node.runtime.calls().is_empty(), "nothing may be made for it");
+}
