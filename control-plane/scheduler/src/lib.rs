@@ -1,4 +1,22 @@
-//! The scheduler: gives each pending pod a node. Owns no storage and no HTTP: everything goes through a `kube::Client`.
+//! The scheduler: gives each pending pod a node.
+//!
+//! One task owns everything (`run`): the cache of nodes and their pods (`cache`), and the queue of waiting pods
+//! (`queue`). It takes a pod, asks `filter` which nodes are possible and `score` which of them is best, assumes the
+//! answer in the cache, and sends the binding while it goes on with the next pod. `preempt` makes room for pods that
+//! matter more. All of these are pure. Owns no storage and no HTTP: everything goes through a `kube::Client`.
+
+mod cache;
+mod cycle;
+mod filter;
+mod message;
+mod pod;
+mod preempt;
+mod queue;
+mod resources;
+mod run;
+mod score;
+mod sources;
+mod terms;
 
 use tokio_util::sync::CancellationToken;
 
@@ -18,25 +36,24 @@ impl Default for Config {
 /// Why the scheduler stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A task that should run for ever ended.
+    /// A task that should run for ever ended, by itself or by a panic.
     #[error("scheduler task {task} ended unexpectedly")]
     TaskEnded { task: &'static str },
 }
 
 /// The scheduler over one client.
 pub struct Scheduler {
-    _client: kube::Client,
-    _config: Config,
+    client: kube::Client,
+    config: Config,
 }
 
 impl Scheduler {
     pub fn new(client: kube::Client, config: Config) -> Self {
-        Self { _client: client, _config: config }
+        Self { client, config }
     }
 
-    /// Runs until `shutdown`.
+    /// Runs until `shutdown`. An error means that a task died; the caller should end the process.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        shutdown.cancelled().await;
-        Ok(())
+        run::run(self.client, self.config, shutdown).await
     }
 }

@@ -1,0 +1,27 @@
+//! Runs the controllers against any API server: `cargo run -p oarlock-controllers --example dev -- KUBECONFIG`.
+
+use anyhow::Context;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use tokio_util::sync::CancellationToken;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).init();
+    let path = std::env::args().nth(1).context("the path of a kubeconfig is wanted")?;
+    let kubeconfig = Kubeconfig::read_from(&path).with_context(|| format!("reading {path}"))?;
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    let client = kube::Client::try_from(config)?;
+    let shutdown = CancellationToken::new();
+    let stop = shutdown.clone();
+    tokio::spawn(async move {
+        let _ = tokio::signal::ctrl_c().await;
+        stop.cancel();
+    });
+    let config = oarlock_controllers::Config {
+        cluster_cidr: "10.42.0.0/16".parse()?,
+        node_cidr_mask: 24,
+        root_ca_pem: "not a certificate\n".to_owned(),
+    };
+    oarlock_controllers::Controllers::new(client, config).run(shutdown).await?;
+    Ok(())
+}

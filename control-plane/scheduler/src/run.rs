@@ -1,0 +1,348 @@
+//! The owner task: takes events in, schedules one pod after the other, and sends bindings and explanations out.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Binding, ObjectReference, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Api, Client};
+use oarlock_machinery::{ApiError, EventType, Recorder, call};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::cache::Cache;
+use crate::cycle::{Decision, Nominated, decide, explain};
+use crate::filter::Plugin;
+use crate::pod::PodInfo;
+use crate::preempt::{self, Budget, Candidate};
+use crate::queue::{Queue, Wake};
+use crate::sources::{self, Event, SeenPod};
+use crate::{Config, Error, message};
+
+/// Events that wait to be taken in.
+const EVENT_LIMIT: usize = 1024;
+/// Bindings and explanations under way.
+const EFFECT_LIMIT: usize = 256;
+
+/// What came of something that was sent.
+enum Effect {
+    Bound { pod: Arc<PodInfo>, node: String, result: Result<(), ApiError> },
+    Other,
+}
+
+struct Owner {
+    client: Client,
+    config: Config,
+    recorder: Recorder,
+    cache: Cache,
+    queue: Queue,
+    nominated: Nominated,
+    budgets: HashMap<String, Budget>,
+    /// What waiting pods say already, so that it is not said again.
+    said: HashMap<String, (String, String)>,
+    effects: JoinSet<Effect>,
+    listed: HashSet<&'static str>,
+    next_node: usize,
+}
+
+pub(crate) async fn run(client: Client, config: Config, shutdown: CancellationToken) -> Result<(), Error> {
+    // The component's name is a label in events; there are as many as there are schedulers configured: one.
+    let (recorder, writer) = Recorder::new(client.clone(), "default-scheduler");
+    let stop = shutdown.child_token();
+    let _stop_on_return = stop.clone().drop_guard();
+    let (sender, receiver) = mpsc::channel(EVENT_LIMIT);
+    let mut tasks: JoinSet<&'static str> = JoinSet::new();
+    let (watching, writing) = (sources::run(client.clone(), sender, stop.clone()), writer.run(stop.clone()));
+    tasks.spawn(async move {
+        watching.await;
+        "watches"
+    });
+    tasks.spawn(async move {
+        writing.await;
+        "events"
+    });
+    let owner = Owner {
+        client,
+        config,
+        recorder,
+        cache: Cache::default(),
+        queue: Queue::default(),
+        nominated: Nominated::new(),
+        budgets: HashMap::new(),
+        said: HashMap::new(),
+        effects: JoinSet::new(),
+        listed: HashSet::new(),
+        next_node: 0,
+    };
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        () = owner.run(receiver) => {}
+        ended = tasks.join_next() => if !shutdown.is_cancelled() {
+            let task = ended.and_then(Result::ok).unwrap_or("panicked");
+            return Err(Error::TaskEnded { task });
+        }
+    }
+    stop.cancel();
+    while tasks.join_next().await.is_some() {}
+    Ok(())
+}
+
+impl Owner {
+    async fn run(mut self, mut events: mpsc::Receiver<Event>) {
+        loop {
+            // Everything that has happened is taken in before the next decision.
+            while let Ok(event) = events.try_recv() {
+                self.take_in(event);
+            }
+            while let Some(effect) = self.effects.try_join_next() {
+                self.settle(effect);
+            }
+            self.queue.advance(Instant::now());
+            if self.is_ready()
+                && self.effects.len() < EFFECT_LIMIT
+                && let Some(pod) = self.queue.pop(Instant::now())
+            {
+                self.schedule(&pod);
+                // Bindings just sent get their turn on this thread too.
+                tokio::task::yield_now().await;
+                continue;
+            }
+            let wake_at = self.queue.next_time().unwrap_or_else(|| Instant::now() + crate::queue::FORGOTTEN_AFTER);
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(event) => self.take_in(event),
+                    None => return,
+                },
+                Some(effect) = self.effects.join_next() => self.settle(effect),
+                () = tokio::time::sleep_until(wake_at) => {}
+            }
+        }
+    }
+
+    /// Decisions on half a list would be wrong.
+    fn is_ready(&self) -> bool {
+        self.listed.contains(sources::PODS) && self.listed.contains(sources::NODES) && self.queue.has_active()
+    }
+
+    fn take_in(&mut self, event: Event) {
+        let now = Instant::now();
+        match event {
+            Event::Pod(seen) => self.take_in_pod(*seen, now),
+            Event::PodGone(uid) => self.pod_gone(&uid, now),
+            Event::Node(node) => {
+                if self.cache.update_node(&node) {
+                    self.queue.wake(Wake::NodeAddedOrChanged, now);
+                }
+            }
+            Event::NodeGone(name) => self.cache.remove_node(&name),
+            Event::Namespace(name, labels) => drop(self.cache.namespaces.insert(name, labels)),
+            Event::NamespaceGone(name) => drop(self.cache.namespaces.remove(&name)),
+            Event::Budget(uid, budget) => drop(self.budgets.insert(uid, *budget)),
+            Event::BudgetGone(uid) => drop(self.budgets.remove(&uid)),
+            Event::Listed(kind) => drop(self.listed.insert(kind)),
+        }
+    }
+
+    fn pod_gone(&mut self, uid: &str, now: Instant) {
+        self.queue.remove(uid);
+        self.said.remove(uid);
+        let was_promised = self.nominated.remove(uid).is_some();
+        if self.cache.remove(uid) || was_promised {
+            self.queue.wake(Wake::PodGone, now);
+        }
+    }
+
+    fn take_in_pod(&mut self, seen: SeenPod, now: Instant) {
+        let Some(pod) = seen.info else { return self.pod_gone(&seen.uid, now) };
+        if !pod.node_name.is_empty() {
+            self.queue.remove(&pod.uid);
+            self.nominated.remove(&pod.uid);
+            self.said.remove(&pod.uid);
+            let node = self.cache.node(&pod.node_name);
+            let is_new = node.is_none_or(|node| !node.pods.contains_key(&pod.uid)) || self.cache.is_assumed(&pod.uid);
+            self.cache.put(pod);
+            if is_new {
+                self.queue.wake(Wake::PodPlaced, now);
+            }
+            return;
+        }
+        if seen.scheduler_name != self.config.scheduler_name {
+            return;
+        }
+        if pod.terminating {
+            return self.pod_gone(&pod.uid, now);
+        }
+        match seen.said {
+            Some(said) => drop(self.said.insert(pod.uid.clone(), said)),
+            None => drop(self.said.remove(&pod.uid)),
+        }
+        if let Some(node) = &pod.nominated_node {
+            self.nominated.insert(pod.uid.clone(), (node.clone(), pod.clone()));
+        }
+        if pod.gated {
+            self.explain(&pod, "SchedulingGated", "Scheduling is blocked due to non-empty scheduling gates", None);
+        }
+        if !self.cache.is_assumed(&pod.uid) {
+            self.queue.upsert(pod, now);
+        }
+    }
+
+    fn schedule(&mut self, pod: &Arc<PodInfo>) {
+        match decide(pod, &self.cache, &self.nominated, &mut self.next_node) {
+            Decision::Node(node) => {
+                self.cache.assume(pod, &node);
+                let (client, pod) = (self.client.clone(), pod.clone());
+                self.effects.spawn(async move {
+                    let result = bind(client, &pod, &node).await;
+                    Effect::Bound { pod, node, result }
+                });
+            }
+            Decision::Nowhere(refusals) => {
+                let budgets: Vec<Budget> = self.budgets.values().cloned().collect();
+                let unavailable = explain(&refusals);
+                let plan = preempt::plan(pod, &self.cache, &refusals, &budgets, &self.nominated);
+                let plugins: HashSet<Plugin> = refusals.iter().map(|(_, refusal)| refusal.plugin).collect();
+                self.queue.unschedulable(&pod.uid, plugins, Instant::now());
+                let (text, nominated) = match plan {
+                    Ok(candidate) => {
+                        let node = candidate.node.clone();
+                        self.preempt(pod, candidate);
+                        (unavailable, Some(node))
+                    }
+                    Err(why) => (message::unschedulable(&unavailable, &why), None),
+                };
+                self.recorder.event_about(reference(pod), EventType::Warning, "FailedScheduling", text.clone());
+                self.explain(pod, "Unschedulable", &text, nominated);
+            }
+        }
+    }
+
+    /// Writes the PodScheduled condition, unless it says so already.
+    fn explain(&mut self, pod: &Arc<PodInfo>, reason: &str, text: &str, nominated: Option<String>) {
+        let said = (reason.to_owned(), text.to_owned());
+        if self.said.get(&pod.uid) == Some(&said) && nominated.is_none() {
+            return;
+        }
+        self.said.insert(pod.uid.clone(), said);
+        let mut status = json!({"conditions": [{
+            "type": "PodScheduled", "status": "False", "reason": reason, "message": text,
+            "lastTransitionTime": Time(Timestamp::now()),
+        }]});
+        if let Some(node) = nominated {
+            status["nominatedNodeName"] = json!(node);
+        }
+        let (client, pod) = (self.client.clone(), pod.clone());
+        self.effects.spawn(async move {
+            if let Err(error) = patch_status(&client, &pod, status).await
+                && !error.is_not_found()
+            {
+                tracing::debug!(pod = %pod.key, cause = %error.user_message(), "condition not written");
+            }
+            Effect::Other
+        });
+    }
+
+    fn preempt(&mut self, pod: &Arc<PodInfo>, candidate: Candidate) {
+        self.nominated.insert(pod.uid.clone(), (candidate.node.clone(), pod.clone()));
+        for victim in candidate.victims {
+            let text = format!("Preempted by pod {} on node {}", pod.uid, candidate.node);
+            self.recorder.event_about(reference(&victim), EventType::Normal, "Preempted", text);
+            let (client, preemptor) = (self.client.clone(), pod.key.to_string());
+            self.effects.spawn(async move {
+                if let Err(error) = evict(&client, &victim).await {
+                    tracing::warn!(pod = %preemptor, victim = %victim.key, cause = %error.user_message(), "preemption failed");
+                }
+                Effect::Other
+            });
+        }
+    }
+
+    fn settle(&mut self, effect: Result<Effect, tokio::task::JoinError>) {
+        let Ok(Effect::Bound { pod, node, result }) = effect else { return };
+        match result {
+            Ok(()) => {
+                let text = format!("Successfully assigned {} to {node}", pod.key);
+                self.recorder.event_about(reference(&pod), EventType::Normal, "Scheduled", text);
+                self.queue.remove(&pod.uid);
+                self.nominated.remove(&pod.uid);
+            }
+            Err(error) => {
+                self.cache.forget_assumed(&pod.uid);
+                if error.is_not_found() {
+                    return self.queue.remove(&pod.uid);
+                }
+                let text = format!("binding rejected: {}", error.user_message());
+                tracing::debug!(pod = %pod.key, node, cause = %error.user_message(), "binding failed");
+                self.recorder.event_about(reference(&pod), EventType::Warning, "FailedScheduling", text);
+                self.queue.failed(&pod.uid, Instant::now());
+                // Others may have been refused because of this one.
+                self.queue.wake(Wake::PodGone, Instant::now());
+            }
+        }
+    }
+}
+
+fn reference(pod: &PodInfo) -> ObjectReference {
+    ObjectReference {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Pod".to_owned()),
+        namespace: Some(pod.key.namespace.clone()),
+        name: Some(pod.key.name.clone()),
+        uid: Some(pod.uid.clone()),
+        resource_version: Some(pod.version.clone()),
+        field_path: None,
+    }
+}
+
+async fn bind(client: Client, pod: &PodInfo, node: &str) -> Result<(), ApiError> {
+    let api: Api<Pod> = Api::namespaced(client, &pod.key.namespace);
+    let binding = Binding {
+        metadata: ObjectMeta {
+            name: Some(pod.key.name.clone()),
+            namespace: Some(pod.key.namespace.clone()),
+            uid: Some(pod.uid.clone()),
+            ..Default::default()
+        },
+        target: ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Node".to_owned()),
+            name: Some(node.to_owned()),
+            ..Default::default()
+        },
+    };
+    let parameters = PostParams::default();
+    call("bind pod", api.create_subresource::<_, Value>("binding", &pod.key.name, &parameters, &binding))
+        .await
+        .map(drop)
+}
+
+/// Conditions are merged by type, so that those of others stay.
+async fn patch_status(client: &Client, pod: &PodInfo, status: Value) -> Result<(), ApiError> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), &pod.key.namespace);
+    let patch = Patch::Strategic(json!({"metadata": {"uid": pod.uid}, "status": status}));
+    call("patch pod status", api.patch_status(&pod.key.name, &PatchParams::default(), &patch)).await.map(drop)
+}
+
+async fn evict(client: &Client, victim: &PodInfo) -> Result<(), ApiError> {
+    let status = json!({"conditions": [{
+        "type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler",
+        "message": "default-scheduler: preempting to accommodate a higher priority pod",
+        "lastTransitionTime": Time(Timestamp::now()),
+    }]});
+    match patch_status(client, victim, status).await {
+        Err(error) if !(error.is_not_found() || error.is_conflict()) => return Err(error),
+        _ => {}
+    }
+    let api: Api<Pod> = Api::namespaced(client.clone(), &victim.key.namespace);
+    let preconditions = Preconditions { uid: Some(victim.uid.clone()), resource_version: None };
+    let parameters = DeleteParams::default().preconditions(preconditions);
+    match call("delete pod", api.delete(&victim.key.name, &parameters)).await {
+        Err(error) if !(error.is_not_found() || error.is_conflict()) => Err(error),
+        _ => Ok(()),
+    }
+}
