@@ -11,7 +11,9 @@ mod kind;
 mod selectable;
 mod strategy;
 mod table;
+mod validate;
 
 pub use field_error::{FieldError, FieldErrorKind};
 pub use kind::{Column, Kind, SubresourceType};
 pub use table::{all, by_kind, default_columns, default_row, find};
+pub use validate::pod_ephemeral_containers_update;

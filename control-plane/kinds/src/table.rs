@@ -1,7 +1,7 @@
 //! The table of kinds: who is served, under which names.
 
 use crate::kind::{Column, Kind};
-use crate::{columns, defaults, event_views, selectable, strategy};
+use crate::{columns, defaults, event_views, selectable, strategy, validate};
 use jiff::Timestamp;
 use serde_json::Value;
 
@@ -55,6 +55,8 @@ static KINDS: &[Kind] = &[
         storage: "configmaps",
         columns: columns::CONFIG_MAP,
         row: columns::config_map,
+        validate: validate::config_map,
+        validate_update: validate::config_map_update,
         ..BASE
     },
     Kind {
@@ -66,6 +68,8 @@ static KINDS: &[Kind] = &[
         default: defaults::endpoints,
         columns: columns::ENDPOINTS,
         row: columns::endpoints,
+        validate: validate::endpoints,
+        validate_update: validate::endpoints_update,
         ..BASE
     },
     Kind {
@@ -77,6 +81,8 @@ static KINDS: &[Kind] = &[
         columns: columns::EVENT,
         row: columns::event,
         selectable: selectable::event,
+        validate: validate::event,
+        validate_update: validate::event_update,
         ..BASE
     },
     Kind {
@@ -95,6 +101,9 @@ static KINDS: &[Kind] = &[
         columns: columns::NAMESPACE,
         row: columns::namespace,
         selectable: selectable::namespace,
+        validate: validate::namespace,
+        validate_update: validate::namespace_update,
+        validate_status_update: validate::metadata_update,
         ..BASE
     },
     Kind {
@@ -111,6 +120,9 @@ static KINDS: &[Kind] = &[
         columns: columns::NODE,
         row: columns::node,
         selectable: selectable::node,
+        validate: validate::node,
+        validate_update: validate::node_update,
+        validate_status_update: validate::node_status_update,
         ..BASE
     },
     Kind {
@@ -139,6 +151,9 @@ static KINDS: &[Kind] = &[
         columns: columns::POD,
         row: columns::pod,
         selectable: selectable::pod,
+        validate: validate::pod,
+        validate_update: validate::pod_update,
+        validate_status_update: validate::pod_status_update,
         ..BASE
     },
     Kind {
@@ -150,6 +165,8 @@ static KINDS: &[Kind] = &[
         columns: columns::SECRET,
         row: columns::secret,
         selectable: selectable::secret,
+        validate: validate::secret,
+        validate_update: validate::secret_update,
         ..BASE
     },
     Kind {
@@ -167,6 +184,9 @@ static KINDS: &[Kind] = &[
         columns: columns::SERVICE,
         row: columns::service,
         selectable: selectable::service,
+        validate: validate::service,
+        validate_update: validate::service_update,
+        validate_status_update: validate::metadata_update,
         ..BASE
     },
     Kind {
@@ -178,6 +198,8 @@ static KINDS: &[Kind] = &[
         storage: "serviceaccounts",
         columns: columns::SERVICE_ACCOUNT,
         row: columns::service_account,
+        validate: validate::service_account,
+        validate_update: validate::metadata_update,
         ..BASE
     },
     Kind {
@@ -188,6 +210,8 @@ static KINDS: &[Kind] = &[
         storage: "apps/controllerrevisions",
         columns: columns::CONTROLLER_REVISION,
         row: columns::controller_revision,
+        validate: validate::controller_revision,
+        validate_update: validate::controller_revision_update,
         ..BASE
     },
     Kind {
@@ -205,6 +229,9 @@ static KINDS: &[Kind] = &[
         prepare_status_update: strategy::workload_status,
         columns: columns::DEPLOYMENT,
         row: columns::deployment,
+        validate: validate::deployment,
+        validate_update: validate::deployment_update,
+        validate_status_update: validate::replicas_status_update,
         ..BASE
     },
     Kind {
@@ -223,6 +250,9 @@ static KINDS: &[Kind] = &[
         columns: columns::REPLICA_SET,
         row: columns::replica_set,
         selectable: selectable::replica_set,
+        validate: validate::replica_set,
+        validate_update: validate::replica_set_update,
+        validate_status_update: validate::replicas_status_update,
         ..BASE
     },
     Kind {
@@ -276,6 +306,8 @@ static KINDS: &[Kind] = &[
         storage: "coordination.k8s.io/leases",
         columns: columns::LEASE,
         row: columns::lease,
+        validate: validate::lease,
+        validate_update: validate::lease_update,
         ..BASE
     },
     Kind {
@@ -289,6 +321,8 @@ static KINDS: &[Kind] = &[
         prepare_update: strategy::generation_update,
         columns: columns::ENDPOINT_SLICE,
         row: columns::endpoint_slice,
+        validate: validate::endpoint_slice,
+        validate_update: validate::endpoint_slice_update,
         ..BASE
     },
     Kind {
@@ -303,6 +337,8 @@ static KINDS: &[Kind] = &[
         columns: columns::EVENT,
         row: columns::events_event,
         selectable: selectable::events_event,
+        validate: validate::events_event,
+        validate_update: validate::events_event_update,
         ..BASE
     },
     Kind {
@@ -314,6 +350,8 @@ static KINDS: &[Kind] = &[
         storage: "node.k8s.io/runtimeclasses",
         columns: columns::RUNTIME_CLASS,
         row: columns::runtime_class,
+        validate: validate::runtime_class,
+        validate_update: validate::runtime_class_update,
         ..BASE
     },
     Kind {
@@ -329,6 +367,9 @@ static KINDS: &[Kind] = &[
         prepare_status_update: strategy::plain_status,
         columns: columns::POD_DISRUPTION_BUDGET,
         row: columns::pod_disruption_budget,
+        validate: validate::pod_disruption_budget,
+        validate_update: validate::pod_disruption_budget_update,
+        validate_status_update: validate::metadata_update,
         ..BASE
     },
     Kind {
@@ -340,6 +381,8 @@ static KINDS: &[Kind] = &[
         storage: "rbac.authorization.k8s.io/clusterroles",
         columns: columns::ROLE,
         row: columns::role,
+        validate: validate::cluster_role,
+        validate_update: validate::cluster_role_update,
         ..BASE
     },
     Kind {
@@ -352,6 +395,8 @@ static KINDS: &[Kind] = &[
         default: defaults::role_binding,
         columns: columns::ROLE_BINDING,
         row: columns::role_binding,
+        validate: validate::cluster_role_binding,
+        validate_update: validate::cluster_role_binding_update,
         ..BASE
     },
     Kind {
@@ -362,6 +407,8 @@ static KINDS: &[Kind] = &[
         storage: "rbac.authorization.k8s.io/roles",
         columns: columns::ROLE,
         row: columns::role,
+        validate: validate::role,
+        validate_update: validate::role_update,
         ..BASE
     },
     Kind {
@@ -373,6 +420,8 @@ static KINDS: &[Kind] = &[
         default: defaults::role_binding,
         columns: columns::ROLE_BINDING,
         row: columns::role_binding,
+        validate: validate::role_binding,
+        validate_update: validate::role_binding_update,
         ..BASE
     },
     Kind {
@@ -388,6 +437,8 @@ static KINDS: &[Kind] = &[
         prepare_update: strategy::generation_update,
         columns: columns::PRIORITY_CLASS,
         row: columns::priority_class,
+        validate: validate::priority_class,
+        validate_update: validate::priority_class_update,
         ..BASE
     },
 ];

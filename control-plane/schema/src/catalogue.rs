@@ -232,10 +232,6 @@ impl Catalogue {
         }
     }
 
-    pub(crate) fn types(&self) -> &[TypeInfo] {
-        &self.types
-    }
-
     pub(crate) fn info(&self, id: TypeId) -> &TypeInfo {
         &self.types[usize::from(id)]
     }
@@ -338,7 +334,7 @@ mod tests {
                 assert!(all.by_name(name).is_some(), "{name}");
             }
         }
-        assert!(all.types().len() > 500);
+        assert!(all.types.len() > 500);
     }
 
     #[test]
