@@ -162,7 +162,8 @@ async fn resource(ctx: &mut Context, request: Request<Body>) -> ApiResult<Answer
     if kind.namespaced && target.namespace.is_empty() && namespaced_write {
         return Err(ApiError::method_not_allowed());
     }
-    if ctx.info.verb == "create" && !target.name.is_empty() {
+    let needs_name = matches!(ctx.info.verb, "get" | "update" | "patch" | "delete");
+    if needs_name == target.name.is_empty() {
         return Err(ApiError::method_not_allowed());
     }
     let body = request.into_body();

@@ -83,6 +83,19 @@ fn check_request(target: &Target, object: &Value) -> ApiResult<()> {
     Ok(())
 }
 
+/// What every name must be, whatever its kind says: there, and one segment of a path.
+fn check_name(kind: &Kind, name: &str) -> ApiResult<()> {
+    let error = match name {
+        "" => FieldError::required("metadata.name", "name or generateName is required"),
+        "." | ".." => FieldError::invalid("metadata.name", name, format!("may not be '{name}'")),
+        _ => match name.chars().find(|c| matches!(c, '/' | '%')) {
+            Some(c) => FieldError::invalid("metadata.name", name, format!("may not contain '{c}'")),
+            None => return Ok(()),
+        },
+    };
+    Err(ApiError::invalid(kind.group, kind.kind, name, &[error]))
+}
+
 /// A base, cut so that the result is a DNS label, and five random letters.
 fn random_name(base: &str) -> String {
     let mut cut = base.len().min(LONGEST_BASE);
@@ -102,6 +115,7 @@ async fn create_once(ctx: &mut Context, target: &Target, mut object: Value, trac
     admission::on_create(ctx, target, &mut object).await?;
     (kind.prepare_create)(&mut object);
     let name = object::name(&object).to_owned();
+    check_name(kind, &name)?;
     let reserved = strategy::on_create(ctx, kind, &mut object)?;
     let errors = (kind.validate)(&object);
     refuse_invalid(kind, &name, &errors)?;
