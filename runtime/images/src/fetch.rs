@@ -106,7 +106,7 @@ async fn manifest_of(source: &Source, reference: &Reference) -> Result<(ImageMan
     let mut document = manifest::parse(&bytes)?;
     for _ in 0..NESTING_MAX {
         let index = match document {
-            Document::Image(image) => return Ok((image, digest)),
+            Document::Image(image) => return Ok((*image, digest)),
             Document::Choice(index) => index,
         };
         let chosen = manifest::check(manifest::choose(&index, &reference.to_string())?.digest().as_ref())?;

@@ -14,8 +14,8 @@ const LAYERS_MAX: usize = 512;
 /// A document that is either one image or a choice of several.
 #[derive(Debug)]
 pub(crate) enum Document {
-    Image(ImageManifest),
-    Choice(ImageIndex),
+    Image(Box<ImageManifest>),
+    Choice(Box<ImageIndex>),
 }
 
 /// What kind of document the bytes are, by what they hold rather than by what they are said to be.

@@ -10,6 +10,7 @@ mod client;
 mod container;
 mod engine;
 mod exec;
+mod finished;
 mod helper;
 mod memory;
 mod pidns;

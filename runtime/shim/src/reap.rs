@@ -7,8 +7,8 @@ use oarlock_shim_api::wire::Reply;
 use oarlock_shim_api::{Event, ExitRecord, exit_record_path, write_atomically};
 
 use crate::container::Status;
+use crate::finished::Purpose;
 use crate::helper;
-use crate::requests::Purpose;
 use crate::server::Server;
 use crate::{engine, stdio};
 

@@ -19,10 +19,10 @@ use oarlock_shim_api::{ErrorKind, Event, RemoteError};
 
 use crate::client::Client;
 use crate::container::Container;
+use crate::finished::Purpose;
 use crate::helper::{self, Finished};
 use crate::memory;
 use crate::poll::{Poller, Ready, Token};
-use crate::requests::Purpose;
 use crate::setup::Config;
 
 const CLIENTS_MAX: usize = 8;

@@ -24,7 +24,6 @@ pub(super) struct Facts {
     pub(super) terminal: bool,
     /// Owner of the standard streams.
     pub(super) user: (u32, u32),
-    pub(super) has_user_namespace: bool,
 }
 
 /// Why a specification cannot be used.
@@ -38,25 +37,30 @@ pub(super) enum AdaptError {
     Mount { destination: String, source: oci_spec::OciSpecError },
 }
 
-/// Rewrites in place.
-pub(super) fn adapt(spec: &mut Spec, bundle: &Path, container_id: &str, layout: &Layout) -> Result<Facts, AdaptError> {
+/// Makes the root absolute and the cgroup path one that every runtime reads alike; returns the latter.
+pub(super) fn locate(spec: &mut Spec, bundle: &Path, container_id: &str) -> Result<String, AdaptError> {
     let mut root = spec.root().clone().ok_or(AdaptError::Missing("root"))?;
     if root.path().is_relative() {
         root.set_path(bundle.join(root.path()));
     }
     spec.set_root(Some(root));
-
     let mut linux = spec.linux().clone().ok_or(AdaptError::Missing("linux section"))?;
     let wanted = linux.cgroups_path().as_ref().map(|path| path.to_string_lossy().into_owned());
     let wanted = wanted.filter(|path| !path.is_empty()).unwrap_or_else(|| format!("oarlock/{container_id}"));
     let cgroup = oarlock_cgroup::translate(&wanted)?;
     linux.set_cgroups_path(Some(format!("/{cgroup}").into()));
+    spec.set_linux(Some(linux));
+    Ok(cgroup)
+}
+
+/// Rewrites in place.
+pub(super) fn adapt(spec: &mut Spec, bundle: &Path, container_id: &str, layout: &Layout) -> Result<Facts, AdaptError> {
+    let cgroup = locate(spec, bundle, container_id)?;
+    let linux = spec.linux().as_ref().ok_or(AdaptError::Missing("linux section"))?;
     let namespaces = linux.namespaces().clone().unwrap_or_default();
     let of = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
     let private_pid_namespace = of(LinuxNamespaceType::Pid).is_some_and(|pid| pid.path().is_none());
-    let has_user_namespace = of(LinuxNamespaceType::User).is_some();
     let has_seccomp = linux.seccomp().is_some();
-    spec.set_linux(Some(linux));
 
     let mut process = spec.process().clone().ok_or(AdaptError::Missing("process"))?;
     if has_seccomp && process.no_new_privileges() == Some(false) {
@@ -75,7 +79,7 @@ pub(super) fn adapt(spec: &mut Spec, bundle: &Path, container_id: &str, layout: 
     let some =
         |hooks: &Option<Vec<_>>| hooks.as_ref().is_some_and(|hooks: &Vec<oci_spec::runtime::Hook>| !hooks.is_empty());
     let start_hooks = hooks.is_some_and(|hooks| some(hooks.poststart()));
-    Ok(Facts { cgroup, private_pid_namespace, start_hooks, oom_score, terminal, user, has_user_namespace })
+    Ok(Facts { cgroup, private_pid_namespace, start_hooks, oom_score, terminal, user })
 }
 
 fn replace_cgroup_mounts(spec: &mut Spec, layout: &Layout, cgroup: &str) -> Result<(), AdaptError> {

@@ -54,7 +54,7 @@ pub(crate) fn create(job: CreateJob) -> Finished {
     prepare_process(layout, &facts, &job.container_id)?;
     own_streams(&job.ends, facts.user);
     let console = if job.terminal { Some(listen(&adapted)?) } else { None };
-    let container = build(job, &adapted, facts.has_user_namespace)?;
+    let container = build(job, &adapted)?;
     let pid = container
         .pid()
         .map(|pid| pid.as_raw())
@@ -107,10 +107,9 @@ fn own_streams(ends: &ContainerEnds, (uid, gid): (u32, u32)) {
     }
 }
 
-fn build(job: CreateJob, adapted: &Path, user_namespace: bool) -> Result<Container, RemoteError> {
+fn build(job: CreateJob, adapted: &Path) -> Result<Container, RemoteError> {
     let null = || fs::OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
     let engine = |error: libcontainer::error::LibcontainerError| translate(&chain(&error));
-    let _ = user_namespace;
     let mut builder = ContainerBuilder::new(job.container_id, SyscallType::default())
         .validate_id()
         .map_err(engine)?

@@ -39,11 +39,14 @@ impl External {
     /// `create`: the runtime leaves the container's first process behind, which the shim adopts.
     pub(crate) fn create(&self, job: CreateJob) -> Finished {
         let directory = adapted_bundle(&job.state_dir, &job.container_id);
-        let spec = Spec::load(job.bundle.join("config.json")).map_err(|error| failed("load config.json", &error))?;
+        let mut spec =
+            Spec::load(job.bundle.join("config.json")).map_err(|error| failed("load config.json", &error))?;
+        let cgroup = super::adapt::locate(&mut spec, &job.bundle, &job.container_id)
+            .map_err(|error| RemoteError::new(ErrorKind::Invalid, super::chain(&error)))?;
         spec.save(directory.join("config.json")).map_err(|error| failed("save the specification", &error))?;
         let (log, pid_file) = (directory.join("runtime.log"), directory.join("pid"));
         let mut command = self.command(&log, &["create", "--bundle"]);
-        command.arg(&job.bundle).arg("--pid-file").arg(&pid_file);
+        command.arg(&directory).arg("--pid-file").arg(&pid_file);
         let console = if job.terminal { Some(listen(&directory)?) } else { None };
         if console.is_some() {
             command.arg("--console-socket").arg(directory.join("console.sock"));
@@ -56,11 +59,7 @@ impl External {
         let text = fs::read_to_string(&pid_file).map_err(io_failed("read the container's pid"))?;
         let pid = text.trim().parse().map_err(|error| failed("read the container's pid", &error))?;
         let fds = console.map(|console| receive_master(&console)).transpose()?.into_iter().collect();
-        let linux = spec.linux().as_ref();
-        let cgroup =
-            linux.and_then(|linux| linux.cgroups_path().as_ref()).map(|path| path.to_string_lossy().into_owned());
-        let cgroup = cgroup.and_then(|path| oarlock_cgroup::translate(&path).ok());
-        Ok((Report { pid, cgroup, private_pid_namespace: true, start_hooks: true }, fds))
+        Ok((Report { pid, cgroup: Some(cgroup), private_pid_namespace: true, start_hooks: true }, fds))
     }
 
     /// A command that takes only the container's id, such as `start`, `pause` and `resume`.
@@ -75,12 +74,16 @@ impl External {
     /// `delete --force`, where the runtime still knows the container.
     pub(crate) fn delete(&self, state_dir: &Path, container_id: &str) -> Result<(), RemoteError> {
         if !self.root.join(container_id).exists() {
+            let _ = fs::remove_dir(&self.root);
             return Ok(());
         }
         let log = adapted_bundle(state_dir, container_id).join("runtime.log");
         let mut command = self.command(&log, &["delete", "--force", container_id]);
         command.stdout(Stdio::null()).stderr(Stdio::null());
-        run(command, "delete", &log)
+        let deleted = run(command, "delete", &log);
+        // Only when it was the last one.
+        let _ = fs::remove_dir(&self.root);
+        deleted
     }
 }
 
