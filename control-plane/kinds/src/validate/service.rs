@@ -51,10 +51,11 @@ fn cluster_ip_stays(errors: &mut Errors, spec: &Value, before: &Value) {
     }
     let (mut new, old) = (cluster_ips(spec), cluster_ips(before));
     let single = field(spec, "clusterIP");
-    if !single.is_empty() && single != field(before, "clusterIP") {
-        if let Some(first) = new.first_mut() {
-            *first = single;
-        }
+    if !single.is_empty()
+        && single != field(before, "clusterIP")
+        && let Some(first) = new.first_mut()
+    {
+        *first = single;
     }
     let path = "spec.clusterIPs[0]";
     if new.is_empty() && !old.is_empty() {

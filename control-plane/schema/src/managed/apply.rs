@@ -54,10 +54,7 @@ pub fn apply(input: ApplyInput<'_>) -> Result<Value, ApplyError> {
         time: now.to_owned(),
         set: applied_set,
     };
-    let last = match list.iter().position(|entry| entry.is_same_manager(&own)) {
-        Some(at) => Some(list.remove(at)),
-        None => None,
-    };
+    let last = list.iter().position(|entry| entry.is_same_manager(&own)).map(|at| list.remove(at));
     let Some(live) = live else {
         let mut created = applied.clone();
         if created.get("metadata").is_none_or(|metadata| !metadata.is_object()) {

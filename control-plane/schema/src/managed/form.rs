@@ -112,7 +112,7 @@ impl Place {
     }
 
     /// The items of a shared list by path element; `None` when an item has no element or two have the same.
-    pub(super) fn elements<'v>(self, form: Form, items: &'v [Value]) -> Option<Vec<(String, &'v Value)>> {
+    pub(super) fn elements(self, form: Form, items: &[Value]) -> Option<Vec<(String, &Value)>> {
         let mut seen = std::collections::HashSet::new();
         items
             .iter()
