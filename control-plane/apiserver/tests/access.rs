@@ -1,0 +1,217 @@
+//! Who gets in and what they may do: certificates, tokens, RBAC, the node rules, reviews, impersonation.
+
+mod fixture;
+
+use fixture::{Caller, Fixture};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1";
+const SECRETS: &str = "/api/v1/namespaces/default/secrets";
+
+async fn bind(fixture: &Fixture, role: &str, user: &str) {
+    let binding = json!({
+        "metadata": {"name": format!("{user}-{role}")},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": user}],
+    });
+    fixture.admin.post(&format!("{ROLES}/clusterrolebindings"), &binding).await.ok();
+}
+
+#[tokio::test]
+async fn roles_decide_and_refusals_say_what_was_refused() {
+    let fixture = Fixture::new().await;
+    let alice = fixture.as_user("alice", &[]);
+    let refused = alice.get("/api/v1/namespaces/default/pods").await;
+    assert_eq!((refused.code, refused.reason()), (403, "Forbidden"));
+    assert_eq!(
+        refused.message(),
+        "pods is forbidden: User \"alice\" cannot list resource \"pods\" in API group \"\" in the namespace \"default\""
+    );
+    let nodes = alice.get("/apis/apps/v1/deployments").await;
+    assert_eq!(
+        nodes.message(),
+        "deployments.apps is forbidden: User \"alice\" cannot list resource \"deployments\" in API group \"apps\" at the \
+         cluster scope"
+    );
+    assert_eq!(alice.get("/metrics").await.message(), "forbidden: User \"alice\" cannot get path \"/metrics\"");
+    bind(&fixture, "view", "alice").await;
+    assert_eq!(alice.get("/api/v1/namespaces/default/pods").await.code, 200);
+    assert_eq!(alice.get(SECRETS).await.code, 403);
+    assert_eq!(
+        alice.post("/api/v1/namespaces/default/configmaps", &json!({"metadata": {"name": "a"}})).await.code,
+        403
+    );
+}
+
+#[tokio::test]
+async fn a_role_labelled_for_aggregation_widens_the_one_it_names() {
+    let fixture = Fixture::new().await;
+    bind(&fixture, "view", "alice").await;
+    let role = json!({
+        "metadata": {"name": "more", "labels": {"rbac.authorization.k8s.io/aggregate-to-view": "true"}},
+        "rules": [{"verbs": ["list"], "apiGroups": [""], "resources": ["secrets"]}],
+    });
+    fixture.admin.post(&format!("{ROLES}/clusterroles"), &role).await.ok();
+    assert_eq!(fixture.as_user("alice", &[]).get(SECRETS).await.code, 200);
+}
+
+#[tokio::test]
+async fn a_node_reads_what_its_pods_refer_to_and_writes_only_its_own() {
+    let fixture = Fixture::new().await;
+    fixture.namespace("work").await;
+    let node = fixture.as_user("system:node:n1", &["system:nodes"]);
+    for name in ["used", "other"] {
+        fixture.admin.post("/api/v1/namespaces/work/secrets", &json!({"metadata": {"name": name}})).await.ok();
+    }
+    let secret = "/api/v1/namespaces/work/secrets";
+    assert_eq!(node.get(&format!("{secret}/used")).await.code, 403);
+    let pod = json!({"metadata": {"name": "p"}, "spec": {
+        "nodeName": "n1", "containers": [{"name": "c", "image": "i"}],
+        "volumes": [{"name": "s", "secret": {"secretName": "used"}}],
+    }});
+    fixture.admin.post("/api/v1/namespaces/work/pods", &pod).await.ok();
+    assert_eq!(node.get(&format!("{secret}/used")).await.code, 200);
+    assert_eq!(node.get(&format!("{secret}/other")).await.code, 403);
+    assert_eq!(node.get(secret).await.code, 403);
+    assert_eq!(node.get("/api/v1/namespaces/work/configmaps/kube-root-ca.crt").await.code, 404);
+    let other = fixture.as_user("system:node:n2", &["system:nodes"]);
+    assert_eq!(other.get(&format!("{secret}/used")).await.code, 403);
+    let status = json!({"status": {"phase": "Running"}});
+    let path = "/api/v1/namespaces/work/pods/p/status";
+    assert_eq!(other.patch(path, "application/merge-patch+json", &status).await.code, 403);
+    assert_eq!(node.patch(path, "application/merge-patch+json", &status).await.code, 200);
+    assert_eq!(node.post("/api/v1/nodes", &json!({"metadata": {"name": "n1"}})).await.code, 201);
+    assert_eq!(node.post("/api/v1/nodes", &json!({"metadata": {"name": "n2"}})).await.code, 403);
+    let lease = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
+    assert_eq!(node.post(lease, &json!({"metadata": {"name": "n1"}})).await.code, 201);
+    assert_eq!(node.post(lease, &json!({"metadata": {"name": "n2"}})).await.code, 403);
+    assert_eq!(node.get(&format!("{lease}/n2")).await.code, 403);
+    assert_eq!(node.post("/api/v1/namespaces/work/pods", &pod).await.code, 403, "only mirror pods");
+    let token = json!({"spec": {"boundObjectRef": {"kind": "Pod", "apiVersion": "v1", "name": "p"}}});
+    let path = "/api/v1/namespaces/work/serviceaccounts/default/token";
+    assert_eq!(node.post(path, &token).await.code, 201);
+    assert_eq!(node.post(path, &json!({"spec": {}})).await.code, 403);
+    assert_eq!(other.post(path, &token).await.code, 403);
+}
+
+#[tokio::test]
+async fn a_token_stands_for_its_account_until_what_it_is_bound_to_is_gone() {
+    let fixture = Fixture::new().await;
+    fixture.namespace("work").await;
+    let pod = json!({"metadata": {"name": "p"}, "spec": {"containers": [{"name": "c", "image": "i"}]}});
+    fixture.admin.post("/api/v1/namespaces/work/pods", &pod).await.ok();
+    let path = "/api/v1/namespaces/work/serviceaccounts/default/token";
+    let request = json!({"spec": {"boundObjectRef": {"kind": "Pod", "apiVersion": "v1", "name": "p"}}});
+    let granted = fixture.admin.post(path, &request).await.ok();
+    let token = granted["status"]["token"].clone();
+    let review = || async {
+        let body = json!({"spec": {"token": token}});
+        fixture.admin.post("/apis/authentication.k8s.io/v1/tokenreviews", &body).await.ok()
+    };
+    let good = review().await;
+    assert_eq!(good["status"]["authenticated"], true);
+    assert_eq!(good["status"]["user"]["username"], "system:serviceaccount:work:default");
+    assert_eq!(good["status"]["user"]["extra"]["authentication.kubernetes.io/pod-name"], json!(["p"]));
+    fixture.admin.delete("/api/v1/namespaces/work/pods/p", &json!({})).await.ok();
+    assert_ne!(review().await["status"]["authenticated"], true);
+    let short = fixture.admin.post(path, &json!({"spec": {"expirationSeconds": 60}})).await;
+    assert_eq!((short.code, short.reason()), (422, "Invalid"));
+    let foreign = json!({"spec": {"audiences": ["vault"]}});
+    let foreign = fixture.admin.post(path, &foreign).await.ok()["status"]["token"].clone();
+    let body = json!({"spec": {"token": foreign}});
+    let refused = fixture.admin.post("/apis/authentication.k8s.io/v1/tokenreviews", &body).await.ok();
+    assert_ne!(refused["status"]["authenticated"], true, "a token for others is not for this server");
+    let body = json!({"spec": {"token": foreign, "audiences": ["vault", "x"]}});
+    let accepted = fixture.admin.post("/apis/authentication.k8s.io/v1/tokenreviews", &body).await.ok();
+    assert_eq!(accepted["status"]["audiences"], json!(["vault"]));
+}
+
+#[tokio::test]
+async fn reviews_answer_for_others_and_for_oneself() {
+    let fixture = Fixture::new().await;
+    bind(&fixture, "view", "alice").await;
+    let alice = fixture.as_user("alice", &["people"]);
+    let access = |verb: &str| json!({"spec": {"resourceAttributes": {"namespace": "default", "verb": verb, "resource": "pods"}}});
+    let own = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
+    assert_eq!(alice.post(own, &access("list")).await.ok()["status"]["allowed"], true);
+    assert_eq!(alice.post(own, &access("create")).await.ok()["status"]["allowed"], false);
+    let mut other = access("get");
+    other["spec"]["user"] = "alice".into();
+    let theirs = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
+    assert_eq!(fixture.admin.post(theirs, &other).await.ok()["status"]["allowed"], true);
+    assert_eq!(alice.post(theirs, &other).await.code, 403);
+    let me = alice.post("/apis/authentication.k8s.io/v1/selfsubjectreviews", &json!({})).await.ok();
+    assert_eq!(me["status"]["userInfo"]["groups"], json!(["people", "system:authenticated"]));
+    let rules = json!({"spec": {"namespace": "default"}});
+    let rules = alice.post("/apis/authorization.k8s.io/v1/selfsubjectrulesreviews", &rules).await.ok();
+    assert!(rules["status"]["resourceRules"].as_array().is_some_and(|rules| rules.len() > 2));
+}
+
+#[tokio::test]
+async fn impersonation_must_be_allowed() {
+    let fixture = Fixture::new().await;
+    let whoami = |caller: Caller, user: &'static str| async move {
+        let request = http::Request::post("/apis/authentication.k8s.io/v1/selfsubjectreviews")
+            .header("content-type", "application/json")
+            .header("impersonate-user", user)
+            .header("impersonate-group", "testers");
+        caller.send(request, b"{}".to_vec()).await
+    };
+    let admin = fixture.as_user("kubernetes-admin", &["system:masters"]);
+    let assumed = whoami(admin, "bob").await.ok();
+    assert_eq!(assumed["status"]["userInfo"]["username"], "bob");
+    assert_eq!(assumed["status"]["userInfo"]["groups"], json!(["testers", "system:authenticated"]));
+    let refused = whoami(fixture.as_user("alice", &[]), "bob").await;
+    assert_eq!((refused.code, refused.reason()), (403, "Forbidden"));
+}
+
+/// A client over TLS, with the given kubeconfig user.
+async fn over_tls(dir: &std::path::Path, server: &oarlock_apiserver::ApiServer, user: Value) -> Caller {
+    let authority = std::fs::read(dir.join("pki/ca.crt")).expect("the authority");
+    let authority = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, authority);
+    let config: kube::config::Kubeconfig = serde_json::from_value(json!({
+        "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {
+            "server": format!("https://{}", server.local_addr()), "certificate-authority-data": authority}}],
+        "users": [{"name": "u", "user": user}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+    }))
+    .expect("a kubeconfig");
+    let config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await.expect("a configuration");
+    Caller { client: kube::Client::try_from(config).expect("a client") }
+}
+
+#[tokio::test]
+async fn over_tls_certificates_and_tokens_get_in_and_nobody_else() {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let Fixture { dir, server, admin } = Fixture::new().await;
+    let path = "/api/v1/namespaces/kube-system/serviceaccounts";
+    admin.post(path, &json!({"metadata": {"name": "robot"}})).await.ok();
+    let granted = admin.post(&format!("{path}/robot/token"), &json!({"spec": {}})).await.ok();
+    let identity =
+        fixture::client_identity(dir.path(), "kubernetes-admin", &["system:masters"]).expect("a certificate");
+    let by_certificate = json!({"client-certificate": identity.cert_file, "client-key": identity.key_file});
+    let certified = over_tls(dir.path(), &server, by_certificate).await;
+    let robot = over_tls(dir.path(), &server, json!({"token": granted["status"]["token"]})).await;
+    let forged = over_tls(dir.path(), &server, json!({"token": "not.a.token"})).await;
+    let nobody = over_tls(dir.path(), &server, json!({})).await;
+    let shutdown = CancellationToken::new();
+    let running = tokio::spawn(server.run(shutdown.clone()));
+    assert_eq!(certified.get(path).await.code, 200);
+    let whoami = "/apis/authentication.k8s.io/v1/selfsubjectreviews";
+    let me = robot.post(whoami, &json!({})).await.ok();
+    assert_eq!(me["status"]["userInfo"]["username"], "system:serviceaccount:kube-system:robot");
+    assert_eq!(robot.get(path).await.code, 403);
+    assert_eq!(forged.get(path).await.code, 401);
+    for (path, code) in
+        [("/api/v1/pods", 401), ("/apis", 401), ("/metrics", 401), ("/version", 200), ("/readyz", 200), ("/livez", 200)]
+    {
+        assert_eq!(nobody.get(path).await.code, code, "{path}");
+    }
+    assert_eq!(nobody.get("/version").await.ok()["gitVersion"], "v1.36.0+oarlock.0.1.0");
+    let mut watch = certified.watch("/api/v1/nodes?watch=true&resourceVersion=1").await;
+    shutdown.cancel();
+    assert!(watch.next().await.is_none(), "watches end when the server stops");
+    running.await.expect("no panic").expect("stops in order");
+}
