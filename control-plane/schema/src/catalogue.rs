@@ -338,6 +338,16 @@ mod tests {
     }
 
     #[test]
+    fn the_index_stays_small() {
+        let all = catalogue();
+        let bytes = all.properties.capacity() * size_of::<Property>()
+            + all.types.capacity() * size_of::<TypeInfo>()
+            + (all.by_name.capacity() + all.by_gvk.capacity()) * (size_of::<(&str, TypeId)>() + 1);
+        assert!(bytes < 1024 * 1024, "{bytes} bytes");
+        assert!(TABLE.len() < 128 * 1024, "{} bytes", TABLE.len());
+    }
+
+    #[test]
     fn delete_options_belong_to_every_group() {
         assert!(catalogue().by_gvk(Gvk::new("apps", "v1", "DeleteOptions")).is_some());
         assert!(catalogue().by_gvk(Gvk::new("policy", "v1", "Eviction")).is_some());

@@ -14,10 +14,26 @@ pub(crate) fn pod(object: &mut Value) {
                 container::requests_from_limits(container);
             }
         }
+        host_ports(spec);
     }
     if let Some(status) = object.get_mut("status") {
         pod_addresses(status, "podIP", "podIPs");
         pod_addresses(status, "hostIP", "hostIPs");
+    }
+}
+
+/// On the host's network every container port is a host port. Templates are left as they are.
+fn host_ports(spec: &mut Value) {
+    if spec.get("hostNetwork").and_then(Value::as_bool) != Some(true) {
+        return;
+    }
+    for list in ["initContainers", "containers"] {
+        for container in elements_mut(spec, list) {
+            for port in elements_mut(container, "ports") {
+                let number = port.get("containerPort").cloned().unwrap_or_default();
+                set_default(port, "hostPort", number);
+            }
+        }
     }
 }
 
@@ -43,16 +59,9 @@ pub(crate) fn pod_spec(spec: &mut Value) {
     set_default(spec, "terminationGracePeriodSeconds", 30);
     set_default(spec, "securityContext", json!({}));
     service_account(spec);
-    let host_network = spec.get("hostNetwork").and_then(Value::as_bool) == Some(true);
     for list in ["initContainers", "containers", "ephemeralContainers"] {
         for item in elements_mut(spec, list) {
             container::container(item);
-            if host_network && list != "ephemeralContainers" {
-                for port in elements_mut(item, "ports") {
-                    let number = port.get("containerPort").cloned().unwrap_or_default();
-                    set_default(port, "hostPort", number);
-                }
-            }
         }
     }
     for item in elements_mut(spec, "volumes") {

@@ -14,7 +14,8 @@ pub(crate) fn pod(object: &Value) -> Vec<FieldError> {
     let mut errors = Errors::default();
     metadata_and_spec(&mut errors, object);
     let spec = part(object, "spec");
-    if !list(spec, "/ephemeralContainers").is_empty() {
+    // A pod that runs somewhere may have got them through their subresource.
+    if !list(spec, "/ephemeralContainers").is_empty() && field(spec, "nodeName").is_empty() {
         errors.forbidden("spec.ephemeralContainers", "cannot be set on create");
     }
     if !field(spec, "nodeName").is_empty() && !list(spec, "/schedulingGates").is_empty() {

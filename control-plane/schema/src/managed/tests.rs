@@ -46,6 +46,16 @@ fn an_apply_owns_what_it_names() {
 }
 
 #[test]
+fn structs_that_decoding_adds_are_not_owned() {
+    let mut typed = config(json!(2), "x:1");
+    crate::strict::prune(DEPLOYMENT, &mut typed).expect("typed");
+    assert_eq!(typed["spec"]["strategy"], json!({}));
+    let plain = applied(None, &config(json!(2), "x:1"), "kubectl", false).expect("applies");
+    let typed = applied(None, &typed, "kubectl", false).expect("applies");
+    assert_eq!(owned(&typed, "kubectl"), owned(&plain, "kubectl"));
+}
+
+#[test]
 fn a_create_owns_what_it_sent_with_defaults() {
     let object = updated(None, config(json!(2), "x:1"), "kubectl-create");
     assert_eq!(
