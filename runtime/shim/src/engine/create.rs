@@ -52,6 +52,7 @@ pub(crate) fn create(job: CreateJob) -> Finished {
     spec.save(adapted.join("config.json")).map_err(|error| failed("save the specification", &error))?;
 
     prepare_process(layout, &facts, &job.container_id)?;
+    confine_devices(layout, &facts.cgroup, &spec)?;
     own_streams(&job.ends, facts.user);
     let console = if job.terminal { Some(listen(&adapted)?) } else { None };
     let container = build(job, &adapted)?;
@@ -89,6 +90,18 @@ fn prepare_process(layout: &Layout, facts: &Facts, container_id: &str) -> Result
     join_session_keyring(container_id);
     nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
     Ok(())
+}
+
+/// On version 1 the engine does it.
+fn confine_devices(layout: &Layout, cgroup: &str, spec: &Spec) -> Result<(), RemoteError> {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    if !layout.is_v2() || rules.is_empty() {
+        return Ok(());
+    }
+    let root = layout.hierarchies().first().map(|mount| mount.join(cgroup));
+    let directory = root.ok_or_else(|| RemoteError::new(ErrorKind::Engine, "no cgroup hierarchy"))?;
+    super::devices::confine(&directory, rules).map_err(io_failed("restrict the use of devices"))
 }
 
 /// Keys of one container are not another's. Kernels without keyrings, or at their quota, do without.

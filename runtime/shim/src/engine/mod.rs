@@ -5,6 +5,7 @@
 
 mod adapt;
 mod create;
+mod devices;
 mod executor;
 mod external;
 mod propagation;
