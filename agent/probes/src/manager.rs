@@ -55,12 +55,10 @@ impl ProbeManager {
         if running.get(&key).is_some_and(|running| running.container_id == target.container_id) {
             return;
         }
-        let container_id = target.container_id.clone();
-        let (counts, tasks) = self.spawn(target);
-        running.insert(key, Running { container_id, counts, _tasks: tasks });
+        running.insert(key, self.spawn(target));
     }
 
-    fn spawn(&self, target: Target) -> (Vec<(Kind, Arc<Counts>)>, Vec<AbortOnDropHandle<()>>) {
+    fn spawn(&self, target: Target) -> Running {
         let container = &target.container;
         let started = container.startup_probe.is_none() || target.initial.startup == Some(Outcome::Success);
         let gate = Arc::new(watch::Sender::new(started));
@@ -94,7 +92,7 @@ impl ProbeManager {
             };
             tasks.push(AbortOnDropHandle::new(tokio::spawn(worker.run())));
         }
-        (counts, tasks)
+        Running { container_id: target.container_id.clone(), counts, _tasks: tasks }
     }
 
     /// Whether many containers were started just now, as after a restart of the agent.

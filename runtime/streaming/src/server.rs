@@ -156,14 +156,13 @@ impl StreamingServer {
                     }
                     answer
                 }
-                Err(answer) => answer,
+                Err(answer) => *answer,
             };
             async move { Ok::<_, Infallible>(answer) }
         });
         let served = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(REQUEST_TIMEOUT)
-            .keep_alive(false)
             .max_buf_size(64 * 1024)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades()
@@ -181,9 +180,9 @@ impl StreamingServer {
     }
 
     /// The answer to a request, with what follows a 101.
-    fn answer(&self, request: &Request<Incoming>) -> Result<(Answer, AfterUpgrade), Answer> {
+    fn answer(&self, request: &Request<Incoming>) -> Result<(Answer, AfterUpgrade), Box<Answer>> {
         if !matches!(*request.method(), Method::GET | Method::POST) {
-            return Err(plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and POST are served"));
+            return Err(Box::new(plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and POST are served")));
         }
         let path = request.uri().path().trim_start_matches('/');
         let task = path.split_once('/').and_then(|(word, token)| {
@@ -191,7 +190,8 @@ impl StreamingServer {
             (task.word() == word).then_some(task)
         });
         let Some(task) = task else {
-            return Err(plain(StatusCode::NOT_FOUND, "no such request: the URL is wrong, used or too old"));
+            let message = "no such request: the URL is wrong, used or too old";
+            return Err(Box::new(plain(StatusCode::NOT_FOUND, message)));
         };
         let headers = request.headers();
         let upgrade = negotiate::upgrade(headers).map_err(refusal)?;
@@ -251,10 +251,13 @@ fn plain(status: StatusCode, message: &str) -> Answer {
     let mut answer = Response::new(Full::new(Bytes::from(format!("{message}\n"))));
     *answer.status_mut() = status;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    // A connection serves one request. An upgrade's answer must not say so: clients that look for `Connection: Upgrade`
+    // alone would refuse it.
+    answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     answer
 }
 
-fn refusal(error: NegotiationError) -> Answer {
+fn refusal(error: NegotiationError) -> Box<Answer> {
     let status = match &error {
         NegotiationError::NoCommonProtocol { .. } => StatusCode::FORBIDDEN,
         _ => StatusCode::BAD_REQUEST,
@@ -265,7 +268,7 @@ fn refusal(error: NegotiationError) -> Answer {
             answer.headers_mut().append(ACCEPTED_PROTOCOLS, HeaderValue::from_static(name));
         }
     }
-    answer
+    Box::new(answer)
 }
 
 fn switching(upgrade: &'static str) -> Answer {
