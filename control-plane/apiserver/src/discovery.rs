@@ -326,9 +326,23 @@ fn served() -> Vec<ServedResource> {
         .collect()
 }
 
+const OPENAPI_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+
+/// Whether a client asks for OpenAPI v2 as protobuf, in the older or the newer name of that type.
+fn prefers_protobuf(headers: &HeaderMap) -> bool {
+    let offers = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    offers.flat_map(|line| line.split(',')).any(|offer| {
+        let name = offer.split(';').next().unwrap_or_default().trim();
+        name == OPENAPI_PROTOBUF || name == "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
+    })
+}
+
 /// Answers `/openapi/...`; made anew each time, since clients keep what they read.
 pub(crate) fn openapi(path: &str, headers: &HeaderMap) -> Option<Answer> {
     let document = match path.trim_end_matches('/') {
+        "/openapi/v2" if prefers_protobuf(headers) => {
+            return Some(wire::answer(StatusCode::OK, OPENAPI_PROTOBUF, openapi::v2_protobuf(&served())));
+        }
         "/openapi/v2" => openapi::v2_document(&served()),
         "/openapi/v3" => openapi::v3_index(&served()),
         path => {

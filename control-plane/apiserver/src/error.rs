@@ -12,9 +12,9 @@ pub(crate) struct ApiError {
     pub(crate) code: StatusCode,
     pub(crate) reason: &'static str,
     pub(crate) message: String,
-    pub(crate) details: Option<Value>,
+    pub(crate) details: Option<Box<Value>>,
     /// Continue token of an expired list, for `metadata.continue`.
-    pub(crate) continue_token: Option<String>,
+    pub(crate) continue_token: Option<Box<str>>,
 }
 
 pub(crate) type ApiResult<T> = Result<T, ApiError>;
@@ -25,7 +25,7 @@ impl ApiError {
     }
 
     pub(crate) fn with_details(mut self, details: Value) -> ApiError {
-        self.details = Some(details);
+        self.details = Some(Box::new(details));
         self
     }
 
@@ -183,14 +183,14 @@ impl ApiError {
     pub(crate) fn status(&self) -> Value {
         let mut metadata = Map::new();
         if let Some(token) = &self.continue_token {
-            metadata.insert("continue".into(), token.clone().into());
+            metadata.insert("continue".into(), (**token).into());
         }
         let mut status = json!({
             "kind": "Status", "apiVersion": "v1", "metadata": metadata, "status": "Failure",
             "message": self.message, "reason": self.reason,
         });
         if let Some(details) = &self.details {
-            status["details"] = details.clone();
+            status["details"] = (**details).clone();
         }
         status["code"] = self.code.as_u16().into();
         status

@@ -28,6 +28,7 @@ mod registry;
 mod request;
 mod selector;
 mod server;
+mod serving_cert;
 mod strategy;
 mod table;
 mod tokens;

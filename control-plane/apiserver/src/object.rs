@@ -148,7 +148,7 @@ pub(crate) fn section<'v>(object: &'v mut Value, name: &str) -> &'v mut Map<Stri
 }
 
 /// The strings of an array, or none.
-pub(crate) fn strings<'v>(value: Option<&'v Value>) -> impl Iterator<Item = &'v str> {
+pub(crate) fn strings(value: Option<&Value>) -> impl Iterator<Item = &str> {
     value.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
 }
 

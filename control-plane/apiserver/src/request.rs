@@ -206,7 +206,8 @@ fn parse_resource(path: &str) -> (Option<ResourcePath>, bool) {
 
 /// Percent-decodes; `plus` also turns `+` into a space, as in a query.
 pub(crate) fn decode(text: &str, plus: bool) -> String {
-    if !text.contains('%') && !(plus && text.contains('+')) {
+    let escaped = text.contains('%') || (plus && text.contains('+'));
+    if !escaped {
         return text.to_owned();
     }
     let bytes = text.as_bytes();

@@ -12,8 +12,6 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use rustls::ServerConfig;
 use rustls::server::WebPkiClientVerifier;
-use rustls_pki_types::PrivateKeyDer;
-use rustls_pki_types::pem::PemObject;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
@@ -24,6 +22,7 @@ use crate::authn::{self, Peer};
 use crate::core::Core;
 use crate::handler;
 use crate::kubelet::certificates;
+use crate::serving_cert::ServingCertificate;
 use crate::wire::BoxError;
 use crate::{Config, Error};
 
@@ -36,9 +35,7 @@ const MAX_CONNECTIONS: usize = 8192;
 const MAX_STREAMS: u32 = 1000;
 
 pub(crate) fn tls(config: &Config) -> Result<TlsAcceptor, Error> {
-    let chain = certificates(&config.cert_file)?;
-    let key = PrivateKeyDer::from_pem_file(&config.key_file)
-        .map_err(|error| Error::Key { path: config.key_file.clone(), detail: error.to_string() })?;
+    let serving = ServingCertificate::load(config)?;
     let mut roots = rustls::RootCertStore::empty();
     for certificate in certificates(&config.client_ca_file)? {
         roots.add(certificate).map_err(|source| Error::Tls { path: config.client_ca_file.clone(), source })?;
@@ -53,8 +50,7 @@ pub(crate) fn tls(config: &Config) -> Result<TlsAcceptor, Error> {
         .with_safe_default_protocol_versions()
         .map_err(failed)?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(chain, key)
-        .map_err(failed)?;
+        .with_cert_resolver(Arc::new(serving));
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(TlsAcceptor::from(Arc::new(tls)))
 }

@@ -57,6 +57,42 @@ async fn a_role_labelled_for_aggregation_widens_the_one_it_names() {
 }
 
 #[tokio::test]
+async fn nobody_grants_what_they_do_not_hold() {
+    let fixture = Fixture::new().await;
+    let binding = json!({
+        "metadata": {"name": "a"}, "subjects": [{"kind": "User", "name": "alice"}],
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "admin"},
+    });
+    let bindings = format!("{ROLES}/namespaces/default/rolebindings");
+    fixture.admin.post(&bindings, &binding).await.ok();
+    let alice = fixture.as_user("alice", &[]);
+    let roles = format!("{ROLES}/namespaces/default/roles");
+    let role = |name: &str, resource: &str| json!({"metadata": {"name": name}, "rules": [{"verbs": ["get"], "apiGroups": [""], "resources": [resource]}]});
+    assert_eq!(alice.post(&roles, &role("held", "pods")).await.code, 201);
+    let refused = alice.post(&roles, &role("more", "nodes")).await;
+    assert_eq!(refused.code, 403);
+    assert!(
+        refused.message().ends_with(
+            "is attempting to grant RBAC permissions not currently held:\n{APIGroups:[\"\"], Resources:[\"nodes\"], \
+             Verbs:[\"get\"]}"
+        ),
+        "{}",
+        refused.message()
+    );
+    let mut widened = role("held", "nodes");
+    widened["metadata"]["name"] = "held".into();
+    assert_eq!(alice.put(&format!("{roles}/held"), &widened).await.code, 403);
+    let give = |name: &str, role: &str| {
+        json!({
+            "metadata": {"name": name}, "subjects": [{"kind": "User", "name": "bob"}],
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": role},
+        })
+    };
+    assert_eq!(alice.post(&bindings, &give("b", "cluster-admin")).await.code, 403);
+    assert_eq!(alice.post(&bindings, &give("b", "edit")).await.code, 201);
+}
+
+#[tokio::test]
 async fn a_node_reads_what_its_pods_refer_to_and_writes_only_its_own() {
     let fixture = Fixture::new().await;
     fixture.namespace("work").await;

@@ -108,11 +108,14 @@ struct Writer<D> {
     last_sweep: u64,
 }
 
+/// What a key will hold once the batch is committed.
+type Pending = Option<Arc<Record>>;
+
 /// The batch being put together: what has been decided but is not yet committed.
 #[derive(Default)]
 struct Batch {
     events: Vec<Arc<Event>>,
-    overlay: HashMap<Arc<str>, Option<Arc<Record>>>,
+    overlay: HashMap<Arc<str>, Pending>,
     replies: Vec<(Reply, Result<Vec<Outcome>, StoreError>)>,
 }
 
@@ -170,7 +173,7 @@ impl<D: Durable> Writer<D> {
         let view = self.shared.view.read();
         let first_event = batch.events.len();
         let mut outcomes = Vec::with_capacity(ops.len());
-        let mut undo: Vec<(Arc<str>, Option<Option<Arc<Record>>>)> = Vec::new();
+        let mut undo: Vec<(Arc<str>, Option<Pending>)> = Vec::new();
         for op in ops {
             let key = op.key().clone();
             let current = match batch.overlay.get(&key) {

@@ -1,5 +1,6 @@
 //! Admission: what the server adds to objects and refuses beyond what their own validation says.
 
+mod escalation;
 mod namespaces;
 mod nodes;
 mod pods;
@@ -14,6 +15,7 @@ use crate::registry::Change;
 pub(crate) async fn on_create(ctx: &Context, target: &Target, object: &mut Value) -> ApiResult<()> {
     namespaces::accepts_new_objects(ctx, target).await?;
     nodes::on_create(ctx, target, object)?;
+    escalation::check(ctx, target, None, object)?;
     if target.kind.storage == "pods" {
         pods::on_create(ctx, target, object).await?;
     }
@@ -28,7 +30,8 @@ pub(crate) fn on_update(
     old: &Value,
     new: &mut Value,
 ) -> ApiResult<()> {
-    nodes::on_update(ctx, target, change, old, new)
+    nodes::on_update(ctx, target, change, old, new)?;
+    escalation::check(ctx, target, Some(old), new)
 }
 
 /// Whether the user may delete the object.

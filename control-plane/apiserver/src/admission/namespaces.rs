@@ -31,7 +31,7 @@ pub(crate) async fn accepts_new_objects(ctx: &Context, target: &Target) -> ApiRe
     }
     let why = format!("unable to create new content in namespace {} because it is being terminated", target.namespace);
     let mut error = ApiError::forbidden(target.kind, "", &why);
-    let mut details = error.details.take().unwrap_or_else(|| json!({}));
+    let mut details = error.details.take().map_or_else(|| json!({}), |details| *details);
     details["causes"] = json!([{
         "reason": "NamespaceTerminating",
         "message": format!("namespace {} is being terminated", target.namespace),

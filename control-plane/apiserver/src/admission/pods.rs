@@ -207,10 +207,12 @@ fn runtime_class(ctx: &Context, target: &Target, pod: &mut Value) -> ApiResult<(
             selector[key.as_str()] = value.clone();
         }
     }
-    if let Some(Value::Array(added)) = class.pointer("/scheduling/tolerations") {
-        if let Some(list) = spec.entry("tolerations").or_insert_with(|| json!([])).as_array_mut() {
-            for toleration in added.iter().filter(|one| !list.contains(one)).cloned().collect::<Vec<_>>() {
-                list.push(toleration);
+    if let Some(Value::Array(added)) = class.pointer("/scheduling/tolerations")
+        && let Some(list) = spec.entry("tolerations").or_insert_with(|| json!([])).as_array_mut()
+    {
+        for toleration in added {
+            if !list.contains(toleration) {
+                list.push(toleration.clone());
             }
         }
     }

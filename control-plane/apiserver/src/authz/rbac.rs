@@ -57,6 +57,81 @@ impl Rule {
         Value::Object(out)
     }
 
+    /// The rule taken apart: one verb, one resource and at most one name in each part.
+    pub(crate) fn singles(&self) -> Vec<Rule> {
+        let mut parts = Vec::new();
+        for verb in &self.verbs {
+            for path in &self.paths {
+                parts.push(Rule { verbs: vec![verb.clone()], paths: vec![path.clone()], ..Rule::default() });
+            }
+            for group in &self.groups {
+                for resource in &self.resources {
+                    let one = Rule {
+                        verbs: vec![verb.clone()],
+                        groups: vec![group.clone()],
+                        resources: vec![resource.clone()],
+                        ..Rule::default()
+                    };
+                    if self.names.is_empty() {
+                        parts.push(one);
+                    } else {
+                        parts.extend(self.names.iter().map(|name| Rule { names: vec![name.clone()], ..one.clone() }));
+                    }
+                }
+            }
+        }
+        parts
+    }
+
+    /// Whether a single part (see `singles`) is held by one of the rules.
+    pub(crate) fn is_covered(&self, held: &[Rule]) -> bool {
+        let has = |list: &[String], wanted: &[String]| {
+            wanted.iter().all(|one| list.contains(one) || list.iter().any(|own| own == "*"))
+        };
+        held.iter().any(|own| {
+            let resource = |wanted: &String| {
+                let subresource = wanted.split_once('/').map(|(_, subresource)| subresource);
+                own.resources.iter().any(|pattern| {
+                    pattern == "*"
+                        || pattern == wanted
+                        || pattern.strip_prefix("*/").is_some_and(|pattern| Some(pattern) == subresource)
+                })
+            };
+            let path = |wanted: &String| {
+                own.paths.iter().any(|pattern| match pattern.strip_suffix('*') {
+                    Some(prefix) => wanted.starts_with(prefix),
+                    None => pattern == wanted,
+                })
+            };
+            has(&own.verbs, &self.verbs)
+                && has(&own.groups, &self.groups)
+                && self.resources.iter().all(resource)
+                && self.paths.iter().all(path)
+                && (own.names.is_empty()
+                    || (!self.names.is_empty() && self.names.iter().all(|name| own.names.contains(name))))
+        })
+    }
+
+    /// As upstream prints a rule in a refusal.
+    pub(crate) fn shown(&self) -> String {
+        let parts = [
+            ("APIGroups", &self.groups),
+            ("Resources", &self.resources),
+            ("ResourceNames", &self.names),
+            ("NonResourceURLs", &self.paths),
+            ("Verbs", &self.verbs),
+        ];
+        let parts: Vec<String> = parts
+            .into_iter()
+            .filter(|(_, list)| !list.is_empty())
+            .map(|(name, list)| {
+                let quoted: Vec<String> = list.iter().map(|one| format!("{one:?}")).collect();
+                format!("{name}:[{}]", quoted.join(" "))
+            })
+            .collect();
+        format!("{{{}}}", parts.join(", "))
+    }
+
     pub(crate) fn allows(&self, action: &Action) -> bool {
         let has = |list: &[String], wanted: &str| list.iter().any(|one| one == "*" || one == wanted);
         if !has(&self.verbs, &action.verb) {
@@ -179,6 +254,20 @@ impl Rbac {
         let bindings = snapshot.cluster.iter().chain(local);
         let applying = bindings.filter(|binding| binding.subjects.iter().any(|subject| subject.is(user)));
         applying.flat_map(|binding| binding.rules.iter().cloned()).collect()
+    }
+
+    /// What a role grants; a cluster role (no namespace) with what it aggregates.
+    pub(crate) fn rules_of_role(&self, store: &dyn Store, namespace: &str, name: &str, role: &Value) -> Vec<Rule> {
+        let own = || role["rules"].as_array().into_iter().flatten().map(Rule::parse).collect();
+        if !namespace.is_empty() || role.get("aggregationRule").is_none() {
+            return own();
+        }
+        let roles = read_all(store, self.kinds[0]);
+        let parsed =
+            |role: &Value| -> Arc<[Rule]> { role["rules"].as_array().into_iter().flatten().map(Rule::parse).collect() };
+        let mut rules = roles.iter().map(|role| (object::name(role), parsed(role))).collect();
+        aggregate(&roles, &mut rules);
+        rules.get(name).map_or_else(own, |rules| rules.to_vec())
     }
 
     fn current(&self, store: &dyn Store) -> Arc<Snapshot> {
@@ -319,6 +408,17 @@ mod tests {
         assert!(one.allows(&action("get", "", "secrets", "", "mine")));
         assert!(!one.allows(&action("get", "", "secrets", "", "yours")));
         assert!(!one.allows(&action("get", "", "secrets", "", "")));
+    }
+
+    #[test]
+    fn what_is_held_covers_its_parts_and_no_more() {
+        let held = [rule(&["get", "list"], &[""], &["pods"], &[]), rule(&["get"], &[""], &["secrets"], &["mine"])];
+        let covered = |rule: Rule| rule.singles().iter().all(|single| single.is_covered(&held));
+        assert!(covered(rule(&["get"], &[""], &["pods"], &["x"])));
+        assert!(covered(rule(&["get"], &[""], &["secrets"], &["mine"])));
+        assert!(!covered(rule(&["get"], &[""], &["secrets"], &[])));
+        assert!(!covered(rule(&["get", "delete"], &[""], &["pods"], &[])));
+        assert!(!covered(rule(&["*"], &["*"], &["*"], &[])));
     }
 
     #[test]

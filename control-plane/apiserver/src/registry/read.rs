@@ -200,7 +200,7 @@ fn expired_list(error: &StoreError, kind: &Kind, token: Option<&ContinueToken>) 
          results. Continuing with the provided token results in an inconsistent list - objects that were created, \
          modified, or deleted between the time the first chunk was returned and now may show up in the list.",
     );
-    expired.continue_token = Some(ContinueToken::encode(0, &token.start));
+    expired.continue_token = Some(ContinueToken::encode(0, &token.start).into());
     expired
 }
 

@@ -286,9 +286,13 @@ fn service_proxy(ctx: &Context, target: &Target) -> ApiResult<Backend> {
     let (scheme, name, port) = split_name(&target.name);
     let service = read(ctx, &Target { name: name.into(), ..target.clone() })?;
     let ports = service.pointer("/spec/ports").and_then(Value::as_array).cloned().unwrap_or_default();
+    let number: Option<u64> = port.parse().ok();
     let chosen = match (port, &ports[..]) {
         ("", [only]) => Some(only),
-        (wanted, all) => all.iter().find(|one| one["name"] == wanted || one["port"].to_string() == wanted),
+        (name, all) => all.iter().find(|one| match number {
+            Some(number) => one["port"].as_u64() == Some(number),
+            None => object::text(one, "/name") == name,
+        }),
     };
     let no_endpoints = || ApiError::unavailable(format!("no endpoints available for service \"{}\"", target.name));
     let chosen = chosen.ok_or_else(no_endpoints)?;
