@@ -1,1 +1,55 @@
-//! Being built.
+//! The Service proxy of a node, its cluster DNS, and the routes and CNI configuration of its pods' network.
+//!
+//! [`Netproxy`] watches Services, EndpointSlices and Nodes. `service` reduces the objects, `plan` says which elements of which
+//! maps a Service means, `rules` holds the fixed chains, `ledger` puts all Services together and knows what a change changes:
+//! all pure. `sync` carries it out as single transactions on the thread of `worker`, repairs what others break, and
+//! `conntrack` forgets stale flows. `dns` answers names from the same state. `node` writes the CNI configuration and routes
+//! to other nodes' pods. `proxy` puts the parts together.
+//!
+//! One table is ours, and nothing else of the host's is touched.
+
+mod cluster;
+mod config;
+mod conntrack;
+mod dns;
+mod health;
+mod host;
+mod ledger;
+#[cfg(test)]
+mod model_tests;
+mod node;
+mod plan;
+mod proxy;
+mod rules;
+mod service;
+mod sync;
+mod watch;
+mod worker;
+
+pub use config::Config;
+pub use proxy::{Error, Netproxy};
+
+/// Why something stayed behind.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoveError {
+    #[error("cannot remove the nftables table {table}")]
+    Table { table: String, source: oarlock_nft::NftError },
+    #[error("cannot remove routes and the cluster DNS address")]
+    Host(#[source] oarlock_netlink::NetlinkError),
+}
+
+/// Takes away everything that a proxy with this configuration has made in the kernel: the table, routes, and the cluster DNS
+/// address. For a reset; a restart keeps it all. What is gone already is fine.
+pub fn remove_everything(config: &Config) -> Result<(), RemoveError> {
+    use oarlock_nft::{Command, Kernel, Netlink, Transaction};
+    let table = proxy::table(config);
+    let failed = |source| RemoveError::Table { table: table.name.clone(), source };
+    let mut kernel = Netlink::open().map_err(failed)?;
+    if kernel.table_comment(&table).map_err(failed)?.is_some() {
+        let mut transaction = Transaction::new(table.clone());
+        transaction.push(Command::DeleteTable);
+        kernel.commit(&transaction).map_err(failed)?;
+    }
+    node::remove_leftovers(Some(config.cluster_dns)).map_err(RemoveError::Host)
+}

@@ -16,6 +16,8 @@ const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_BROADCAST: u16 = 4;
 const IFA_F_NODAD: u8 = 2;
+const SCOPE_UNIVERSE: u8 = 0;
+const SCOPE_HOST: u8 = 254;
 const HEADER_BYTES: usize = 8;
 
 /// An address of a link.
@@ -35,9 +37,23 @@ impl Connection {
     /// # Errors
     /// EEXIST (see [`crate::NetlinkError::is_exists`]) when the link has it already.
     pub fn add_address(&mut self, link: u32, net: IpNet) -> Result<()> {
+        self.add_scoped_address(link, net, SCOPE_UNIVERSE)
+    }
+
+    /// Gives `lo` an address that only this node itself has and that is never chosen as a source for anything else. Fine
+    /// when it is there already.
+    pub fn ensure_node_address(&mut self, address: IpAddr) -> Result<()> {
+        let lo = self.require_link("lo")?;
+        match self.add_scoped_address(lo.index, IpNet::from(address), SCOPE_HOST) {
+            Err(error) if error.is_exists() => Ok(()),
+            other => other,
+        }
+    }
+
+    fn add_scoped_address(&mut self, link: u32, net: IpNet, scope: u8) -> Result<()> {
         self.request("add an address", NEW_ADDRESS, flags::CREATE | flags::EXCL, |w| {
             let no_detection = if net.addr().is_ipv6() { IFA_F_NODAD } else { 0 };
-            w.raw(&[family(net.addr()), net.prefix_len(), no_detection, 0]);
+            w.raw(&[family(net.addr()), net.prefix_len(), no_detection, scope]);
             w.raw(&link.to_ne_bytes());
             let bytes = address_bytes(net.addr());
             w.attribute(IFA_LOCAL, &bytes);

@@ -43,6 +43,14 @@ impl Fake {
         self.generation += 1;
     }
 
+    /// What an administrator's `nft flush table` does: the rules go, everything else stays.
+    pub fn flush_rules(&mut self) {
+        for (_, rules) in self.tables.values_mut().flat_map(|table| table.chains.values_mut()) {
+            rules.clear();
+        }
+        self.generation += 1;
+    }
+
     /// How many elements the sets of all tables have together.
     pub fn element_count(&self) -> usize {
         self.tables.values().flat_map(|table| table.sets.values()).map(|set| set.elements.len()).sum()
@@ -80,6 +88,10 @@ impl Kernel for Fake {
 
     fn chains(&mut self, table: &Table) -> Result<Vec<String>> {
         Ok(self.tables.get(table).map(|table| table.chains.keys().cloned().collect()).unwrap_or_default())
+    }
+
+    fn rule_count(&mut self, table: &Table) -> Result<usize> {
+        Ok(self.tables.get(table).map(|table| table.chains.values().map(|(_, rules)| rules.len()).sum()).unwrap_or(0))
     }
 
     fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>> {

@@ -14,6 +14,9 @@ pub trait Kernel: Send {
     /// The names of a table's chains.
     fn chains(&mut self, table: &Table) -> Result<Vec<String>>;
 
+    /// How many rules a table's chains have together.
+    fn rule_count(&mut self, table: &Table) -> Result<usize>;
+
     /// The elements of a set; `None` without the set or the table.
     fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>>;
 

@@ -134,6 +134,14 @@ impl Kernel for Netlink {
         Ok(found)
     }
 
+    fn rule_count(&mut self, table: &Table) -> Result<usize> {
+        let mut count = 0;
+        self.read("list rules", encode::GET_RULE, true, table, &[(1, &table.name)], |message| {
+            count += usize::from(message.kind == encode::NEW_RULE);
+        })?;
+        Ok(count)
+    }
+
     fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>> {
         for _ in 1..READ_ATTEMPTS {
             match self.read_elements(table, set) {

@@ -1,0 +1,135 @@
+//! The Services and EndpointSlices of the cluster as they are now, for packets and for names.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use crate::service::{Service, ServiceName, Shape, Slice};
+
+/// A slice by namespace and name.
+pub type SliceName = (Arc<str>, Arc<str>);
+
+/// The state that the watches have built.
+#[derive(Debug, Default)]
+pub struct Cluster {
+    services: HashMap<ServiceName, Service>,
+    slices: HashMap<ServiceName, BTreeMap<Arc<str>, Slice>>,
+    owners: HashMap<SliceName, ServiceName>,
+    /// Services with this address: as their own, or of an endpoint of a headless one.
+    by_address: HashMap<IpAddr, Vec<ServiceName>>,
+    namespaces: HashMap<Arc<str>, usize>,
+}
+
+impl Cluster {
+    /// Takes a Service in, or out, and says whether anything changed.
+    pub fn set_service(&mut self, name: &ServiceName, service: Option<Service>) -> bool {
+        if self.services.get(name) == service.as_ref() {
+            return false;
+        }
+        self.unindex(name);
+        let existed = match service {
+            Some(service) => self.services.insert(name.clone(), service).is_some(),
+            None => self.services.remove(name).is_some(),
+        };
+        let exists = self.services.contains_key(name);
+        if exists && !existed {
+            *self.namespaces.entry(name.namespace.clone()).or_default() += 1;
+        } else if existed
+            && !exists
+            && let Some(count) = self.namespaces.get_mut(&name.namespace)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.namespaces.remove(&name.namespace);
+            }
+        }
+        self.index(name);
+        true
+    }
+
+    /// Takes a slice in, or out, and adds the Services that it changes to `changed`.
+    pub fn set_slice(&mut self, name: &SliceName, slice: Option<Slice>, changed: &mut HashSet<ServiceName>) {
+        let old_owner = self.owners.get(name).cloned();
+        let new_owner = slice.as_ref().map(|slice| slice.service.clone());
+        if let (Some(old), Some(new), Some(slice)) = (&old_owner, &new_owner, &slice)
+            && old == new
+            && self.slices.get(old).and_then(|slices| slices.get(&name.1)) == Some(slice)
+        {
+            return;
+        }
+        for owner in old_owner.iter().chain(new_owner.iter()) {
+            self.unindex(owner);
+        }
+        if let Some(owner) = &old_owner {
+            let slices = self.slices.entry(owner.clone()).or_default();
+            slices.remove(&name.1);
+            if slices.is_empty() {
+                self.slices.remove(owner);
+            }
+            self.owners.remove(name);
+        }
+        if let (Some(owner), Some(slice)) = (&new_owner, slice) {
+            self.slices.entry(owner.clone()).or_default().insert(name.1.clone(), slice);
+            self.owners.insert(name.clone(), owner.clone());
+        }
+        let mut touched: Vec<ServiceName> = old_owner.into_iter().chain(new_owner).collect();
+        touched.dedup();
+        for owner in touched {
+            self.index(&owner);
+            changed.insert(owner);
+        }
+    }
+
+    pub fn service(&self, name: &ServiceName) -> Option<&Service> {
+        self.services.get(name)
+    }
+
+    pub fn slices(&self, name: &ServiceName) -> impl Iterator<Item = &Slice> {
+        self.slices.get(name).into_iter().flat_map(BTreeMap::values)
+    }
+
+    /// Whether some Service is in a namespace.
+    pub fn has_namespace(&self, namespace: &str) -> bool {
+        self.namespaces.contains_key(namespace)
+    }
+
+    /// The Services that have an address, or an endpoint with it if they are headless.
+    pub fn services_at(&self, address: IpAddr) -> &[ServiceName] {
+        self.by_address.get(&address).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    pub fn service_count(&self) -> usize {
+        self.services.len()
+    }
+
+    fn addresses_of(&self, name: &ServiceName) -> Vec<IpAddr> {
+        match self.services.get(name).map(|service| &service.shape) {
+            Some(Shape::Virtual(addresses)) => addresses.clone(),
+            Some(Shape::Headless) => {
+                let endpoints = self.slices(name).flat_map(|slice| &slice.endpoints);
+                let mut addresses: Vec<IpAddr> = endpoints.map(|endpoint| endpoint.address).collect();
+                addresses.sort();
+                addresses.dedup();
+                addresses
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn index(&mut self, name: &ServiceName) {
+        for address in self.addresses_of(name) {
+            self.by_address.entry(address).or_default().push(name.clone());
+        }
+    }
+
+    fn unindex(&mut self, name: &ServiceName) {
+        for address in self.addresses_of(name) {
+            if let Some(names) = self.by_address.get_mut(&address) {
+                names.retain(|one| one != name);
+                if names.is_empty() {
+                    self.by_address.remove(&address);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! The configuration of the proxy.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+
+/// What the proxy has to know about its node and cluster.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub node_name: String,
+    pub node_ip: IpAddr,
+    /// The addresses of all pods of all nodes.
+    pub cluster_cidr: IpNet,
+    pub service_cidr: IpNet,
+    /// The cluster DNS address, one of `service_cidr`.
+    pub cluster_dns: IpAddr,
+    pub cluster_domain: String,
+    /// First and last node port.
+    pub node_port_range: (u16, u16),
+    pub health_listen: SocketAddr,
+    /// Where the CNI configuration is written, as `10-oarlock.conflist`, once the Node has a pod CIDR; nowhere without.
+    pub cni_conf_dir: Option<PathBuf>,
+    /// Where the CNI plugins keep which address is whose.
+    pub cni_state_dir: PathBuf,
+    /// The resolvers that other names than the cluster's are asked of.
+    pub upstream_resolv_conf: PathBuf,
+    /// The nftables table, in family `ip` or `ip6`.
+    pub table_name: String,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let v4 = |a, b, prefix| IpNet::V4(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(a, b, 0, 0), prefix));
+        Config {
+            node_name: String::new(),
+            node_ip: Ipv4Addr::LOCALHOST.into(),
+            cluster_cidr: v4(10, 42, 16),
+            service_cidr: v4(10, 43, 16),
+            cluster_dns: Ipv4Addr::new(10, 43, 0, 10).into(),
+            cluster_domain: "cluster.local".to_owned(),
+            node_port_range: (30_000, 32_767),
+            health_listen: (Ipv4Addr::UNSPECIFIED, 10_256).into(),
+            cni_conf_dir: None,
+            cni_state_dir: "/var/lib/cni/networks".into(),
+            upstream_resolv_conf: "/etc/resolv.conf".into(),
+            table_name: "oarlock-netproxy".to_owned(),
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Tracked flows of protocols without connections that lead where no Service leads any more.
+//!
+//! A UDP client that goes on sending keeps its flow, and so its old endpoint, for ever. After every change that concerns
+//! such protocols all their flows are compared with what is right now: level-based, so nothing has to be remembered.
+
+use ipnet::IpNet;
+use oarlock_netlink::conntrack::Flow;
+use oarlock_netlink::{Connection, Protocol as NetlinkProtocol};
+
+use crate::ledger::Ledger;
+use crate::plan::{Map, Target, address_key, node_port_key};
+use crate::service::Protocol;
+use crate::sync::has_endpoint;
+
+/// Which flows can be ours.
+#[derive(Debug, Clone)]
+pub struct Scope {
+    pub service_cidr: IpNet,
+    pub cluster_cidr: IpNet,
+    pub dns_address: Option<std::net::IpAddr>,
+    /// First and last node port.
+    pub node_ports: (u16, u16),
+}
+
+/// Whether a flow goes somewhere that the ledger does not lead to (any more).
+pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope) -> bool {
+    let (wanted, actual) = (flow.original.destination, flow.reply.source);
+    let protocol = Protocol(flow.original.protocol);
+    let by_address = address_key(wanted.ip(), protocol, wanted.port());
+    let by_port = node_port_key(protocol, wanted.port());
+    let leads = |map, key| has_endpoint(ledger, map, key, |endpoint| endpoint == actual);
+    let is_frontend = |map, key| matches!(ledger.target(map, key), Some(Target::Balance(_)));
+    if scope.dns_address == Some(wanted.ip()) && actual == wanted && !is_frontend(Map::Services, by_address) {
+        return false;
+    }
+    if is_frontend(Map::Services, by_address) {
+        return !leads(Map::Services, by_address) && !leads(Map::LocalServices, by_address);
+    }
+    if scope.service_cidr.contains(&wanted.ip()) {
+        return true;
+    }
+    if is_frontend(Map::NodePorts, by_port) {
+        return !leads(Map::NodePorts, by_port) && !leads(Map::LocalNodePorts, by_port);
+    }
+    // What once went through a node port that is gone.
+    let in_range = (scope.node_ports.0..=scope.node_ports.1).contains(&wanted.port());
+    in_range && actual != wanted && scope.cluster_cidr.contains(&actual.ip())
+}
+
+/// Forgets the stale flows, and says how many there were.
+pub fn clean(ledger: &Ledger, scope: &Scope) -> oarlock_netlink::Result<usize> {
+    let mut connection = Connection::open(NetlinkProtocol::Netfilter)?;
+    let is_ipv4 = scope.service_cidr.addr().is_ipv4();
+    let mut count = 0;
+    for protocol in [Protocol::UDP, Protocol::SCTP] {
+        let mut stale = Vec::new();
+        connection.each_flow(protocol.0, |flow| {
+            if flow.original.destination.is_ipv4() == is_ipv4 && is_stale(&flow, ledger, scope) {
+                stale.push(flow);
+            }
+        })?;
+        for flow in &stale {
+            connection.delete_flow(flow)?;
+        }
+        count += stale.len();
+    }
+    Ok(count)
+}

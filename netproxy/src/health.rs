@@ -1,0 +1,203 @@
+//! The health port: `/healthz`, `/livez` and `/metrics`, with upstream's names where there is one.
+
+use std::convert::Infallible;
+use std::fmt::Write as _;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use crate::dns::DnsServer;
+
+/// A change that waits longer than this for its commit makes the proxy unhealthy.
+const MAX_DELAY: Duration = Duration::from_secs(120);
+const MAX_CONNECTIONS: usize = 64;
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+const BUCKETS_MICROSECONDS: [u64; 9] = [250, 1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000, 4_000_000, 16_000_000];
+
+/// What the proxy is doing, written by its parts and read by the health port. Times are milliseconds since 1970.
+#[derive(Debug, Default)]
+pub struct Status {
+    /// True from the first commit on.
+    pub ready: watch::Sender<bool>,
+    pub queued_at: AtomicU64,
+    pub synced_at: AtomicU64,
+    pub commits: AtomicU64,
+    pub failures: AtomicU64,
+    pub repairs: AtomicU64,
+    pub flows_removed: AtomicU64,
+    pub services: AtomicU64,
+    pub elements: AtomicU64,
+    commit_microseconds: AtomicU64,
+    buckets: [AtomicU64; BUCKETS_MICROSECONDS.len()],
+}
+
+/// Milliseconds since 1970.
+pub fn now_milliseconds() -> u64 {
+    u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0)
+}
+
+impl Status {
+    pub fn queued(&self) {
+        self.queued_at.store(now_milliseconds(), Ordering::Relaxed);
+    }
+
+    /// A commit that went through after `took`.
+    pub fn synced(&self, took: Duration) {
+        self.synced_at.store(now_milliseconds(), Ordering::Relaxed);
+        self.ready.send_if_modified(|ready| !std::mem::replace(ready, true));
+        self.commits.fetch_add(1, Ordering::Relaxed);
+        let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.commit_microseconds.fetch_add(microseconds, Ordering::Relaxed);
+        for (bound, bucket) in BUCKETS_MICROSECONDS.iter().zip(&self.buckets) {
+            if microseconds <= *bound {
+                bucket.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn is_healthy(&self, now: u64) -> bool {
+        let (queued, synced) = (self.queued_at.load(Ordering::Relaxed), self.synced_at.load(Ordering::Relaxed));
+        let pending = queued > synced;
+        *self.ready.borrow() && (!pending || u128::from(now.saturating_sub(queued)) < MAX_DELAY.as_millis())
+    }
+}
+
+/// Serves the health port until shutdown.
+pub async fn run(
+    listen: SocketAddr,
+    status: Arc<Status>,
+    dns: Arc<DnsServer>,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let listener = TcpListener::bind(listen).await?;
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = shutdown.cancelled() => return Ok(()),
+        };
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let Ok(permit) = connections.clone().try_acquire_owned() else { continue };
+        let (status, dns) = (status.clone(), dns.clone());
+        tokio::spawn(async move {
+            let service = hyper::service::service_fn(move |request: Request<Incoming>| {
+                let response = respond(&request, &status, &dns);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                .serve_connection(TokioIo::new(stream), service);
+            if let Err(error) = connection.await {
+                debug!(error = &error as &dyn std::error::Error, "health connection ended");
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn respond(request: &Request<Incoming>, status: &Status, dns: &DnsServer) -> Response<Full<Bytes>> {
+    let now = now_milliseconds();
+    let (code, kind, body) = match (request.method(), request.uri().path()) {
+        (&Method::GET | &Method::HEAD, "/healthz") => {
+            let code = if status.is_healthy(now) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            (code, "application/json", health(status, now))
+        }
+        (&Method::GET | &Method::HEAD, "/livez") => (StatusCode::OK, "application/json", health(status, now)),
+        (&Method::GET | &Method::HEAD, "/metrics") => {
+            (StatusCode::OK, "text/plain; version=0.0.4", metrics(status, dns.counts()))
+        }
+        (&Method::GET | &Method::HEAD, _) => (StatusCode::NOT_FOUND, "text/plain", "404 page not found\n".to_owned()),
+        _ => (StatusCode::METHOD_NOT_ALLOWED, "text/plain", "405 method not allowed\n".to_owned()),
+    };
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = code;
+    response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static(kind));
+    response.headers_mut().insert("X-Content-Type-Options", http::HeaderValue::from_static("nosniff"));
+    response
+}
+
+fn health(status: &Status, now: u64) -> String {
+    let time = |milliseconds: u64| {
+        let timestamp = jiff::Timestamp::from_millisecond(i64::try_from(milliseconds).unwrap_or(0));
+        timestamp.map(|timestamp| timestamp.to_string()).unwrap_or_default()
+    };
+    let updated = status.synced_at.load(Ordering::Relaxed);
+    serde_json::json!({"lastUpdated": time(updated), "currentTime": time(now), "nodeEligible": true}).to_string()
+}
+
+fn metrics(status: &Status, (answered, forwarded): (u64, u64)) -> String {
+    let mut text = String::new();
+    let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let name = "kubeproxy_sync_proxy_rules_duration_seconds";
+    let _ = writeln!(text, "# HELP {name} Time from a change to its commit.\n# TYPE {name} histogram");
+    for (bound, bucket) in BUCKETS_MICROSECONDS.iter().zip(&status.buckets) {
+        let _ = writeln!(text, "{name}_bucket{{le=\"{}\"}} {}", *bound as f64 / 1e6, read(bucket));
+    }
+    let commits = read(&status.commits);
+    let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {commits}");
+    let _ = writeln!(text, "{name}_sum {}", read(&status.commit_microseconds) as f64 / 1e6);
+    let _ = writeln!(text, "{name}_count {commits}");
+    let rows = [
+        ("kubeproxy_sync_proxy_rules_last_timestamp_seconds", "gauge", "Last commit.", read(&status.synced_at) / 1000),
+        (
+            "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds",
+            "gauge",
+            "Last change.",
+            read(&status.queued_at) / 1000,
+        ),
+        (
+            "kubeproxy_sync_proxy_rules_nftables_sync_failures_total",
+            "counter",
+            "Failed commits.",
+            read(&status.failures),
+        ),
+        ("oarlock_netproxy_repairs_total", "counter", "Times that others' changes were undone.", read(&status.repairs)),
+        (
+            "oarlock_netproxy_stale_flows_removed_total",
+            "counter",
+            "Tracked flows forgotten.",
+            read(&status.flows_removed),
+        ),
+        ("oarlock_netproxy_services", "gauge", "Services known.", read(&status.services)),
+        ("oarlock_netproxy_elements", "gauge", "Map elements held.", read(&status.elements)),
+        ("oarlock_dns_requests_total", "counter", "Questions answered.", answered),
+        ("oarlock_dns_forwarded_total", "counter", "Questions asked of upstream resolvers.", forwarded),
+    ];
+    for (name, kind, help, value) in rows {
+        let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_that_waits_too_long_makes_the_proxy_unhealthy() {
+        let status = Status::default();
+        let now = now_milliseconds();
+        assert!(!status.is_healthy(now), "before the first commit");
+        status.synced(Duration::from_millis(1));
+        assert!(status.is_healthy(now));
+        status.queued_at.store(now + 10_000, Ordering::Relaxed);
+        assert!(status.is_healthy(now + 20_000));
+        assert!(!status.is_healthy(now + 200_000));
+    }
+}

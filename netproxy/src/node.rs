@@ -1,0 +1,194 @@
+//! Nodes: the CNI configuration of this one, and routes to the pods of the others.
+
+use std::fs;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1 as core;
+use oarlock_netlink::{Connection, Protocol, Route};
+use serde_json::json;
+
+/// Marks our routes in the kernel's tables, so that stale ones are found after a crash.
+const ROUTE_PROTOCOL: u8 = 79;
+pub const CONFLIST: &str = "10-oarlock.conflist";
+const BRIDGE: &str = "oar0";
+
+/// A node as far as its pods' network is concerned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    pub pod_cidrs: Vec<IpNet>,
+    pub internal: Vec<IpAddr>,
+}
+
+impl Node {
+    pub fn read(object: &core::Node) -> Node {
+        let spec = object.spec.as_ref();
+        let many = spec.and_then(|spec| spec.pod_cidrs.as_ref()).filter(|all| !all.is_empty());
+        let one = spec.and_then(|spec| spec.pod_cidr.as_ref());
+        let texts: Vec<&String> = many.map_or_else(|| one.into_iter().collect(), |all| all.iter().collect());
+        let addresses = object.status.iter().flat_map(|status| status.addresses.iter().flatten());
+        let internal = addresses.filter(|address| address.type_ == "InternalIP");
+        Node {
+            pod_cidrs: texts.into_iter().filter_map(|text| text.parse().ok()).collect(),
+            internal: internal.filter_map(|address| address.address.parse().ok()).collect(),
+        }
+    }
+}
+
+/// The CNI configuration for pods of this node.
+pub fn conflist(pod_cidrs: &[IpNet], cluster_cidr: IpNet, ipam_dir: &Path) -> String {
+    let ranges: Vec<_> = pod_cidrs.iter().map(|net| json!([{"subnet": net.trunc().to_string()}])).collect();
+    let routes: Vec<_> =
+        pod_cidrs.iter().map(|net| json!({"dst": if net.addr().is_ipv4() { "0.0.0.0/0" } else { "::/0" }})).collect();
+    let list = json!({
+        "cniVersion": "1.1.0",
+        "name": "oarlock",
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": BRIDGE,
+                "isGateway": true,
+                "ipMasq": true,
+                "ipMasqExclude": [cluster_cidr.to_string()],
+                "hairpinMode": true,
+                "ipam": {"type": "host-local", "dataDir": ipam_dir, "ranges": ranges, "routes": routes},
+            },
+            {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true},
+        ],
+    });
+    format!("{list:#}\n")
+}
+
+/// A configuration that could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write CNI configuration {}", path.display())]
+pub struct WriteError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Writes the configuration so that a reader sees the old file or the new one; says whether it had to.
+pub fn write_conflist(directory: &Path, content: &str) -> Result<bool, WriteError> {
+    let path = directory.join(CONFLIST);
+    if fs::read_to_string(&path).is_ok_and(|existing| existing == content) {
+        return Ok(false);
+    }
+    let write = || -> io::Result<()> {
+        fs::create_dir_all(directory)?;
+        // The extension keeps the unfinished file from being taken for a network.
+        let temporary = directory.join(".10-oarlock.conflist.tmp");
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(content.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, &path)
+    };
+    write().map(|()| true).map_err(|source| WriteError { path, source })
+}
+
+/// The routes that lead to other nodes' pods: through the node's own address, where that is on a network of ours.
+pub fn routes<'a>(others: impl Iterator<Item = &'a Node>, own_networks: &[(u32, IpNet)]) -> Vec<Route> {
+    let mut routes = Vec::new();
+    for node in others {
+        for net in &node.pod_cidrs {
+            let reachable =
+                node.internal.iter().filter(|address| address.is_ipv4() == net.addr().is_ipv4()).find_map(|address| {
+                    own_networks.iter().find(|(_, own)| own.contains(address)).map(|(link, _)| (*link, *address))
+                });
+            if let Some((link, gateway)) = reachable {
+                let route = Route::new(net.trunc(), Some(gateway), link);
+                routes.push(Route { protocol: ROUTE_PROTOCOL, ..route });
+            }
+        }
+    }
+    routes.sort_by_key(|route| (route.destination, route.gateway));
+    routes
+}
+
+/// Makes our routes in the kernel the wanted ones, and says how many were changed.
+pub fn sync_routes(others: &[Node]) -> oarlock_netlink::Result<usize> {
+    let mut connection = Connection::open(Protocol::Route)?;
+    let addresses = connection.addresses()?;
+    let own: Vec<(u32, IpNet)> = addresses.iter().map(|address| (address.link, address.net)).collect();
+    let foreign =
+        others.iter().filter(|node| !node.internal.iter().any(|one| own.iter().any(|(_, net)| net.addr() == *one)));
+    let wanted = routes(foreign, &own);
+    let existing: Vec<Route> = connection
+        .routes()?
+        .into_iter()
+        .filter(|route| route.protocol == ROUTE_PROTOCOL && route.gateway.is_some())
+        .collect();
+    let same = |a: &Route, b: &Route| (a.destination, a.gateway, a.link) == (b.destination, b.gateway, b.link);
+    let mut changed = 0;
+    for route in existing.iter().filter(|route| !wanted.iter().any(|one| same(one, route))) {
+        connection.delete_route(route)?;
+        changed += 1;
+    }
+    for route in wanted.iter().filter(|route| !existing.iter().any(|one| same(one, route))) {
+        connection.replace_route(route)?;
+        changed += 1;
+    }
+    Ok(changed)
+}
+
+/// Lets the node itself reach Service addresses when no other route covers them, as on hosts without a default route: the
+/// packets need some route before they are given another destination.
+pub fn ensure_service_route(service_cidr: IpNet) -> oarlock_netlink::Result<bool> {
+    let mut connection = Connection::open(Protocol::Route)?;
+    let routes = connection.routes()?;
+    if routes.iter().any(|route| route.destination.contains(&service_cidr)) {
+        return Ok(false);
+    }
+    let lo = connection.require_link("lo")?;
+    let mut route = Route::new(service_cidr.trunc(), None, lo.index);
+    route.protocol = ROUTE_PROTOCOL;
+    connection.replace_route(&route)?;
+    Ok(true)
+}
+
+/// Takes away what this module and the DNS address left on the node's links. For a reset.
+pub fn remove_leftovers(dns_address: Option<IpAddr>) -> oarlock_netlink::Result<()> {
+    let mut connection = Connection::open(Protocol::Route)?;
+    for route in connection.routes()?.iter().filter(|route| route.protocol == ROUTE_PROTOCOL) {
+        connection.delete_route(route)?;
+    }
+    if let (Some(address), Some(lo)) = (dns_address, connection.link("lo")?) {
+        connection.delete_address(lo.index, IpNet::from(address))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn the_configuration_appears_whole_and_is_written_only_when_it_changes() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("net.d");
+        let content = conflist(&[net("10.42.0.0/24")], net("10.42.0.0/16"), Path::new("/data/ipam"));
+        assert!(write_conflist(&target, &content).unwrap());
+        assert!(!write_conflist(&target, &content).unwrap());
+        let read: serde_json::Value =
+            serde_json::from_str(&fs::read_to_string(target.join(CONFLIST)).unwrap()).unwrap();
+        assert_eq!(read["plugins"][0]["ipam"]["ranges"][0][0]["subnet"], "10.42.0.0/24");
+        assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn routes_lead_only_through_nodes_on_a_network_of_ours() {
+        let near = Node { pod_cidrs: vec![net("10.42.1.0/24")], internal: vec!["192.168.0.2".parse().unwrap()] };
+        let far = Node { pod_cidrs: vec![net("10.42.2.0/24")], internal: vec!["172.16.0.2".parse().unwrap()] };
+        let found = routes([&near, &far].into_iter(), &[(2, net("192.168.0.1/24"))]);
+        assert_eq!(found.len(), 1);
+        assert_eq!(
+            (found[0].destination, found[0].gateway, found[0].link),
+            (net("10.42.1.0/24"), Some(near.internal[0]), 2)
+        );
+    }
+}

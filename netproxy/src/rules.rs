@@ -1,0 +1,381 @@
+//! The fixed part of the table, the balancing chains, and elements as nftables has them. Pure.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use oarlock_nft::{
+    Bytes, Chain, ChainKind, Command, CtKey, Element, Expr, Family, FibResult, Field, HookPoint, Key, MetaKey, NatKind,
+    PayloadBase, Reg, Rule, Set, Table, Transaction, Value, Verdict,
+};
+
+use crate::plan::{Balancer, Map, Scope, Target};
+
+/// The mark that the first packet of a connection carries from its balancing to its masquerading; the usual one of
+/// Kubernetes, so that other software that keeps clear of it keeps clear of ours.
+const MASQUERADE_MARK: u32 = 0x4000;
+pub const AFFINITY: &str = "affinity";
+const AFFINITY_SIZE: u32 = 262_144;
+const AFFINITY_DEFAULT: Duration = Duration::from_secs(10_800);
+const REJECT: &str = "reject";
+const SERVICES: &str = "balance";
+const LOCAL: &str = "balance-local";
+const NO_ENDPOINTS: &str = "refuse";
+const DESTINATION_NAT: i32 = -100;
+const SOURCE_NAT: i32 = 100;
+
+/// What the fixed part depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    pub table: Table,
+    pub cluster_cidr: IpNet,
+    pub service_cidr: IpNet,
+    pub dns_address: Option<IpAddr>,
+    /// Whether pods of one bridge see each other's answers without passing the node's NAT, because the kernel cannot show
+    /// bridged packets to nftables. Then they have to see the node as source.
+    pub masquerade_bridged: bool,
+}
+
+impl Settings {
+    pub fn is_ipv4(&self) -> bool {
+        self.table.family == Family::Ip
+    }
+
+    fn address(&self) -> Field {
+        if self.is_ipv4() { Field::Ipv4 } else { Field::Ipv6 }
+    }
+
+    /// Registers that an address takes.
+    fn width(&self) -> u8 {
+        if self.is_ipv4() { 1 } else { 4 }
+    }
+
+    fn set(&self, map: Map) -> Set {
+        let address = [self.address(), Field::Protocol, Field::Port];
+        let node_port = [Field::Protocol, Field::Port];
+        let endpoint = [self.address(), Field::Port];
+        match map {
+            Map::Services | Map::LocalServices | Map::NoEndpoints => Set::verdict_map(map.name(), &address),
+            Map::NodePorts | Map::LocalNodePorts | Map::NoEndpointNodePorts => Set::verdict_map(map.name(), &node_port),
+            Map::Endpoints | Map::LocalEndpoints => {
+                Set::map(map.name(), &[&address[..], &[Field::Mark]].concat(), &endpoint)
+            }
+            Map::NodePortEndpoints | Map::LocalNodePortEndpoints => {
+                Set::map(map.name(), &[&node_port[..], &[Field::Mark]].concat(), &endpoint)
+            }
+            Map::Hairpin => Set::new(map.name(), &[self.address(), self.address()]),
+        }
+    }
+
+    fn load_source(&self, to: u8) -> Expr {
+        let (offset, len_bytes) = if self.is_ipv4() { (12, 4) } else { (8, 16) };
+        Expr::LoadPayload { base: PayloadBase::Network, offset, len_bytes, to: Reg(to) }
+    }
+
+    fn load_destination(&self, to: u8) -> Expr {
+        let (offset, len_bytes) = if self.is_ipv4() { (16, 4) } else { (24, 16) };
+        Expr::LoadPayload { base: PayloadBase::Network, offset, len_bytes, to: Reg(to) }
+    }
+
+    /// Goes on when the loaded address is in `net`, or is not.
+    fn in_net(&self, load: Expr, net: IpNet, inside: bool) -> Vec<Expr> {
+        let mask = oarlock_netlink::wire::address_bytes(net.netmask());
+        let xor = vec![0; mask.len()];
+        let value = oarlock_netlink::wire::address_bytes(net.network());
+        vec![
+            load,
+            Expr::Bitwise { register: Reg(0), mask, xor },
+            Expr::Compare { register: Reg(0), equal: inside, value },
+        ]
+    }
+
+    fn loopback(&self) -> IpNet {
+        if self.is_ipv4() {
+            IpNet::V4(ipnet::Ipv4Net::new_assert([127, 0, 0, 0].into(), 8))
+        } else {
+            IpNet::V6(ipnet::Ipv6Net::new_assert(std::net::Ipv6Addr::LOCALHOST, 128))
+        }
+    }
+
+    /// A name for everything that the fixed part and the chains are made of: a table of another version is replaced.
+    pub fn marker(&self) -> String {
+        let mut text = foundation(self).to_string();
+        for scope in Scope::ALL {
+            for affinity_seconds in [None, Some(1)] {
+                for command in balancer(self, &Balancer { scope, endpoints: 1, affinity_seconds }) {
+                    let _ = write!(text, "{command}");
+                }
+            }
+        }
+        let hash = text
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+        format!("oarlock netproxy {hash:016x}")
+    }
+}
+
+fn goto(chain: &str) -> Expr {
+    Expr::Verdict(Verdict::Goto(chain.into()))
+}
+
+fn jump(chain: &str) -> Expr {
+    Expr::Verdict(Verdict::Jump(chain.into()))
+}
+
+fn load_protocol(to: u8) -> Expr {
+    Expr::LoadMeta { key: MetaKey::L4Protocol, to: Reg(to) }
+}
+
+fn load_port(to: u8) -> Expr {
+    Expr::LoadPayload { base: PayloadBase::Transport, offset: 2, len_bytes: 2, to: Reg(to) }
+}
+
+fn if_destination_local() -> Vec<Expr> {
+    let value = u32::from(libc::RTN_LOCAL).to_ne_bytes().to_vec();
+    vec![
+        Expr::LoadFib { result: FibResult::AddressType, of_source: false, to: Reg(0) },
+        Expr::Compare { register: Reg(0), equal: true, value },
+    ]
+}
+
+/// Goes on for the first packet of a connection.
+fn if_new() -> Vec<Expr> {
+    const NEW: u32 = 8;
+    let mask = NEW.to_ne_bytes().to_vec();
+    vec![
+        Expr::LoadCt { key: CtKey::State, to: Reg(0) },
+        Expr::Bitwise { register: Reg(0), mask, xor: vec![0; 4] },
+        Expr::Compare { register: Reg(0), equal: false, value: vec![0; 4] },
+    ]
+}
+
+fn by_address(settings: &Settings, map: Map) -> Vec<Expr> {
+    let next = settings.width();
+    vec![
+        settings.load_destination(0),
+        load_protocol(next),
+        load_port(next + 1),
+        Expr::VerdictMap { map: map.name().into(), key: Reg(0) },
+    ]
+}
+
+fn by_node_port(map: Map) -> Vec<Expr> {
+    let mut expressions = if_destination_local();
+    expressions.extend([load_protocol(0), load_port(1), Expr::VerdictMap { map: map.name().into(), key: Reg(0) }]);
+    expressions
+}
+
+/// Tables, maps, base chains and their rules: everything that does not depend on Services.
+pub fn foundation(settings: &Settings) -> Transaction {
+    let mut transaction = Transaction::new(settings.table.clone());
+    for map in Map::ALL {
+        transaction.push(Command::AddSet(settings.set(map)));
+    }
+    let affinity_key = [settings.address(), settings.address(), Field::Protocol, Field::Port];
+    let affinity = Set::map(AFFINITY, &affinity_key, &[settings.address(), Field::Port]);
+    transaction.push(Command::AddSet(affinity.dynamic(AFFINITY_SIZE, AFFINITY_DEFAULT)));
+    for name in [REJECT, SERVICES, LOCAL, NO_ENDPOINTS] {
+        transaction.push(Command::AddChain(Chain::regular(name)));
+    }
+    for (name, kind, point, priority) in [
+        ("prerouting", ChainKind::Nat, HookPoint::Prerouting, DESTINATION_NAT),
+        ("output", ChainKind::Nat, HookPoint::Output, DESTINATION_NAT),
+        ("postrouting", ChainKind::Nat, HookPoint::Postrouting, SOURCE_NAT),
+        ("filter-input", ChainKind::Filter, HookPoint::Input, 0),
+        ("filter-forward", ChainKind::Filter, HookPoint::Forward, 0),
+        ("filter-output", ChainKind::Filter, HookPoint::Output, 0),
+    ] {
+        transaction.push(Command::AddChain(Chain::base(name, kind, point, priority)));
+    }
+    transaction.commands.extend(rules(settings).into_iter().map(Command::AddRule));
+    transaction
+}
+
+fn rules(settings: &Settings) -> Vec<Rule> {
+    let loopback = |verdict: Expr| {
+        let mut expressions = settings.in_net(settings.load_destination(0), settings.loopback(), true);
+        expressions.push(verdict);
+        expressions
+    };
+    let mut from_outside = settings.in_net(settings.load_source(0), settings.cluster_cidr, false);
+    from_outside.push(jump(LOCAL));
+    let mut rules = vec![
+        Rule::new(REJECT, vec![Expr::Reject]),
+        Rule::new(SERVICES, by_address(settings, Map::Services)),
+        Rule::new(SERVICES, loopback(Expr::Verdict(Verdict::Return))).comment("route_localnet stays off"),
+        Rule::new(SERVICES, by_node_port(Map::NodePorts)),
+        Rule::new(LOCAL, by_address(settings, Map::LocalServices)),
+        Rule::new(LOCAL, by_node_port(Map::LocalNodePorts)),
+        Rule::new(NO_ENDPOINTS, by_address(settings, Map::NoEndpoints)),
+        Rule::new(NO_ENDPOINTS, by_node_port(Map::NoEndpointNodePorts)),
+        Rule::new("prerouting", from_outside).comment("externalTrafficPolicy Local"),
+        Rule::new("prerouting", vec![jump(SERVICES)]),
+        Rule::new("output", vec![jump(SERVICES)]),
+    ];
+    rules.extend(postrouting(settings));
+    rules.extend(filter(settings));
+    rules
+}
+
+fn postrouting(settings: &Settings) -> Vec<Rule> {
+    let mask = MASQUERADE_MARK.to_ne_bytes().to_vec();
+    let marked = vec![
+        Expr::LoadMeta { key: MetaKey::Mark, to: Reg(0) },
+        Expr::Bitwise { register: Reg(0), mask: mask.clone(), xor: vec![0; 4] },
+        Expr::Compare { register: Reg(0), equal: true, value: mask },
+        Expr::LoadMeta { key: MetaKey::Mark, to: Reg(0) },
+        Expr::Bitwise { register: Reg(0), mask: (!MASQUERADE_MARK).to_ne_bytes().to_vec(), xor: vec![0; 4] },
+        Expr::StoreMark { from: Reg(0) },
+        Expr::Masquerade,
+    ];
+    let hairpin = vec![
+        settings.load_source(0),
+        settings.load_destination(settings.width()),
+        Expr::InSet { set: Map::Hairpin.name().into(), key: Reg(0), inverted: false },
+        Expr::Masquerade,
+    ];
+    let mut rules = vec![
+        Rule::new("postrouting", marked),
+        Rule::new("postrouting", hairpin).comment("a pod that reaches itself through a Service"),
+    ];
+    if settings.masquerade_bridged {
+        const DNAT: u32 = 0x20;
+        let mask = DNAT.to_ne_bytes().to_vec();
+        let mut expressions = vec![
+            Expr::LoadCt { key: CtKey::Status, to: Reg(0) },
+            Expr::Bitwise { register: Reg(0), mask: mask.clone(), xor: vec![0; 4] },
+            Expr::Compare { register: Reg(0), equal: true, value: mask },
+        ];
+        expressions.extend(settings.in_net(settings.load_source(0), settings.cluster_cidr, true));
+        expressions.extend(settings.in_net(settings.load_destination(0), settings.cluster_cidr, true));
+        expressions.push(Expr::Masquerade);
+        rules.push(Rule::new("postrouting", expressions).comment("no br_netfilter: answers must pass this node"));
+    }
+    rules
+}
+
+fn filter(settings: &Settings) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    let destination_is = |address: IpAddr| {
+        let value = oarlock_netlink::wire::address_bytes(address);
+        vec![settings.load_destination(0), Expr::Compare { register: Reg(0), equal: true, value }]
+    };
+    if let Some(address) = settings.dns_address {
+        let mut expressions = destination_is(address);
+        let mut own_link = b"lo".to_vec();
+        own_link.resize(16, 0);
+        expressions.push(Expr::LoadMeta { key: MetaKey::InputName, to: Reg(0) });
+        expressions.push(Expr::Compare { register: Reg(0), equal: false, value: own_link });
+        expressions.extend(settings.in_net(settings.load_source(0), settings.cluster_cidr, false));
+        expressions.push(Expr::Verdict(Verdict::Drop));
+        rules.push(Rule::new("filter-input", expressions).comment("cluster DNS is for pods and this node"));
+    }
+    for chain in ["filter-input", "filter-forward", "filter-output"] {
+        rules.push(Rule::new(chain, [if_new(), vec![jump(NO_ENDPOINTS)]].concat()));
+    }
+    // What is still on its way to a Service address here has no such Service or port.
+    for chain in ["filter-forward", "filter-output"] {
+        if let Some(address) = settings.dns_address {
+            rules.push(Rule::new(chain, [destination_is(address), vec![Expr::Verdict(Verdict::Return)]].concat()));
+        }
+        let mut expressions = settings.in_net(settings.load_destination(0), settings.service_cidr, true);
+        expressions.push(goto(REJECT));
+        rules.push(Rule::new(chain, expressions));
+    }
+    rules
+}
+
+/// A balancing chain with its rules.
+///
+/// Registers: with affinity the client's address comes first, so that the key of the affinity map (client, address, protocol,
+/// port) and that of the endpoints map (address, protocol, port, number) overlap and are loaded once.
+pub fn balancer(settings: &Settings, balancer: &Balancer) -> Vec<Command> {
+    let name = balancer.chain();
+    let mut commands = vec![Command::AddChain(Chain::regular(&name))];
+    let mut add = |expressions: Vec<Expr>| commands.push(Command::AddRule(Rule::new(&name, expressions)));
+    if let Some(expressions) = mark(settings, balancer.scope) {
+        add(expressions);
+    }
+    let width = settings.width();
+    let by_address = balancer.scope.is_by_address();
+    // Where the parts of the keys are.
+    let (client, address) = (0, width);
+    let protocol = address + width;
+    let (port, number) = (protocol + 1, protocol + 2);
+    let (target, target_port) = if settings.is_ipv4() { (8, 9) } else { (11, 15) };
+    let endpoint_key = if by_address { address } else { protocol };
+    let dnat = Expr::Nat { kind: NatKind::Destination, address: Reg(target), port: Some(Reg(target_port)) };
+    let choose = [
+        Expr::LoadRandom { modulus: balancer.endpoints.max(1), to: Reg(number) },
+        Expr::LoadMap { map: balancer.scope.endpoints().name().into(), key: Reg(endpoint_key), to: Reg(target) },
+    ];
+    let mut load = vec![settings.load_destination(address), load_protocol(protocol), load_port(port)];
+    match balancer.affinity_seconds {
+        None => {
+            if !by_address {
+                load.remove(0);
+            }
+            add([load, choose.to_vec(), vec![dnat]].concat());
+        }
+        Some(seconds) => {
+            load.insert(0, settings.load_source(client));
+            let timeout = Some(Duration::from_secs(u64::from(seconds)));
+            let remember = Expr::Update { set: AFFINITY.into(), key: Reg(client), data: Some(Reg(target)), timeout };
+            let known = Expr::LoadMap { map: AFFINITY.into(), key: Reg(client), to: Reg(target) };
+            add([load.clone(), vec![known, remember.clone(), dnat.clone()]].concat());
+            add([load, choose.to_vec(), vec![remember, dnat]].concat());
+        }
+    }
+    commands
+}
+
+/// The rule that decides about the source address, where there is anything to decide.
+fn mark(settings: &Settings, scope: Scope) -> Option<Vec<Expr>> {
+    let set_mark = vec![
+        Expr::LoadMeta { key: MetaKey::Mark, to: Reg(0) },
+        Expr::Bitwise {
+            register: Reg(0),
+            mask: (!MASQUERADE_MARK).to_ne_bytes().to_vec(),
+            xor: MASQUERADE_MARK.to_ne_bytes().to_vec(),
+        },
+        Expr::StoreMark { from: Reg(0) },
+    ];
+    match scope {
+        Scope::External | Scope::NodePort => Some(set_mark),
+        Scope::Cluster | Scope::NodePortCluster => {
+            Some([settings.in_net(settings.load_source(0), settings.cluster_cidr, false), set_mark].concat())
+        }
+        Scope::Local | Scope::LocalNodePort => None,
+    }
+}
+
+/// How many rules the fixed chains and these balancing chains have together.
+pub fn rule_count<'a>(settings: &Settings, balancers: impl Iterator<Item = &'a Balancer>) -> usize {
+    let of_balancer = |one: &Balancer| {
+        usize::from(!matches!(one.scope, Scope::Local | Scope::LocalNodePort))
+            + 1
+            + usize::from(one.affinity_seconds.is_some())
+    };
+    rules(settings).len() + balancers.map(of_balancer).sum::<usize>()
+}
+
+/// The value of a map's element.
+pub fn value(target: Target) -> Option<Value> {
+    match target {
+        Target::Balance(balancer) => Some(Value::Verdict(Verdict::Goto(balancer.chain()))),
+        Target::Endpoint(endpoint) => Some(Value::Data(endpoint_bytes(endpoint))),
+        Target::Reject => Some(Value::Verdict(Verdict::Goto(REJECT.into()))),
+        Target::Drop => Some(Value::Verdict(Verdict::Drop)),
+        Target::Member => None,
+    }
+}
+
+pub fn element(key: Bytes, target: Target) -> Element {
+    Element { value: value(target), ..Element::key(key) }
+}
+
+/// An endpoint as the value of a map.
+pub fn endpoint_bytes(endpoint: SocketAddr) -> Bytes {
+    Key::new().address(endpoint.ip()).port(endpoint.port()).bytes()
+}

@@ -1,0 +1,304 @@
+//! Bringing the kernel to what the ledger says, and keeping it there.
+//!
+//! ```text
+//!            stage*                commit ok
+//!  Starting ────────▶ establish ─────────────▶ Applied ──stage*, commit──▶ Applied   (one transaction of elements)
+//!                     adopt what is there       │  ▲
+//!                     or replace the table      │  └── repair: differences only
+//!                                               ▼
+//!                               commit or audit fails ──▶ repair ──fails──▶ establish
+//! ```
+//!
+//! A table of ours that is there at the start keeps working until the first commit, which changes only what differs; a table
+//! of another version is replaced in one transaction. Either way there is no moment without rules.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use oarlock_nft::{Bytes, Element, Kernel, NftError, Transaction, Value};
+use tracing::{debug, info, warn};
+
+use crate::ledger::{Delta, Ledger};
+use crate::plan::{Balancer, Entry, Map, Scope, Target};
+use crate::rules::{self, Settings};
+use crate::service::ServiceName;
+
+/// Elements are compared with the kernel at most this often; a table or rules that are gone are noticed at once.
+const FULL_AUDIT_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What a commit did.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Committed {
+    /// Some element for UDP or SCTP changed, so tracked flows may be stale.
+    pub connectionless_changed: bool,
+    /// Some endpoint went away, so clients may be bound to it.
+    pub endpoints_removed: bool,
+}
+
+/// The owner of one family's table.
+pub struct Proxier<K> {
+    kernel: K,
+    settings: Settings,
+    ledger: Ledger,
+    staged: Delta,
+    /// The balancing chains in the kernel; none before the first commit.
+    present: Option<Vec<Balancer>>,
+    generation: Option<u32>,
+    audited: Option<Instant>,
+}
+
+impl<K: Kernel> Proxier<K> {
+    pub fn new(kernel: K, settings: Settings) -> Proxier<K> {
+        Proxier {
+            kernel,
+            settings,
+            ledger: Ledger::default(),
+            staged: Delta::default(),
+            present: None,
+            generation: None,
+            audited: None,
+        }
+    }
+
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    #[cfg(test)]
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Replaces the elements of one Service; [`Proxier::commit`] carries it out.
+    pub fn stage(&mut self, service: &ServiceName, entries: Vec<Entry>) {
+        self.ledger.set(service, entries, &mut self.staged);
+    }
+
+    /// Carries out everything staged. After an error all of it is tried again with the next commit.
+    pub fn commit(&mut self) -> Result<Committed, NftError> {
+        let staged = std::mem::take(&mut self.staged);
+        let committed = describe(&staged, self.settings.is_ipv4());
+        let Some(mut present) = self.present.take() else {
+            self.establish()?;
+            return Ok(Committed { connectionless_changed: true, endpoints_removed: true });
+        };
+        let transaction = self.ledger.change(&self.settings, &staged, &mut present);
+        match self.kernel.commit(&transaction) {
+            Ok(()) => {
+                self.present = Some(present);
+                self.note_generation(&transaction);
+                Ok(committed)
+            }
+            Err(error) => {
+                warn!(error = &error as &dyn std::error::Error, "nftables refused a change; comparing with the kernel");
+                self.repair()?;
+                Ok(Committed { connectionless_changed: true, endpoints_removed: true })
+            }
+        }
+    }
+
+    /// Looks whether others changed what is ours, and puts it right. Cheap while nobody commits to nftables at all.
+    pub fn audit(&mut self, now: Instant) -> Result<bool, NftError> {
+        if self.present.is_none() {
+            return Ok(false);
+        }
+        let generation = self.kernel.generation()?;
+        if self.generation == Some(generation) {
+            return Ok(false);
+        }
+        let due = self.audited.is_none_or(|last| now.duration_since(last) >= FULL_AUDIT_INTERVAL);
+        if !self.is_intact()? {
+            warn!(table = self.settings.table.name, "table was changed or removed by someone else; restoring it");
+            self.repair()?;
+            return Ok(true);
+        }
+        if !due {
+            // Somebody else's commit, as it looks; the elements get their turn.
+            return Ok(false);
+        }
+        self.audited = Some(now);
+        let repaired = self.repair()?;
+        self.generation = Some(self.kernel.generation()?);
+        Ok(repaired)
+    }
+
+    fn is_intact(&mut self) -> Result<bool, NftError> {
+        let Some(present) = &self.present else { return Ok(false) };
+        let expected = rules::rule_count(&self.settings, present.iter());
+        Ok(self.kernel.table_comment(&self.settings.table)?.as_deref() == Some(self.settings.marker().as_str())
+            && self.kernel.rule_count(&self.settings.table)? == expected)
+    }
+
+    /// The generation after our own commit, if nobody else committed in between.
+    fn note_generation(&mut self, transaction: &Transaction) {
+        if transaction.is_empty() {
+            return;
+        }
+        self.generation = match (self.generation, self.kernel.generation()) {
+            (Some(before), Ok(now)) if now == before.wrapping_add(1) => Some(now),
+            // Whoever else it was, the next audit looks.
+            _ => None,
+        };
+    }
+
+    /// Adopts the table that is there, or replaces it.
+    fn establish(&mut self) -> Result<(), NftError> {
+        let comment = self.kernel.table_comment(&self.settings.table)?;
+        if comment.as_deref() == Some(self.settings.marker().as_str()) && self.adopt()? {
+            info!(table = self.settings.table.name, elements = self.ledger.element_count(), "table adopted");
+            return Ok(());
+        }
+        let affinity = if comment.is_some() { self.valid_affinity()? } else { Vec::new() };
+        let transaction = self.ledger.whole(&self.settings, comment.is_some(), affinity);
+        self.kernel.commit(&transaction)?;
+        self.present = Some(self.ledger.balancers().copied().collect());
+        self.generation = Some(self.kernel.generation()?);
+        info!(table = self.settings.table.name, elements = self.ledger.element_count(), "table written");
+        Ok(())
+    }
+
+    /// Changes what differs in a table of this version; says no when its rules are not what they should be.
+    fn adopt(&mut self) -> Result<bool, NftError> {
+        let chains = self.kernel.chains(&self.settings.table)?;
+        let mut present: Vec<Balancer> = chains.iter().filter_map(|name| Balancer::of_chain(name)).collect();
+        let expected = rules::rule_count(&self.settings, present.iter());
+        if self.kernel.rule_count(&self.settings.table)? != expected {
+            return Ok(false);
+        }
+        let Some(transaction) = self.differences(&mut present)? else { return Ok(false) };
+        match self.kernel.commit(&transaction) {
+            Ok(()) => {}
+            Err(error) => {
+                warn!(error = &error as &dyn std::error::Error, "existing table cannot be adopted; replacing it");
+                return Ok(false);
+            }
+        }
+        self.present = Some(present);
+        self.generation = Some(self.kernel.generation()?);
+        Ok(true)
+    }
+
+    /// Makes the kernel right whatever it holds; says whether anything had to be done.
+    fn repair(&mut self) -> Result<bool, NftError> {
+        let intact = self.present.is_none() || self.is_intact()?;
+        if let (true, Some(mut present)) = (intact, self.present.take())
+            && let Some(transaction) = self.differences(&mut present)?
+        {
+            let changed = !transaction.is_empty();
+            if changed {
+                debug!(commands = transaction.commands.len(), "elements differed from what they should be");
+            }
+            if self.kernel.commit(&transaction).is_ok() {
+                self.present = Some(present);
+                self.generation = Some(self.kernel.generation()?);
+                return Ok(changed);
+            }
+        }
+        self.present = None;
+        self.establish()?;
+        Ok(true)
+    }
+
+    /// What turns the kernel's elements into the ledger's; `None` when a map is missing.
+    fn differences(&mut self, present: &mut Vec<Balancer>) -> Result<Option<Transaction>, NftError> {
+        let mut wanted = self.ledger.by_map();
+        let (mut removed, mut added) = (HashMap::new(), HashMap::new());
+        for map in Map::ALL {
+            let Some(observed) = self.kernel.elements(&self.settings.table, map.name())? else { return Ok(None) };
+            let observed: HashMap<Bytes, Option<Value>> =
+                observed.into_iter().map(|element| (element.key, element.value)).collect();
+            let wanted = wanted.remove(&map).unwrap_or_default();
+            let right: HashSet<Bytes> = wanted
+                .iter()
+                .filter(|(key, target)| observed.get(key).is_some_and(|value| *value == rules::value(*target)))
+                .map(|(key, _)| *key)
+                .collect();
+            let gone: Vec<Bytes> = observed.into_keys().filter(|key| !right.contains(key)).collect();
+            let new = wanted.into_iter().filter(|(key, _)| !right.contains(key));
+            removed.insert(map, gone);
+            added.insert(map, new.map(|(key, target)| rules::element(key, target)).collect::<Vec<Element>>());
+        }
+        Ok(Some(self.ledger.patch(&self.settings, removed, added, present)))
+    }
+
+    /// The bindings of clients to endpoints that still exist.
+    fn valid_affinity(&mut self) -> Result<Vec<Element>, NftError> {
+        let elements = self.kernel.elements(&self.settings.table, rules::AFFINITY)?.unwrap_or_default();
+        Ok(elements.into_iter().filter(|element| self.is_bound_rightly(element)).collect())
+    }
+
+    /// Releases clients from endpoints that are gone.
+    pub fn release_clients(&mut self) -> Result<usize, NftError> {
+        if !self.ledger.has_affinity() {
+            return Ok(0);
+        }
+        let elements = self.kernel.elements(&self.settings.table, rules::AFFINITY)?.unwrap_or_default();
+        let keys: Vec<Bytes> =
+            elements.iter().filter(|element| !self.is_bound_rightly(element)).map(|element| element.key).collect();
+        let count = keys.len();
+        // One at a time, because each can expire meanwhile, and that must not keep the others.
+        for key in keys {
+            let mut transaction = Transaction::new(self.settings.table.clone());
+            transaction.push(oarlock_nft::Command::DeleteElements { set: rules::AFFINITY.into(), keys: vec![key] });
+            match self.kernel.commit(&transaction) {
+                Err(error) if !error.is_not_found() => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(count)
+    }
+
+    /// Whether the affinity element `client . address . protocol . port → endpoint` names an endpoint of that frontend.
+    fn is_bound_rightly(&self, element: &Element) -> bool {
+        let Some(Value::Data(endpoint)) = &element.value else { return false };
+        let width = if self.settings.is_ipv4() { 4 } else { 16 };
+        let bytes = element.key.as_slice();
+        let part = |from: usize| bytes.get(from..).and_then(Bytes::from_slice);
+        let (Some(by_address), Some(by_port)) = (part(width), part(2 * width)) else { return false };
+        [
+            (Map::Services, by_address),
+            (Map::LocalServices, by_address),
+            (Map::NodePorts, by_port),
+            (Map::LocalNodePorts, by_port),
+        ]
+        .into_iter()
+        .any(|(map, key)| has_endpoint(&self.ledger, map, key, |found| rules::endpoint_bytes(found) == *endpoint))
+    }
+}
+
+/// Whether some endpoint of the frontend `key` satisfies `test`.
+pub fn has_endpoint(ledger: &Ledger, map: Map, key: Bytes, test: impl Fn(std::net::SocketAddr) -> bool) -> bool {
+    let Some(Target::Balance(balancer)) = ledger.target(map, key) else { return false };
+    let numbered = |number: u32| {
+        let mut bytes = key.as_slice().to_vec();
+        bytes.extend_from_slice(&number.to_ne_bytes());
+        ledger.target(balancer.scope.endpoints(), Bytes::from_slice(&bytes)?)
+    };
+    (0..balancer.endpoints).any(|number| matches!(numbered(number), Some(Target::Endpoint(endpoint)) if test(endpoint)))
+}
+
+fn describe(delta: &Delta, is_ipv4: bool) -> Committed {
+    let mut committed = Committed::default();
+    for (map, key, old, _) in delta.iter() {
+        let by_address = match map {
+            Map::Hairpin => continue,
+            Map::NodePorts | Map::LocalNodePorts | Map::NoEndpointNodePorts => false,
+            Map::NodePortEndpoints | Map::LocalNodePortEndpoints => Scope::NodePort.is_by_address(),
+            _ => true,
+        };
+        let offset = if !by_address {
+            0
+        } else if is_ipv4 {
+            4
+        } else {
+            16
+        };
+        committed.connectionless_changed |= key.as_slice().get(offset) != Some(&(libc::IPPROTO_TCP as u8));
+        committed.endpoints_removed |= matches!(old, Some(Target::Endpoint(_)));
+    }
+    committed
+}
