@@ -380,3 +380,59 @@ async fn an_idle_shim_with_a_container_takes_less_than_a_megabyte() {
     println!("shim PSS with one container: {pss} kB");
     pod.finish().await;
 }
+
+#[tokio::test]
+async fn a_killed_shim_is_noticed_and_a_new_one_clears_away_its_containers() {
+    let mut pod = Pod::start("killed").await;
+    let first = pod.run("c", &Wish::new(&["sleep"])).await;
+    let state_dir = pod.state_dir();
+    let old = pod.shim.record().clone();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(old.pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+    while pod.next_event().await != Event::Disconnected {}
+    assert!(matches!(pod.shim.state().await, Err(ShimError::Disconnected)));
+    wait_for("the shim to be gone", LIMIT, || (!old.is_alive()).then_some(()));
+    assert!(matches!(Shim::connect(&state_dir).await, Err(ShimError::NotRunning { .. })));
+
+    // Its socket and record are still there; both are replaced.
+    pod.shim = Shim::spawn(options(pod.dir.path(), "killed", false)).await.unwrap();
+    pod.events = pod.shim.subscribe();
+    assert!(pod.shim.state().await.unwrap().containers.is_empty());
+    assert!(oarlock_shim_api::process_start_time(first).is_some(), "the container outlives its shim");
+    pod.shim.delete("c").await.unwrap();
+    wait_for("the container's process to end", LIMIT, || {
+        oarlock_shim_api::process_start_time(first).is_none().then_some(())
+    });
+    pod.run("c", &Wish::new(&["exit", "4"])).await;
+    assert_eq!(pod.exited("c").await.exit_code, 4);
+    pod.finish().await;
+}
+
+#[tokio::test]
+async fn a_container_cannot_change_its_own_limits() {
+    let mut pod = Pod::start("limits").await;
+    let patch = |spec: &mut serde_json::Value| {
+        spec["linux"]["resources"]["pids"] = json!({"limit": 50});
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]}));
+        mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+            "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}));
+    };
+    pod.run("c", &Wish { patch, ..Wish::new(&["sleep"]) }).await;
+    let v2 = oarlock_cgroup::Layout::host().unwrap().is_v2();
+    let file = if v2 { "/sys/fs/cgroup/pids.max" } else { "/sys/fs/cgroup/pids/pids.max" };
+    let (output, _) = pod.exec("c", "read", process(&["cat", file])).await;
+    assert_eq!(output.trim(), "50");
+    let (_, code) = pod.exec("c", "write", process(&["write", file, "5000"])).await;
+    assert_ne!(code, 0);
+    let (output, _) = pod.exec("c", "again", process(&["cat", file])).await;
+    assert_eq!(output.trim(), "50");
+
+    // From outside they change while it runs.
+    let cgroup = oarlock_cgroup::Cgroup::new(&pod.cgroup_of("c")).unwrap();
+    cgroup.set_limits(&oarlock_cgroup::Limits { pids_max: Some(60), ..Default::default() }).unwrap();
+    let (output, _) = pod.exec("c", "changed", process(&["cat", file])).await;
+    assert_eq!(output.trim(), "60");
+    let stats = cgroup.stats().unwrap();
+    assert!(stats.pids >= 1 && stats.memory_usage_bytes > 0 && stats.cpu_usage_nanos > 0, "{stats:?}");
+    pod.finish().await;
+}
