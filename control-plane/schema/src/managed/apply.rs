@@ -3,6 +3,7 @@
 use super::compare::{compare, fields_of};
 use super::entries::{self, Entry, Operation};
 use super::form::Place;
+use super::last_applied;
 use super::merge::{merge, prune};
 use super::set::FieldSet;
 use super::{ApplyError, Conflict};
@@ -39,6 +40,7 @@ pub fn apply(input: ApplyInput<'_>) -> Result<Value, ApplyError> {
         return Err(ApplyError::Invalid("metadata.managedFields must be nil".to_owned()));
     }
     let place = Place::root(gvk);
+    let applied = &without_added_structs(place, applied);
     let mut applied_set = fields_of(place, applied);
     entries::strip(&mut applied_set, subresource);
 
@@ -74,9 +76,15 @@ pub fn apply(input: ApplyInput<'_>) -> Result<Value, ApplyError> {
         entries::strip(set, subresource);
     }
     let written = difference.written();
-    let conflicts = conflicts(&list, &written);
-    if !conflicts.is_empty() && !force {
-        return Err(ApplyError::Conflicts(conflicts));
+    if !force {
+        let allowed = match manager {
+            last_applied::MANAGER => last_applied::unchanged_since(gvk, live),
+            _ => FieldSet::default(),
+        };
+        let conflicts = conflicts(&list, &written.difference(&allowed));
+        if !conflicts.is_empty() {
+            return Err(ApplyError::Conflicts(conflicts));
+        }
     }
     let unchanged = written.is_empty() && difference.removed.is_empty();
     if unchanged && last.as_ref().is_some_and(|last| last.set == own.set && last.api_version == own.api_version) {
@@ -86,8 +94,28 @@ pub fn apply(input: ApplyInput<'_>) -> Result<Value, ApplyError> {
         entry.set = entry.set.difference(&written).difference(&difference.removed);
     }
     list.push(own);
+    if manager == last_applied::MANAGER {
+        last_applied::refresh(&mut merged, applied);
+    }
     entries::write(&mut merged, list);
     Ok(merged)
+}
+
+/// The configuration without the empty structs that decoding adds; nobody means to own those.
+fn without_added_structs(place: Place, value: &Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let kept = map.iter().filter_map(|(name, value)| {
+                let child = place.field(name).0;
+                let value = without_added_structs(child, value);
+                let added = child.is_always_there() && value.as_object().is_some_and(Map::is_empty);
+                (!added).then(|| (name.clone(), value))
+            });
+            Value::Object(kept.collect())
+        }
+        Value::Array(items) => items.iter().map(|item| without_added_structs(place.item(), item)).collect(),
+        other => other.clone(),
+    }
 }
 
 /// The configuration without what the server keeps; a resource version stays, since the caller checks it.

@@ -13,8 +13,7 @@ pub(super) fn fields_of(place: Place, value: &Value) -> FieldSet {
             for (name, value) in map {
                 let (child, declared) = place.field(name);
                 let mut fields = fields_of(child, value);
-                // Decoding adds the structs that are always written; nobody owns those.
-                let is_empty_map = value.as_object().is_some_and(Map::is_empty) && !child.is_always_there();
+                let is_empty_map = value.as_object().is_some_and(Map::is_empty);
                 fields.member |= !declared || value.is_null() || is_empty_map;
                 set.push(format!("f:{name}"), fields);
             }

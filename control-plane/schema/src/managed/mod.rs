@@ -10,6 +10,7 @@ mod apply;
 mod compare;
 mod entries;
 mod form;
+mod last_applied;
 mod merge;
 mod set;
 mod track;

@@ -94,6 +94,26 @@ fn a_field_of_another_manager_is_a_conflict_until_forced() {
 }
 
 #[test]
+fn kubectl_takes_over_what_it_applied_on_the_client_side() {
+    const ANNOTATION: &str = "kubectl.kubernetes.io/last-applied-configuration";
+    let mut sent = config(json!(2), "x:1");
+    sent["metadata"]["annotations"] = json!({ANNOTATION: config(json!(2), "x:1").to_string()});
+    let object = updated(None, sent, "kubectl-client-side-apply");
+    let changed = config(json!(3), "x:1");
+    assert!(applied(Some(&object), &changed, "someone", false).is_err());
+    let taken = applied(Some(&object), &changed, "kubectl", false).expect("no conflict");
+    assert_eq!(taken["spec"]["replicas"], 3);
+    let last: Value =
+        serde_json::from_str(taken["metadata"]["annotations"][ANNOTATION].as_str().expect("text")).expect("JSON");
+    assert_eq!(last, changed);
+    // What another client changed since is a conflict all the same.
+    let mut scaled = object.clone();
+    scaled["spec"]["replicas"] = json!(7);
+    let scaled = updated(Some(&object), scaled, "scaler");
+    assert!(applied(Some(&scaled), &changed, "kubectl", false).is_err());
+}
+
+#[test]
 fn several_conflicts_are_listed_by_manager() {
     let object = updated(None, config(json!(2), "x:1"), "kubectl-create");
     let error = applied(Some(&object), &config(json!(3), "x:2"), "two", false).expect_err("conflicts");
