@@ -5,6 +5,7 @@ use std::sync::Arc;
 use http::HeaderMap;
 use oarlock_kinds::Kind;
 use oarlock_store::{Op, Outcome, Store, StoreError};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::Config;
@@ -30,6 +31,8 @@ pub(crate) struct Core {
     pub(crate) services: Allocator,
     pub(crate) kubelets: Kubelets,
     pub(crate) metrics: Metrics,
+    /// Places for requests that are being worked on; watches and connections through to nodes take none.
+    pub(crate) places: Semaphore,
     /// Cancelled when the server stops: ends watches and other endless answers.
     pub(crate) stopping: CancellationToken,
 }

@@ -23,6 +23,8 @@ use crate::wire::{self, Answer, Body};
 
 /// Requests that do not stream are answered within this time.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// A request waits this long for one of the places.
+const PLACE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Answers a request. Never fails: every error is an answer.
 pub(crate) async fn handle(core: Arc<Core>, peer: Peer, request: Request<Body>) -> Answer {
@@ -166,6 +168,7 @@ async fn resource(ctx: &mut Context, request: Request<Body>) -> ApiResult<Answer
     if needs_name == target.name.is_empty() {
         return Err(ApiError::method_not_allowed());
     }
+    let core = ctx.core.clone();
     let body = request.into_body();
     let work = async {
         match ctx.info.verb {
@@ -183,10 +186,15 @@ async fn resource(ctx: &mut Context, request: Request<Body>) -> ApiResult<Answer
             _ => Err(ApiError::method_not_allowed()),
         }
     };
-    within_time(work).await
+    within_time(&core, work).await
 }
 
-async fn within_time(work: impl Future<Output = ApiResult<Answer>>) -> ApiResult<Answer> {
+/// Does the work on one of the places, within the time a request has.
+async fn within_time(core: &Core, work: impl Future<Output = ApiResult<Answer>>) -> ApiResult<Answer> {
+    let Ok(Ok(_place)) = tokio::time::timeout(PLACE_TIMEOUT, core.places.acquire()).await else {
+        let details = serde_json::json!({"retryAfterSeconds": 1});
+        return Err(ApiError::too_many_requests("Too many requests, please try again later.", details));
+    };
     match tokio::time::timeout(REQUEST_TIMEOUT, work).await {
         Ok(answer) => answer,
         Err(_) => Err(ApiError::timeout("Timeout: request did not complete within the allotted timeout")),
@@ -211,6 +219,7 @@ async fn subresource_request(
     if !spoken.verbs.contains(&ctx.info.verb) {
         return Err(ApiError::method_not_allowed());
     }
+    let core = ctx.core.clone();
     let body = request.into_body();
     let work = async {
         match (subresource, ctx.info.verb) {
@@ -227,7 +236,7 @@ async fn subresource_request(
             _ => Err(ApiError::method_not_allowed()),
         }
     };
-    within_time(work).await
+    within_time(&core, work).await
 }
 
 async fn review(ctx: &mut Context, kind: &Kind, path: &ResourcePath, request: Request<Body>) -> ApiResult<Answer> {
@@ -235,9 +244,10 @@ async fn review(ctx: &mut Context, kind: &Kind, path: &ResourcePath, request: Re
         return Err(ApiError::method_not_allowed());
     }
     let namespace = path.namespace.clone().unwrap_or_default();
+    let core = ctx.core.clone();
     let body = request.into_body();
     if kind.kind == "Binding" {
-        return within_time(pods::bind(ctx, &namespace, None, body)).await;
+        return within_time(&core, pods::bind(ctx, &namespace, None, body)).await;
     }
-    within_time(reviews::create(ctx, kind, &namespace, body)).await
+    within_time(&core, reviews::create(ctx, kind, &namespace, body)).await
 }

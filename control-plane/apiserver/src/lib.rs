@@ -89,6 +89,9 @@ pub enum Error {
     Kinds,
 }
 
+/// So many requests are worked on at once; more wait a little and are then asked to come back.
+const MAX_REQUESTS: usize = 600;
+
 /// A Kubernetes API server.
 pub struct ApiServer {
     core: Arc<Core>,
@@ -118,6 +121,7 @@ impl ApiServer {
             services: strategy::services::Allocator::default(),
             kubelets,
             metrics: metrics::Metrics::default(),
+            places: tokio::sync::Semaphore::new(MAX_REQUESTS),
             stopping: CancellationToken::new(),
         };
         Ok(ApiServer { core: Arc::new(core), listener, acceptor })

@@ -292,6 +292,21 @@ mod tests {
         assert_eq!(named.resource.and_then(|resource| resource.name).as_deref(), Some("web"));
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_request_line_is_too_odd(path in "/(api|apis)(/[a-z%/.:]{0,12}){0,6}", query in "[a-z%=&+,]{0,40}") {
+            let parsed = RequestInfo::parse(&Method::GET, &path, &query);
+            if let Some(resource) = parsed.resource {
+                proptest::prop_assert!(resource.tail.is_empty() || resource.tail.starts_with('/'));
+            }
+        }
+
+        #[test]
+        fn encoding_is_undone_by_decoding(text in "\\PC{0,40}") {
+            proptest::prop_assert_eq!(decode(&encode(&text), true), text);
+        }
+    }
+
     #[test]
     fn a_proxy_tail_is_kept_as_sent() {
         let proxied = resource("/api/v1/namespaces/a/services/http:web:80/proxy/x%2Fy/");

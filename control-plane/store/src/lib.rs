@@ -100,6 +100,13 @@ pub enum StoreError {
         #[source]
         source: rusqlite::Error,
     },
+    /// The database file could not be created or made private.
+    #[error("could not create {path}")]
+    File {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
     /// The writer thread could not be started.
     #[error("could not start the store writer thread")]
     Spawn {

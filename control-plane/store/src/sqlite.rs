@@ -95,6 +95,13 @@ struct Database {
     path: String,
 }
 
+/// Makes the database readable by its owner only; SQLite gives its log the same mode. It holds every secret there is.
+fn keep_private(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+    let file = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
+    file.set_permissions(std::fs::Permissions::from_mode(0o600))
+}
+
 const SCHEMA: &str = "
     CREATE TABLE meta (id INTEGER PRIMARY KEY CHECK (id = 1), revision INTEGER NOT NULL, floor INTEGER NOT NULL);
     INSERT INTO meta VALUES (1, 1, 1);
@@ -111,6 +118,7 @@ impl Database {
             let path = shown.clone();
             move |source| StoreError::Open { operation, path, source }
         };
+        keep_private(path).map_err(|source| StoreError::File { path: shown.clone(), source })?;
         let connection = Connection::open(path).map_err(failed("open"))?;
         connection.busy_timeout(Duration::from_secs(2)).map_err(failed("configure"))?;
         connection

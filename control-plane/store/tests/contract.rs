@@ -177,6 +177,18 @@ async fn what_was_committed_survives_losing_the_process() {
 }
 
 #[tokio::test]
+async fn only_the_owner_can_read_the_database() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = SqliteStore::open(SqliteOptions::new(dir.path().join("store.db"))).expect("a store");
+    write(&store, put("secrets/1", "a", Expect::Absent)).await;
+    for name in ["store.db", "store.db-wal"] {
+        let mode = std::fs::metadata(dir.path().join(name)).expect("the file").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+}
+
+#[tokio::test]
 async fn a_second_process_cannot_open_the_same_database() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("store.db");
