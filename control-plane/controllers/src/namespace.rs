@@ -20,7 +20,7 @@ use crate::shared::{Shared, Task};
 const FINALIZER: &str = "kubernetes";
 const CONCURRENCY: usize = 4;
 /// Between looks at a namespace whose content takes its time; a pod that ends brings the look forward.
-const RECHECK: Duration = Duration::from_secs(2);
+const RECHECK: Duration = Duration::from_secs(1);
 
 pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
     let queue: Arc<WorkQueue<String>> = WorkQueue::new();

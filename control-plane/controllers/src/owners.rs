@@ -133,7 +133,7 @@ mod tests {
             uid: Some(uid.into()),
             owner_references: controller
                 .map(|uid| vec![OwnerReference { uid: uid.into(), controller: Some(true), ..Default::default() }]),
-            deletion_timestamp: deleting.then(|| Time(Timestamp::UNIX_EPOCH)),
+            deletion_timestamp: deleting.then_some(Time(Timestamp::UNIX_EPOCH)),
             ..Default::default()
         }
     }

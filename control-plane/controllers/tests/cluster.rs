@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use oarlock_controllers::{Config, Controllers};
-use oarlock_machinery::fake::FakeApi;
+use oarlock_machinery::fake::{FakeApi, Refused};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -291,7 +291,7 @@ async fn a_lost_pod_is_replaced_and_an_orphan_is_adopted() {
 #[tokio::test]
 async fn a_refused_pod_is_reported_and_tried_again() {
     let cluster = cluster();
-    cluster.refuse("POST", "pods", 3, 403, "Forbidden", "exceeded quota");
+    cluster.refuse("POST", "pods", 3, Refused::new(403, "Forbidden", "exceeded quota"));
     cluster.create(deployment(2, "one"));
     cluster.event("FailedCreate", "Error creating: exceeded quota").await;
     cluster.rolled_out().await;

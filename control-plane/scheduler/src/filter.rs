@@ -102,7 +102,7 @@ pub(crate) fn spread_facts<'a>(
         // A node that lacks one of the keys is no domain of any; the system's defaults are not that strict.
         let lacks =
             |constraint: &&Spread| !constraint.system_default && !node.labels.contains_key(&constraint.topology_key);
-        if constraints.iter().any(|constraint| lacks(constraint)) {
+        if constraints.iter().any(lacks) {
             continue;
         }
         for facts in &mut facts {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use oarlock_machinery::fake::FakeApi;
+use oarlock_machinery::fake::{FakeApi, Refused};
 use oarlock_scheduler::{Config, Scheduler};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -177,7 +177,7 @@ async fn an_important_pod_takes_the_place_of_another() {
 #[tokio::test]
 async fn a_refused_binding_is_tried_again() {
     let cluster = cluster(&["n1"]);
-    cluster.refuse("POST", "pods/binding", 1, 500, "InternalError", "storage is down");
+    cluster.refuse("POST", "pods/binding", 1, Refused::new(500, "InternalError", "storage is down"));
     cluster.create(pod("p", "4"));
     cluster.node_of("p").await;
     cluster.event("FailedScheduling", "binding rejected: storage is down").await;

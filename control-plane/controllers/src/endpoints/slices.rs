@@ -136,7 +136,7 @@ fn plan_group(
     }
     let mut empty_kept = false;
     for (slice, kept, changed) in drafts {
-        if kept.is_empty() && !(keep_empty && !empty_kept) {
+        if kept.is_empty() && (!keep_empty || empty_kept) {
             plan.delete.push(slice.clone());
             continue;
         }

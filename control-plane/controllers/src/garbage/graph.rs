@@ -226,7 +226,7 @@ mod tests {
                     .collect(),
             ),
             finalizers: Some(finalizers.iter().map(|f| (*f).to_owned()).collect()),
-            deletion_timestamp: deleting.then(|| Time(Timestamp::UNIX_EPOCH)),
+            deletion_timestamp: deleting.then_some(Time(Timestamp::UNIX_EPOCH)),
             ..Default::default()
         }
     }

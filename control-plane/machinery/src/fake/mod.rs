@@ -29,17 +29,21 @@ struct Refusal {
     method: String,
     resource: String,
     left: usize,
-    code: u16,
-    reason: String,
-    message: String,
+    answer: Refused,
 }
 
 /// A refusal of a request, as the API words it.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Refused {
+pub struct Refused {
     pub code: u16,
     pub reason: &'static str,
     pub message: String,
+}
+
+impl Refused {
+    pub fn new(code: u16, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { code, reason, message: message.into() }
+    }
 }
 
 impl FakeApi {
@@ -101,23 +105,17 @@ impl FakeApi {
         self.store.lock().changes(resource, type_)
     }
 
-    /// Refuses the next `times` requests with this method on this resource ("pods", "pods/binding").
-    pub fn refuse(&self, method: &str, resource: &str, times: usize, code: u16, reason: &str, message: &str) {
-        self.refusals.lock().push(Refusal {
-            method: method.to_owned(),
-            resource: resource.to_owned(),
-            left: times,
-            code,
-            reason: reason.to_owned(),
-            message: message.to_owned(),
-        });
+    /// Gives this answer to the next `times` requests with this method on this resource ("pods", "pods/binding").
+    pub fn refuse(&self, method: &str, resource: &str, times: usize, answer: Refused) {
+        let (method, resource) = (method.to_owned(), resource.to_owned());
+        self.refusals.lock().push(Refusal { method, resource, left: times, answer });
     }
 
-    fn refusal(&self, method: &str, resource: &str) -> Option<(u16, String, String)> {
+    fn refusal(&self, method: &str, resource: &str) -> Option<Refused> {
         let mut refusals = self.refusals.lock();
         let refusal = refusals.iter_mut().find(|r| r.left > 0 && r.method == method && r.resource == resource)?;
         refusal.left -= 1;
-        Some((refusal.code, refusal.reason.clone(), refusal.message.clone()))
+        Some(refusal.answer.clone())
     }
 
     /// Waits, change by change, until `check` answers; panics with the state of the fake if it never does.

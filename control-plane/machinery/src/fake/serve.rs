@@ -25,9 +25,9 @@ struct Target {
 
 fn target(path: &str) -> Option<Target> {
     let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
-    let rest = match parts.first()? {
-        &"api" => parts.get(2..)?,
-        &"apis" => parts.get(3..)?,
+    let rest = match *parts.first()? {
+        "api" => parts.get(2..)?,
+        "apis" => parts.get(3..)?,
         _ => return None,
     };
     let (namespace, rest) = match rest {
@@ -138,8 +138,8 @@ impl FakeApi {
             "" => target.resource.clone(),
             subresource => format!("{}/{subresource}", target.resource),
         };
-        if let Some((code, reason, message)) = self.refusal(request.method().as_str(), &path) {
-            return failure(code, &reason, &message);
+        if let Some(Refused { code, reason, message }) = self.refusal(request.method().as_str(), &path) {
+            return failure(code, reason, &message);
         }
         let accept = request.headers().get(http::header::ACCEPT).and_then(|accept| accept.to_str().ok());
         let metadata_only = accept.is_some_and(|accept| accept.contains("as=PartialObjectMetadata"));

@@ -57,7 +57,7 @@ fn key(resource: &str, namespace: &str, name: &str) -> ObjectKey {
 }
 
 fn refused(code: u16, reason: &'static str, message: impl Into<String>) -> Refused {
-    Refused { code, reason, message: message.into() }
+    Refused::new(code, reason, message)
 }
 
 pub(super) fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {

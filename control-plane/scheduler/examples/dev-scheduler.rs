@@ -1,4 +1,4 @@
-//! Runs the controllers against any API server: `cargo run -p oarlock-controllers --example dev -- KUBECONFIG`.
+//! Runs the scheduler against any API server: `cargo run -p oarlock-scheduler --example dev-scheduler -- KUBECONFIG`.
 
 use anyhow::Context;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -17,11 +17,6 @@ async fn main() -> anyhow::Result<()> {
         let _ = tokio::signal::ctrl_c().await;
         stop.cancel();
     });
-    let config = oarlock_controllers::Config {
-        cluster_cidr: "10.42.0.0/16".parse()?,
-        node_cidr_mask: 24,
-        root_ca_pem: "not a certificate\n".to_owned(),
-    };
-    oarlock_controllers::Controllers::new(client, config).run(shutdown).await?;
+    oarlock_scheduler::Scheduler::new(client, oarlock_scheduler::Config::default()).run(shutdown).await?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Runs the scheduler against any API server: `cargo run -p oarlock-scheduler --example dev -- KUBECONFIG`.
+//! Runs the controllers against any API server: `cargo run -p oarlock-controllers --example dev-controllers -- KUBECONFIG`.
 
 use anyhow::Context;
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -17,6 +17,11 @@ async fn main() -> anyhow::Result<()> {
         let _ = tokio::signal::ctrl_c().await;
         stop.cancel();
     });
-    oarlock_scheduler::Scheduler::new(client, oarlock_scheduler::Config::default()).run(shutdown).await?;
+    let config = oarlock_controllers::Config {
+        cluster_cidr: "10.42.0.0/16".parse()?,
+        node_cidr_mask: 24,
+        root_ca_pem: "not a certificate\n".to_owned(),
+    };
+    oarlock_controllers::Controllers::new(client, config).run(shutdown).await?;
     Ok(())
 }
