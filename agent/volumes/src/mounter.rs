@@ -92,7 +92,7 @@ impl Mounter for KernelMounter {
     }
 
     fn mounts_below(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
-        Ok(mount_points_below(&std::fs::read("/proc/self/mountinfo")?, path))
+        Ok(mount_points_below(&std::fs::read("/proc/thread-self/mountinfo")?, path))
     }
 }
 
