@@ -91,6 +91,10 @@ async fn every_patch_flavour_is_applied() {
     let json_patch = json!([{"op": "test", "path": "/data/k", "value": "1"}, {"op": "remove", "path": "/data/k"}]);
     let patched = fixture.admin.patch(&path, "application/json-patch+json", &json_patch).await.ok();
     assert_eq!(patched["data"], json!({"m": "2"}));
+    let failed = json!([{"op": "test", "path": "/data/m", "value": "9"}]);
+    let failed = fixture.admin.patch(&path, "application/json-patch+json", &failed).await;
+    assert_eq!((failed.code, failed.reason()), (422, "Invalid"));
+    assert_eq!(failed.body["details"]["causes"][0]["reason"], "UnexpectedServerResponse");
     let strategic = "application/strategic-merge-patch+json";
     let patched = fixture.admin.patch(&path, strategic, &json!({"metadata": {"labels": {"l": "1"}}})).await.ok();
     assert_eq!(patched["metadata"]["labels"]["l"], "1");

@@ -84,6 +84,25 @@ async fn a_running_pod_is_deleted_gracefully() {
 }
 
 #[tokio::test]
+async fn debug_containers_are_added_and_resources_resized() {
+    let fixture = with_namespace().await;
+    let path = format!("{PODS}/p");
+    fixture.admin.post(PODS, &pod("p")).await.ok();
+    let strategic = "application/strategic-merge-patch+json";
+    let debug = json!({"spec": {"ephemeralContainers": [{"name": "dbg", "image": "busybox"}]}});
+    let direct = fixture.admin.patch(&path, strategic, &debug).await;
+    assert_eq!(direct.code, 422, "only through the sub-resource");
+    let added = fixture.admin.patch(&format!("{path}/ephemeralcontainers"), strategic, &debug).await.ok();
+    assert_eq!(added["spec"]["ephemeralContainers"][0]["terminationMessagePolicy"], "File");
+    let none = json!({"spec": {"ephemeralContainers": null}});
+    assert_eq!(fixture.admin.patch(&format!("{path}/ephemeralcontainers"), MERGE, &none).await.code, 422);
+    let more = json!({"spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "200m"}}}]}});
+    let resized = fixture.admin.patch(&format!("{path}/resize"), strategic, &more).await.ok();
+    assert_eq!(resized["spec"]["containers"][0]["resources"]["requests"]["cpu"], "200m");
+    assert_eq!(resized["spec"]["containers"][0]["image"], "i");
+}
+
+#[tokio::test]
 async fn eviction_asks_the_disruption_budget() {
     let fixture = with_namespace().await;
     fixture.admin.post(PODS, &pod("p")).await.ok();

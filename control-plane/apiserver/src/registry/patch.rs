@@ -50,8 +50,8 @@ impl Patch {
         }
     }
 
-    /// The patched document; `shown_kind` is what errors name.
-    pub(crate) fn apply_to(&self, gvk: oarlock_schema::Gvk<'_>, old: &Value, name: &str) -> ApiResult<Value> {
+    /// The patched document.
+    pub(crate) fn apply_to(&self, gvk: oarlock_schema::Gvk<'_>, old: &Value) -> ApiResult<Value> {
         let mut new = old.clone();
         let result = match self {
             Patch::Json(patch) => patches::json_patch(&mut new, patch),
@@ -69,9 +69,9 @@ impl Patch {
             Err(PatchError::Unprocessable(message)) => Err(ApiError::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "Invalid",
-                format!("the server rejected our request due to an error in our request: {message}"),
+                "the server rejected our request due to an error in our request",
             )
-            .with_details(json!({"name": name}))),
+            .with_details(json!({"causes": [{"reason": "UnexpectedServerResponse", "message": message}]}))),
         }
     }
 }
@@ -94,7 +94,7 @@ pub(crate) async fn patch(ctx: &mut Context, target: &Target, request: Body) -> 
     let mut warnings = Vec::new();
     let change = Change { mode, subresource: subresource.as_deref(), track: true };
     let written = modify(ctx, target, &change, |old| {
-        let mut new = parsed.apply_to(body::gvk_of(kind), old, &target.name)?;
+        let mut new = parsed.apply_to(body::gvk_of(kind), old)?;
         body::check_type(&mut new, kind.group, kind.version, kind.kind)?;
         check_fixed(kind, target, old, &new)?;
         warnings = type_patched(kind, &mut new, validation, &bytes)?;

@@ -145,7 +145,7 @@ pub(crate) async fn modify(
         let errors = match change.mode {
             Mode::Status => (kind.validate_status_update)(&new, &old),
             Mode::Main => (kind.validate_update)(&new, &old),
-            Mode::Part => (kind.validate)(&new),
+            Mode::Part => strategy::validate_part(kind, &new),
         };
         refuse_invalid(kind, &target.name, &errors)?;
         if change.track {

@@ -8,11 +8,12 @@ pub(crate) mod scale;
 pub(crate) mod services;
 pub(crate) mod token_requests;
 
-use oarlock_kinds::Kind;
+use oarlock_kinds::{FieldError, Kind};
 use serde_json::Value;
 
 use crate::core::Context;
 use crate::error::ApiResult;
+use crate::object;
 use crate::registry::Mode;
 
 /// Holds what was allocated for an object until the object is stored.
@@ -28,6 +29,17 @@ pub(crate) fn on_create<'a>(ctx: &'a Context, kind: &Kind, object: &mut Value) -
         }
         _ => Ok(None),
     }
+}
+
+/// Checks an object of which a sub-resource has changed a part that plain updates may not.
+pub(crate) fn validate_part(kind: &Kind, object: &Value) -> Vec<FieldError> {
+    if kind.storage != "pods" {
+        return (kind.validate)(object);
+    }
+    // What create forbids is checked where it is added, against what was there before.
+    let mut plain = object.clone();
+    object::section(&mut plain, "spec").remove("ephemeralContainers");
+    (kind.validate)(&plain)
 }
 
 /// Runs on a changed object before it is validated.

@@ -266,7 +266,7 @@ pub(crate) async fn change_part(ctx: &mut Context, target: &Target, request: Bod
     let change = Change { mode: Mode::Part, subresource: Some(&subresource), track: true };
     let written = registry::modify(ctx, &whole, &change, |old| {
         let mut asked = match (&patch, &put) {
-            (Some(patch), _) => patch.apply_to(body::gvk_of(kind), old, &target.name)?,
+            (Some(patch), _) => patch.apply_to(body::gvk_of(kind), old)?,
             (None, Some(put)) => put.clone(),
             (None, None) => old.clone(),
         };
@@ -290,17 +290,11 @@ pub(crate) async fn change_part(ctx: &mut Context, target: &Target, request: Bod
 }
 
 fn take_ephemeral_containers(target: &Target, old: &Value, asked: &Value, new: &mut Value) -> ApiResult<()> {
-    let list =
-        |pod: &Value| pod.pointer("/spec/ephemeralContainers").and_then(Value::as_array).cloned().unwrap_or_default();
-    let (before, after) = (list(old), list(asked));
-    let kept = before.iter().all(|one| after.iter().any(|other| other["name"] == one["name"]));
-    if !kept {
-        let error =
-            FieldError::forbidden("spec.ephemeralContainers", "existing ephemeral containers may not be removed");
-        return Err(ApiError::invalid("", "Pod", &target.name, &[error]));
-    }
-    object::section(new, "spec").insert("ephemeralContainers".into(), after.into());
-    Ok(())
+    let wanted = asked.pointer("/spec/ephemeralContainers").cloned().unwrap_or_else(|| json!([]));
+    object::section(new, "spec").insert("ephemeralContainers".into(), wanted);
+    (target.kind.default)(new);
+    let errors = oarlock_kinds::pod_ephemeral_containers_update(new, old);
+    if errors.is_empty() { Ok(()) } else { Err(ApiError::invalid("", "Pod", &target.name, &errors)) }
 }
 
 fn take_resources(asked: &Value, new: &mut Value) {

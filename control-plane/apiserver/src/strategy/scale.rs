@@ -80,7 +80,7 @@ pub(crate) async fn change(ctx: &mut Context, target: &Target, request: Body) ->
         let seen = view(old);
         let gvk = Gvk { group: "autoscaling", version: "v1", kind: "Scale" };
         let mut scale = match (&patch, &put) {
-            (Some(patch), _) => patch.apply_to(gvk, &seen, &target.name)?,
+            (Some(patch), _) => patch.apply_to(gvk, &seen)?,
             (None, Some(put)) => put.clone(),
             (None, None) => seen.clone(),
         };
