@@ -96,7 +96,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
         Arc::new(ApiAuthorizer::new(client.clone(), config.node_name.clone())),
     );
     let pods = Pods::new(shared.clone(), known_sources, token.clone());
-    let node = sync::NodeSync::new(shared.clone(), identity, config.listen.port());
+    let node = sync::NodeSync::new(shared.clone(), identity);
     tasks.spawn("pods", finished(pods.run(news_receiver, probe_receiver)));
     tasks.spawn("events", finished(event_sender.run(token.clone())));
     tasks.spawn("services", finished(service_watch.run(token.clone())));

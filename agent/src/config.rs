@@ -23,7 +23,7 @@ pub struct Config {
     pub pod_logs_dir: PathBuf,
     /// Where `<pod>_<namespace>_<container>-<id>.log` symbolic links are kept; None keeps none.
     pub container_logs_dir: Option<PathBuf>,
-    /// Where the :10250 API listens. Port 0 takes any free port, and the node reports the one taken.
+    /// Where the :10250 API listens; the node reports this port.
     pub listen: SocketAddr,
     pub cert_file: PathBuf,
     pub key_file: PathBuf,

@@ -74,6 +74,7 @@ pub(crate) async fn watch_directory(
 ) {
     let mut bad: HashMap<PathBuf, String> = HashMap::new();
     let mut mirrored: HashMap<PodUid, Arc<Pod>> = HashMap::new();
+    let mut searched = false;
     loop {
         let (dir, node) = (directory.clone(), node_name.clone());
         let read = tokio::task::spawn_blocking(move || read_directory(&dir, &node)).await;
@@ -90,6 +91,7 @@ pub(crate) async fn watch_directory(
             }
             let _ = news.send(News::SourceReady(Source::Files)).await;
             mirror(&client, &pods, &mut mirrored).await;
+            searched = searched || remove_stale_mirrors(&client, &node_name, &pods).await;
         }
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -176,11 +178,25 @@ async fn mirror(client: &kube::Client, pods: &[Arc<Pod>], mirrored: &mut HashMap
     }
     let mut kept = HashMap::new();
     for (uid, pod) in current {
-        if mirrored.contains_key(&uid) || create_mirror(client, &pod).await {
+        if create_mirror(client, &pod).await {
             kept.insert(uid, pod);
         }
     }
     *mirrored = kept;
+}
+
+/// Removes mirrors of manifests that went while the agent was away; true once the API could be asked.
+async fn remove_stale_mirrors(client: &kube::Client, node_name: &str, pods: &[Arc<Pod>]) -> bool {
+    let api: Api<Pod> = Api::all(client.clone());
+    let params = kube::api::ListParams::default().fields(&format!("spec.nodeName={node_name}"));
+    let Ok(Ok(found)) = tokio::time::timeout(CALL, api.list(&params)).await else { return false };
+    let named = |pod: &Pod| (spec::pod_namespace(pod).to_owned(), spec::pod_name(pod).to_owned());
+    for pod in found.items.iter().filter(|pod| spec::is_mirror(pod)) {
+        if !pods.iter().any(|known| named(known) == named(pod)) {
+            delete_mirror(client, pod).await;
+        }
+    }
+    true
 }
 
 /// Creates the mirror, in the place of one of an older manifest; true when it is there.
@@ -191,7 +207,12 @@ async fn create_mirror(client: &kube::Client, pod: &Pod) -> bool {
     object.metadata.uid = None;
     object.metadata.annotations.get_or_insert_default().insert(names::CONFIG_MIRROR.to_owned(), hash.clone());
     match tokio::time::timeout(CALL, api.get_opt(spec::pod_name(pod))).await {
-        Ok(Ok(Some(found))) if spec::annotation(&found, names::CONFIG_MIRROR) == Some(&hash) => return true,
+        Ok(Ok(Some(found)))
+            if spec::annotation(&found, names::CONFIG_MIRROR) == Some(&hash)
+                && found.metadata.deletion_timestamp.is_none() =>
+        {
+            return true;
+        }
         Ok(Ok(Some(_))) => delete_mirror(client, pod).await,
         Ok(Ok(None)) => {}
         _ => return false,

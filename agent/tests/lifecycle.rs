@@ -147,12 +147,7 @@ async fn a_pod_lives_from_creation_to_ready_to_deletion() {
     let deleted = changes.iter().position(|change| change.starts_with("DELETE")).expect("a deletion");
     assert!(last < deleted, "the last status comes before the deletion: {changes:?}");
     let empty = tokio::time::timeout(Duration::from_secs(10), async {
-        loop {
-            let world = node.runtime.world.lock().unwrap();
-            if world.sandboxes.is_empty() && world.containers.is_empty() {
-                return;
-            }
-            drop(world);
+        while !node.runtime.is_empty() {
             tokio::task::yield_now().await;
         }
     });

@@ -107,16 +107,17 @@ pub(crate) fn new_node(config: &Config, identity: &Identity, status: NodeStatus)
     }
 }
 
+/// What stays the same while the agent runs.
+pub(crate) struct Fixed<'a> {
+    pub config: &'a Config,
+    pub capacity: &'a Capacity,
+    pub identity: &'a Identity,
+}
+
 /// The whole status. Transition times of `last` are kept where nothing changed.
-pub(crate) fn node_status(
-    config: &Config,
-    port: u16,
-    capacity: &Capacity,
-    identity: &Identity,
-    health: &Health,
-    last: Option<&NodeStatus>,
-    now: Timestamp,
-) -> NodeStatus {
+pub(crate) fn node_status(fixed: &Fixed<'_>, health: &Health, last: Option<&NodeStatus>, now: Timestamp) -> NodeStatus {
+    let Fixed { config, capacity, identity } = fixed;
+    let port = config.listen.port();
     let address = |type_: &str, address: String| NodeAddress { type_: type_.to_owned(), address };
     NodeStatus {
         addresses: Some(vec![
@@ -225,7 +226,9 @@ mod tests {
 
     fn status(health: &Health, last: Option<&NodeStatus>, now: Timestamp) -> NodeStatus {
         let config = Config::new("n", "192.0.2.1".parse().unwrap());
-        node_status(&config, 10250, &Capacity::default(), &Identity::default(), health, last, now)
+        let (capacity, identity) = (Capacity::default(), Identity::default());
+        let fixed = Fixed { config: &config, capacity: &capacity, identity: &identity };
+        node_status(&fixed, health, last, now)
     }
 
     fn ready(status: &NodeStatus) -> NodeCondition {

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::capacity::disk;
 use super::status::{self, Health, Identity};
+use crate::cgroups::PodCgroups;
 use crate::objects::Delays;
 use crate::recorder::Level;
 use crate::shared::Shared;
@@ -36,17 +37,31 @@ const MEMORY_FLOOR_BYTES: i64 = 100 << 20;
 pub(crate) struct NodeSync {
     shared: Arc<Shared>,
     identity: Identity,
-    port: u16,
     sent: Option<(NodeStatus, tokio::time::Instant)>,
     pod_cidr: Option<String>,
     rounds: u32,
     images: Vec<k8s_openapi::api::core::v1::ContainerImage>,
     was_ready: Option<bool>,
+    /// Whether the runtime has told how it makes cgroups.
+    driver_known: bool,
 }
 
 impl NodeSync {
-    pub(crate) fn new(shared: Arc<Shared>, identity: Identity, port: u16) -> Self {
-        Self { shared, identity, port, sent: None, pod_cidr: None, rounds: 0, images: Vec::new(), was_ready: None }
+    pub(crate) fn new(shared: Arc<Shared>, identity: Identity) -> Self {
+        Self {
+            shared,
+            identity,
+            sent: None,
+            pod_cidr: None,
+            rounds: 0,
+            images: Vec::new(),
+            was_ready: None,
+            driver_known: false,
+        }
+    }
+
+    fn fixed<'a>(&'a self, shared: &'a Shared) -> status::Fixed<'a> {
+        status::Fixed { config: &shared.config, capacity: &shared.capacity, identity: &self.identity }
     }
 
     /// Runs until `shutdown`.
@@ -103,6 +118,15 @@ impl NodeSync {
                 self.images = status::listed_images(images);
             }
         }
+        if reached && !self.driver_known {
+            // A runtime that cannot say makes cgroups by hand.
+            let systemd = shared.runtime.systemd_cgroups().await;
+            self.driver_known = systemd.as_ref().map_or_else(|error| error.unimplemented(), |_| true);
+            let cgroups = shared.cgroups.load_full();
+            if let Some(systemd) = systemd.ok().filter(|systemd| *systemd != cgroups.systemd) {
+                shared.cgroups.store(Arc::new(PodCgroups { systemd, ..(*cgroups).clone() }));
+            }
+        }
         health.images = self.images.clone();
         let data_dir = shared.config.data_dir.clone();
         let pressures = tokio::task::spawn_blocking(move || pressures(&data_dir)).await.unwrap_or_default();
@@ -116,7 +140,7 @@ impl NodeSync {
         let config = &shared.config;
         let last = self.sent.as_ref().map(|(status, _)| status);
         let now = Timestamp::now();
-        let next = status::node_status(config, self.port, &shared.capacity, &self.identity, health, last, now);
+        let next = status::node_status(&self.fixed(&shared), health, last, now);
         let due = self.sent.as_ref().is_none_or(|(_, at)| at.elapsed() >= config.node_status_report_period);
         let news = last.is_none_or(|last| !status::same(last, &next));
         if !due && !news {
@@ -189,7 +213,7 @@ impl NodeSync {
         let last = found.status.clone();
         self.take_node(found).await;
         let now = Timestamp::now();
-        Ok(status::node_status(&shared.config, self.port, &shared.capacity, &self.identity, health, last.as_ref(), now))
+        Ok(status::node_status(&self.fixed(&shared), health, last.as_ref(), now))
     }
 
     /// Between reports: a node that waits for its pod addresses, or that is not Ready, is read again.

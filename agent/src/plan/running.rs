@@ -117,7 +117,9 @@ impl Planner<'_> {
             let record = observed.latest(&main.name);
             let progress = match record.map(|record| record.state) {
                 Some(RunState::Created) => {
-                    record.map(|record| self.remove_leftover(record));
+                    if let Some(record) = record {
+                        self.remove_leftover(record);
+                    }
                     Progress::UnderWay
                 }
                 Some(RunState::Running | RunState::Unknown) => {
@@ -148,6 +150,7 @@ impl Planner<'_> {
             return Progress::UnderWay;
         }
         let ended = record.filter(|record| record.state == RunState::Exited);
+        self.wake_when_shown_otherwise(container, ended);
         if let Some(at) = ended.and_then(|record| self.state.restart_at(record)).filter(|at| *at > self.now) {
             self.wake(at);
             return Progress::Waiting;
@@ -178,20 +181,27 @@ impl Planner<'_> {
         }
     }
 
+    /// A failed start shows its error for a moment, and then that it is waiting.
+    fn wake_when_shown_otherwise(&mut self, container: &ContainerView, ended: Option<&Container>) {
+        let Some(ended) = ended.filter(|_| self.state.start_errors.contains_key(&container.name)) else { return };
+        let turns = crate::status::error_turns_at(ended.finished_at.unwrap_or(ended.created_at));
+        if turns > self.now {
+            self.wake(turns);
+        }
+    }
+
     /// Tries a failed image again when its time has come; asks to be woken when ErrImagePull becomes ImagePullBackOff.
     fn retry_image(&mut self, container: &ContainerView, at: jiff::Timestamp, retry_at: Option<jiff::Timestamp>) {
-        let turns = crate::status::pull_error_turns_at(at);
+        let turns = crate::status::error_turns_at(at);
         if turns > self.now {
             self.wake(turns);
         }
         match retry_at {
             Some(retry_at) if retry_at > self.now => self.wake(retry_at),
-            Some(_) => {
-                if self.free(&Key::Image(container.name.clone())) {
-                    self.push(Action::EnsureImage { container: container.name.clone() });
-                }
+            Some(_) if self.free(&Key::Image(container.name.clone())) => {
+                self.push(Action::EnsureImage { container: container.name.clone() });
             }
-            None => {}
+            _ => {}
         }
     }
 

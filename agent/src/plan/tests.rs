@@ -158,7 +158,7 @@ fn restarts_follow_the_policy_and_the_back_off() {
     // The first restart comes at once; the second waits ten seconds from the end.
     let mut state = running_pod(spec("Always"), vec![ended(1)]);
     let action = Action::StartContainer { name: "a".into(), restart_count: 1 };
-    assert_eq!(plan(&state, at(11)).actions, [action.clone()]);
+    assert_eq!(plan(&state, at(11)).actions, std::slice::from_ref(&action));
     state.begin(&action, at(11));
     state.finish(&action.key().unwrap(), Outcome::Done, 2, at(11));
     let again = Container { restart_count: 1, finished_at: Some(at(12)), ..ended(1) };
@@ -289,7 +289,7 @@ fn a_failed_pull_waits_ten_seconds_and_then_twice_as_long() {
     let action = Action::EnsureImage { container: "a".into() };
     let mut now = 0;
     for wait in [10, 20, 40] {
-        assert_eq!(plan(&state, at(now)).actions, [action.clone()]);
+        assert_eq!(plan(&state, at(now)).actions, std::slice::from_ref(&action));
         state.begin(&action, at(now));
         let outcome = Outcome::Failed { reason: "ErrImagePull".into(), message: "no".into() };
         state.finish(&action.key().unwrap(), outcome, 0, at(now));
@@ -314,7 +314,7 @@ fn nothing_is_decided_about_a_container_before_its_last_action_was_seen() {
     let spec = serde_json::json!({"containers": [{"name": "a", "image": "i"}]});
     let mut state = running_pod(spec, Vec::new());
     let action = Action::StartContainer { name: "a".into(), restart_count: 0 };
-    assert_eq!(plan(&state, at(1)).actions, [action.clone()]);
+    assert_eq!(plan(&state, at(1)).actions, std::slice::from_ref(&action));
     state.begin(&action, at(1));
     state.finish(&action.key().unwrap(), Outcome::Done, 7, at(1));
     state.images.insert("a".into(), ImageState::Ready { image_ref: "sha256:i".into() });

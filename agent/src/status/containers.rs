@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1::{
     ContainerUser, LinuxContainerUser, PodStatus,
 };
 
-use super::{StatusFacts, pull_error_turns_at, whole_second};
+use super::{StatusFacts, error_turns_at, whole_second};
 use crate::model::{Container, RunState};
 use crate::plan::{ContainerView, ImageState, PodView, Role, State, Why};
 
@@ -108,14 +108,14 @@ impl Containers<'_> {
     fn start_error_shown(&self, container: &ContainerView, record: &Container) -> Option<(String, String)> {
         let ended_at = record.finished_at.unwrap_or(record.created_at);
         let error = self.state.start_errors.get(&container.name)?;
-        (pull_error_turns_at(ended_at) > self.facts.now).then(|| error.clone())
+        (error_turns_at(ended_at) > self.facts.now).then(|| error.clone())
     }
 
     fn image_trouble(&self, container: &ContainerView) -> Option<(String, String)> {
         let Some(ImageState::Failed { reason, message, at, .. }) = self.state.images.get(&container.name) else {
             return None;
         };
-        if reason == "ErrImagePull" && pull_error_turns_at(*at) <= self.facts.now {
+        if reason == "ErrImagePull" && error_turns_at(*at) <= self.facts.now {
             let message = format!("Back-off pulling image \"{}\": ErrImagePull: {message}", container.image);
             return Some(("ImagePullBackOff".to_owned(), message));
         }

@@ -19,12 +19,12 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use crate::plan::{PodView, Role, State, Why};
 use crate::spec;
 
-/// For this long a failed pull shows as ErrImagePull; then it shows as ImagePullBackOff.
-const PULL_ERROR_SHOWN: Duration = Duration::from_secs(2);
+/// For this long a failure shows as such; then as ImagePullBackOff or CrashLoopBackOff.
+const ERROR_SHOWN: Duration = Duration::from_secs(2);
 
-/// When the waiting reason of a pull that failed at `at` becomes ImagePullBackOff.
-pub(crate) fn pull_error_turns_at(at: Timestamp) -> Timestamp {
-    crate::plan::later(at, PULL_ERROR_SHOWN)
+/// When the waiting reason of what failed at `at` becomes ImagePullBackOff or CrashLoopBackOff.
+pub(crate) fn error_turns_at(at: Timestamp) -> Timestamp {
+    crate::plan::later(at, ERROR_SHOWN)
 }
 
 /// What beside the pod and the planner's state a status shows.

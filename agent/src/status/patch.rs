@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 const FOREIGN: &[&str] =
     &["nominatedNodeName", "resourceClaimStatuses", "extendedResourceClaimStatus", "resize", "allocatedResources"];
 
-/// The patch from `old` to `new` for the pod of that UID; None when there is nothing to tell.
-pub(crate) fn status_patch(uid: &str, old: &PodStatus, new: &PodStatus) -> Option<Value> {
+/// The patch from `old` to `new`; None when there is nothing to tell. With a UID it applies to no other pod of the name.
+pub(crate) fn status_patch(uid: Option<&str>, old: &PodStatus, new: &PodStatus) -> Option<Value> {
     let (old, new) = (object(old), object(new));
     let mut changes = Map::new();
     for (name, value) in &new {
@@ -28,7 +28,8 @@ pub(crate) fn status_patch(uid: &str, old: &PodStatus, new: &PodStatus) -> Optio
     for name in old.keys().filter(|name| !new.contains_key(*name) && !FOREIGN.contains(&name.as_str())) {
         changes.insert(name.clone(), Value::Null);
     }
-    (!changes.is_empty()).then(|| json!({ "metadata": { "uid": uid }, "status": changes }))
+    let metadata = uid.map_or(json!({}), |uid| json!({ "uid": uid }));
+    (!changes.is_empty()).then(|| json!({ "metadata": metadata, "status": changes }))
 }
 
 fn object(status: &PodStatus) -> Map<String, Value> {
@@ -77,7 +78,7 @@ mod tests {
     #[test]
     fn nothing_new_is_no_patch() {
         let same = status(json!({"phase": "Running"}));
-        assert_eq!(status_patch("u", &same, &same), None);
+        assert_eq!(status_patch(Some("u"), &same, &same), None);
     }
 
     #[test]
@@ -87,7 +88,7 @@ mod tests {
             {"type": "example.org/gate", "status": "False"}]}));
         let new = status(json!({"phase": "Running", "conditions": [
             {"type": "Ready", "status": "True"}, {"type": "example.org/gate", "status": "True"}]}));
-        let patch = status_patch("u", &old, &new).expect("a patch");
+        let patch = status_patch(Some("u"), &old, &new).expect("a patch");
         assert_eq!(
             patch,
             json!({"metadata": {"uid": "u"}, "status": {"phase": "Running", "reason": null, "conditions": [

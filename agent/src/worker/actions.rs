@@ -53,7 +53,10 @@ impl Job {
                 Err(error) => self.troubled("FailedKillPod", format!("error killing pod: {error}")),
             },
             Action::RemoveSandbox { id } => match self.shared.runtime.remove_sandbox(id.as_str()).await {
-                Ok(()) => Outcome::Done,
+                Ok(()) => {
+                    remove_empty(&self.shared.log_dir(&self.pod)).await;
+                    Outcome::Done
+                }
                 Err(error) => failed("", error.to_string()),
             },
             Action::TearDownVolumes => self.tear_down_volumes().await,
@@ -131,6 +134,10 @@ impl Job {
             if let Err(error) = shared.runtime.stop_sandbox(id.as_str()).await {
                 return self.troubled("FailedKillPod", format!("error killing pod: {error}"));
             }
+        }
+        if self.pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false) {
+            let message = "Failed to create pod sandbox: user namespaces are not supported on this node".to_owned();
+            return self.troubled("FailedCreatePodSandBox", message);
         }
         let handler = match self.runtime_handler().await {
             Ok(handler) => handler,
@@ -290,6 +297,16 @@ async fn remove_log(log: &Path) {
     {
         let _ = tokio::fs::remove_dir(pod_dir).await;
     }
+}
+
+/// Removes a pod's log directory where no log is left in it.
+async fn remove_empty(dir: &Path) {
+    if let Ok(mut entries) = tokio::fs::read_dir(dir).await {
+        while let Ok(Some(entry)) = entries.next_entry().await {
+            let _ = tokio::fs::remove_dir(entry.path()).await;
+        }
+    }
+    let _ = tokio::fs::remove_dir(dir).await;
 }
 
 /// An error with its causes.

@@ -406,7 +406,7 @@ impl Worker {
 
     /// Makes the status, lets readers see it, and sends what changed.
     fn tell(&mut self, now: Timestamp) -> Option<tokio::time::Instant> {
-        let Some(observed) = self.state.observed.clone() else { return None };
+        let observed = self.state.observed.clone()?;
         let scheme = self.shared.id_scheme.load();
         let host_ip = self.shared.host_ip();
         let facts = status::StatusFacts { host_ip: &host_ip, id_scheme: &scheme, now };
@@ -427,10 +427,11 @@ impl Worker {
     }
 
     fn send_status(&mut self) -> Option<tokio::time::Instant> {
-        if self.state.gone || spec::is_static(&self.pod) {
+        if self.state.gone {
             return None;
         }
-        let patch = match self.report.next_patch(self.uid.as_str()) {
+        let uid = Some(self.uid.as_str()).filter(|_| !spec::is_static(&self.pod));
+        let patch = match self.report.next_patch(uid) {
             report::Next::Nothing => return None,
             report::Next::Wait(until) => return Some(until),
             report::Next::Send(patch) => patch,

@@ -86,7 +86,7 @@ impl Report {
     }
 
     /// The next patch to send, if it is time for one.
-    pub(super) fn next_patch(&mut self, uid: &str) -> Next {
+    pub(super) fn next_patch(&mut self, uid: Option<&str>) -> Next {
         if self.under_way {
             return Next::Nothing;
         }
@@ -100,7 +100,7 @@ impl Report {
 
     /// Whether the API has everything.
     pub(super) fn settled(&self) -> bool {
-        !self.under_way && status_patch("", &self.acknowledged, &self.current).is_none()
+        !self.under_way && status_patch(None, &self.acknowledged, &self.current).is_none()
     }
 
     pub(super) fn ended(&mut self, sent: Sent) {
@@ -152,6 +152,8 @@ pub(super) async fn send(client: kube::Client, pod: &Pod, patch: Value, status: 
     let call = api.patch_status(spec::pod_name(pod), &params, &patch);
     match tokio::time::timeout(CALL, call).await {
         Ok(Ok(answer)) => Sent::Done { status: Box::new(status), answer: Box::new(answer) },
+        // The mirror of a static pod may only be about to be made.
+        Ok(Err(kube::Error::Api(refusal))) if refusal.code == 404 && spec::is_static(pod) => Sent::Failed,
         Ok(Err(kube::Error::Api(refusal))) if refusal.code == 404 || refusal.code == 409 => Sent::Gone,
         Ok(Err(error)) => {
             tracing::debug!(pod.name = spec::pod_name(pod), %error, "pod status was not taken");

@@ -126,6 +126,11 @@ impl FakeRuntime {
         running.map(|c| c.config.metadata.clone().unwrap_or_default().name).collect()
     }
 
+    pub fn is_empty(&self) -> bool {
+        let world = self.world.lock().unwrap();
+        world.sandboxes.is_empty() && world.containers.is_empty()
+    }
+
     pub fn calls(&self) -> Vec<String> {
         self.world.lock().unwrap().calls.clone()
     }
@@ -327,7 +332,7 @@ impl RuntimeService for FakeRuntime {
         let id = request.into_inner().container_id;
         self.change("stop", |world| {
             let running = |c: &&mut Container| c.id == id && c.state == cri::ContainerState::ContainerRunning;
-            for container in world.containers.iter_mut().filter(|c| running(&c)) {
+            for container in world.containers.iter_mut().filter(running) {
                 container.state = cri::ContainerState::ContainerExited;
                 container.exit_code = 143;
                 container.finished_at = now();
