@@ -87,6 +87,8 @@ pub(crate) struct Container {
     phase: watch::Sender<ContainerPhase>,
     /// Held while the container is started, updated or removed. Stopping needs no lock.
     pub(crate) operation: tokio::sync::Mutex<()>,
+    /// Held while the engine deletes it: at its end and at its removal, which may coincide.
+    pub(crate) deletion: tokio::sync::Mutex<()>,
     /// The last measurement of CPU use, for rates: when, in nanoseconds, and how much.
     pub(crate) cpu_sample: Mutex<Option<(i64, u64)>>,
 }
@@ -98,6 +100,7 @@ impl Container {
             record: ArcSwap::from_pointee(record),
             writing: Mutex::new(()),
             operation: tokio::sync::Mutex::new(()),
+            deletion: tokio::sync::Mutex::new(()),
             cpu_sample: Mutex::new(None),
         })
     }

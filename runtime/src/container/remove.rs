@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use oarlock_proto::cri;
 
-use super::stop::stop;
+use super::stop::{delete_in_engine, stop};
 use super::volumes::image_key;
 use crate::core::Core;
 use crate::error::Error;
@@ -24,7 +24,7 @@ pub(crate) async fn remove(core: Arc<Core>, container: Arc<Container>) -> Result
         return Ok(());
     }
     let record = container.change(&core.records, |record| record.phase = ContainerPhase::Removing).await?;
-    take_away(&core, &record).await?;
+    take_away(&core, &container, &record).await?;
     view::publish_container(&core, &container, cri::ContainerEventType::ContainerDeletedEvent);
     core.index.remove_container(&id);
     tracing::info!(container.id = %id, "container removed");
@@ -34,24 +34,16 @@ pub(crate) async fn remove(core: Arc<Core>, container: Arc<Container>) -> Result
 /// Takes away a container that was never finished. A failure leaves the record, so that the next start tries again.
 pub(crate) async fn undo(core: &Arc<Core>, container: &Arc<Container>) {
     let record = container.record();
-    if let Err(error) = take_away(core, &record).await {
+    if let Err(error) = take_away(core, container, &record).await {
         tracing::error!(container.id = %record.id, error = %error.full_message(), "container could not be undone; the next start tries again");
     }
     core.index.remove_container(&record.id);
 }
 
-async fn take_away(core: &Arc<Core>, record: &ContainerRecord) -> Result<(), Error> {
+async fn take_away(core: &Arc<Core>, container: &Container, record: &ContainerRecord) -> Result<(), Error> {
     let id = record.id.clone();
-    let mut failures = Vec::new();
-    let shim = core.index.sandbox(&record.sandbox_id).ok().and_then(|sandbox| sandbox.shim());
-    if let Some(shim) = shim {
-        failures.extend(
-            shim.delete(&id)
-                .await
-                .err()
-                .map(|error| Error::shim(format!("delete container {id}"))(error).full_message()),
-        );
-    }
+    let mut failures: Vec<String> =
+        delete_in_engine(core, container).await.err().map(|error| error.full_message()).into_iter().collect();
     let (group, bundle, volumes) =
         (record.cgroup.clone(), core.paths.bundle(&id).root, core.paths.container_volumes(&id));
     let local = blocking("removing a container", move || {

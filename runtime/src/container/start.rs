@@ -8,6 +8,7 @@ use oarlock_proto::cri;
 use oarlock_shim_api::{CreateRequest, ErrorKind, Shim, ShimError};
 
 use super::state_error;
+use super::stop::delete_in_engine;
 use crate::core::Core;
 use crate::error::Error;
 use crate::record::{ContainerPhase, ContainerRecord};
@@ -54,7 +55,7 @@ pub(crate) async fn start(core: Arc<Core>, container: Arc<Container>) -> Result<
             Ok(())
         }
         Err(error) => {
-            fail(&core, &container, &shim, &error).await;
+            fail(&core, &container, &error).await;
             Err(error)
         }
     }
@@ -102,10 +103,11 @@ fn of_engine(id: &str, error: ShimError) -> Error {
     }
 }
 
-async fn fail(core: &Arc<Core>, container: &Arc<Container>, shim: &Shim, error: &Error) {
+async fn fail(core: &Arc<Core>, container: &Arc<Container>, error: &Error) {
     let id = container.id();
-    if let Err(left) = shim.delete(&id).await {
-        tracing::warn!(container.id = %id, error = %left, "what the engine made of a failed start could not be deleted");
+    if let Err(left) = delete_in_engine(core, container).await {
+        let error = left.full_message();
+        tracing::warn!(container.id = %id, error, "what the engine made of a failed start could not be deleted");
     }
     let message = error.full_message();
     tracing::warn!(container.id = %id, error = %message, "container could not be started");

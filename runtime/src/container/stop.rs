@@ -97,14 +97,23 @@ pub(crate) async fn exited(core: &Arc<Core>, container: &Arc<Container>, exit: &
     .await;
     tracing::info!(container.id = %container.id(), exit_code = exit.exit_code, oom_killed = exit.oom_killed, "container exited");
     // Its group, and whatever it left running in a PID namespace it shared, go at once.
-    let shim = core.index.sandbox(&container.record().sandbox_id).ok().and_then(|sandbox| sandbox.shim());
-    if let Some(shim) = shim {
-        let id = container.id();
-        tokio::spawn(async move {
-            if let Err(error) = shim.delete(&id).await {
-                tracing::debug!(container.id = %id, %error, "exited container is left to its removal");
-            }
-        });
+    let (core, container) = (core.clone(), container.clone());
+    tokio::spawn(async move {
+        if let Err(error) = delete_in_engine(&core, &container).await {
+            let error = error.full_message();
+            tracing::debug!(container.id = %container.id(), error, "exited container is left to its removal");
+        }
+    });
+}
+
+/// Has the engine forget a container and end what is left of it. May be repeated; without a shim there is nothing to do.
+pub(super) async fn delete_in_engine(core: &Core, container: &Container) -> Result<(), Error> {
+    let _alone = container.deletion.lock().await;
+    let record = container.record();
+    let shim = core.index.sandbox(&record.sandbox_id).ok().and_then(|sandbox| sandbox.shim());
+    match shim {
+        Some(shim) => shim.delete(&record.id).await.map_err(Error::shim(format!("delete container {}", record.id))),
+        None => Ok(()),
     }
 }
 
@@ -144,14 +153,14 @@ pub(crate) async fn is_running(core: &Arc<Core>, container: &Arc<Container>, pid
 }
 
 /// A start was cut off between the engine's two steps: the client will ask again.
-pub(crate) async fn start_interrupted(core: &Arc<Core>, container: &Arc<Container>, shim: &Shim) {
+pub(crate) async fn start_interrupted(core: &Arc<Core>, container: &Arc<Container>) {
     let Ok(_alone) = container.operation.try_lock() else { return };
     if container.phase() != ContainerPhase::Starting {
         return;
     }
-    let id = container.id();
-    if let Err(error) = shim.delete(&id).await {
-        tracing::warn!(container.id = %id, %error, "half-started container could not be deleted");
+    if let Err(error) = delete_in_engine(core, container).await {
+        let error = error.full_message();
+        tracing::warn!(container.id = %container.id(), error, "half-started container could not be deleted");
     }
     back_to_created(core, container).await;
 }

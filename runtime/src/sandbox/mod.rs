@@ -21,7 +21,8 @@ use crate::state::{Sandbox, blocking, new_id, now_nanos};
 use crate::view;
 
 pub(crate) use network::attachment;
-pub(crate) use stop::{clear_away, remove, remove_group, stop, tear_down};
+use stop::tear_down;
+pub(crate) use stop::{clear_away, remove, remove_group, stop};
 pub(crate) use watch::{lose_shim, resynchronise, watch};
 
 /// Makes a sandbox, or gives the one that exists with just this configuration.
@@ -91,10 +92,13 @@ async fn bring_up(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &spec::san
 /// Takes away a sandbox that never became ready. Failures leave the record, so that the next start tries again.
 pub(crate) async fn undo(core: &Arc<Core>, sandbox: &Arc<Sandbox>) {
     let id = sandbox.id();
-    let failures = tear_down(core, sandbox).await;
-    let forgotten = match failures.is_empty() {
+    let left = tear_down(core, sandbox).await;
+    if let Some(error) = left.network {
+        tracing::warn!(sandbox.id = %id, error, "network could not be detached; collection tries again");
+    }
+    let forgotten = match left.local.is_empty() {
         true => forget(core, &id).await,
-        false => Err(Error::Teardown { operation: format!("undo sandbox {id}"), failures }),
+        false => Err(Error::Teardown { operation: format!("undo sandbox {id}"), failures: left.local }),
     };
     if let Err(error) = forgotten {
         tracing::error!(sandbox.id = %id, error = %error.full_message(), "sandbox could not be undone; the next start tries again");

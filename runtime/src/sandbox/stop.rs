@@ -37,7 +37,8 @@ async fn stop_locked(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(), Err
     sandbox.change(&core.records, |record| record.phase = SandboxPhase::Stopping).await?;
     let id = sandbox.id();
     let mut failures = stop_containers(core, &id).await;
-    failures.extend(tear_down(core, sandbox).await);
+    let left = tear_down(core, sandbox).await;
+    failures.extend(left.network.into_iter().chain(left.local));
     if !failures.is_empty() {
         return Err(Error::Teardown { operation: format!("stop sandbox {id}"), failures });
     }
@@ -79,18 +80,25 @@ pub(crate) async fn remove(core: Arc<Core>, sandbox: Arc<Sandbox>) -> Result<(),
     Ok(())
 }
 
+/// What could not be taken down.
+#[derive(Debug, Default)]
+pub(super) struct Failures {
+    /// CNI DEL. Its own record outlives the sandbox's, and collection tries again from there.
+    pub(super) network: Option<String>,
+    pub(super) local: Vec<String>,
+}
+
 /// Takes down what a sandbox has in the kernel: shim, network, namespaces, mounts. Gives every failure.
-pub(crate) async fn tear_down(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Vec<String> {
+pub(super) async fn tear_down(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Failures {
     let record = sandbox.record();
     let held = sandbox.shim();
     // Nobody is to take the coming end of the connection for an accident.
     sandbox.set_shim(None);
     let (shim, network) = tokio::join!(end_shim(core, &record.id, held), network::detach(core, &record));
     let group = record.owns_cgroup_parent.then(|| record.cgroup_parent.clone());
-    let mut failures: Vec<String> =
-        [shim, network].into_iter().filter_map(Result::err).map(|error| error.full_message()).collect();
-    failures.extend(clear_away(core, &record.id, group).await);
-    failures
+    let mut local: Vec<String> = shim.err().map(|error| error.full_message()).into_iter().collect();
+    local.extend(clear_away(core, &record.id, group).await);
+    Failures { network: network.err().map(|error| error.full_message()), local }
 }
 
 /// Ends a sandbox's shim and with it every process of the pod.

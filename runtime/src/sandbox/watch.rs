@@ -91,7 +91,7 @@ pub(crate) async fn resynchronise(core: &Arc<Core>, sandbox: &Arc<Sandbox>, shim
                 container::is_running(core, &container, *pid).await;
             }
             Some(ContainerState { status: ContainerStatus::Created, .. }) => {
-                container::start_interrupted(core, &container, shim).await;
+                container::start_interrupted(core, &container).await;
             }
             Some(ContainerState { status: ContainerStatus::Stopped, exit: None, .. }) | None => {
                 container::unknown_to_shim(core, &container).await;

@@ -44,6 +44,7 @@ pub struct Daemon {
 /// Runs a test against a daemon in fresh namespaces, and fails it for whatever is left behind.
 pub fn with_daemon<F: Future<Output = Daemon>>(name: &'static str, test: impl FnOnce(Daemon) -> F + Send + 'static) {
     in_fresh_namespaces(move || {
+        oarlock_netns::bring_loopback_up().unwrap();
         let marker = format!("oarlock-runtime-{name}");
         let before = Snapshot::take(&marker);
         let threads = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();

@@ -1,5 +1,5 @@
 //! Runs the daemon by hand:
-//! `cargo run -p oarlock-runtime --example dev -- <data-dir> <shim> <cni-conf-dir> <cni-bin-dir> [image-archive…]`.
+//! `cargo run -p oarlock-runtime --example dev-runtime -- <data-dir> <shim> <cni-conf-dir> <cni-bin-dir> [image-archive…]`.
 //! The socket is `<data-dir>/run/runtime.sock`; archives are imported once it serves. Ctrl-C stops the daemon and leaves
 //! containers running.
 
@@ -16,7 +16,7 @@ use tonic::transport::Endpoint;
 async fn main() {
     let arguments: Vec<PathBuf> = std::env::args_os().skip(1).map(PathBuf::from).collect();
     let [data_dir, shim_binary, cni_conf_dir, cni_bin_dir, archives @ ..] = arguments.as_slice() else {
-        eprintln!("usage: dev <data-dir> <shim-binary> <cni-conf-dir> <cni-bin-dir> [image-archive…]");
+        eprintln!("usage: dev-runtime <data-dir> <shim-binary> <cni-conf-dir> <cni-bin-dir> [image-archive…]");
         std::process::exit(64);
     };
     let config = Config {
