@@ -23,7 +23,9 @@ const BURST: f64 = 25.0;
 const REFILL: Duration = Duration::from_secs(300);
 const KNOWN_MAX: usize = 4096;
 const CALL: Duration = Duration::from_secs(10);
-const ATTEMPTS: u32 = 5;
+/// An event outlasts an API outage of about a minute and a half.
+const ATTEMPTS: u32 = 14;
+const LONGEST_DELAY: Duration = Duration::from_secs(10);
 
 /// Normal or Warning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -215,7 +217,7 @@ impl Sender {
                 Ok(Ok(_)) => return,
                 // Refused for good: the namespace is going, or the event is not allowed.
                 Ok(Err(kube::Error::Api(status))) if status.code < 500 && status.code != 429 => return,
-                _ => tokio::time::sleep(Duration::from_millis(200 << attempt)).await,
+                _ => tokio::time::sleep(Duration::from_millis(200 << attempt.min(6)).min(LONGEST_DELAY)).await,
             }
         }
         tracing::debug!(event.reason = event.reason, "event lost, the API did not take it");
