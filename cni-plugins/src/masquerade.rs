@@ -17,7 +17,8 @@ use crate::call::{Owner, stable_hash};
 use crate::error::{PluginError, Result};
 
 pub const TABLE: &str = "oarlock-cni";
-const MAP: &str = "masquerade";
+// Not "masquerade": nft could not name a map that is called like one of its own words.
+const MAP: &str = "pods";
 const CHAIN: &str = "postrouting";
 const SOURCE_NAT: i32 = 100;
 

@@ -133,16 +133,19 @@ pub fn sync_routes(others: &[Node]) -> oarlock_netlink::Result<usize> {
 }
 
 /// Lets the node itself reach Service addresses when no other route covers them, as on hosts without a default route: the
-/// packets need some route before they are given another destination.
-pub fn ensure_service_route(service_cidr: IpNet) -> oarlock_netlink::Result<bool> {
+/// packets need some route before they are given another destination. It leads out of the node's own link, where our
+/// table lets nothing of it pass; through `lo`, refusals would not find back.
+pub fn ensure_service_route(service_cidr: IpNet, node_ip: IpAddr) -> oarlock_netlink::Result<bool> {
     let mut connection = Connection::open(Protocol::Route)?;
-    let routes = connection.routes()?;
-    if routes.iter().any(|route| route.destination.contains(&service_cidr)) {
+    if connection.routes()?.iter().any(|route| route.destination.contains(&service_cidr)) {
         return Ok(false);
     }
-    let lo = connection.require_link("lo")?;
-    let mut route = Route::new(service_cidr.trunc(), None, lo.index);
-    route.protocol = ROUTE_PROTOCOL;
+    let lo = connection.require_link("lo")?.index;
+    let addresses = connection.addresses()?;
+    let Some(own) = addresses.iter().find(|address| address.net.addr() == node_ip && address.link != lo) else {
+        return Ok(false);
+    };
+    let route = Route { protocol: ROUTE_PROTOCOL, ..Route::new(service_cidr.trunc(), None, own.link) };
     connection.replace_route(&route)?;
     Ok(true)
 }

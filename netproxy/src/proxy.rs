@@ -302,9 +302,9 @@ impl Hub {
 
     /// What others may have taken from the host meanwhile.
     async fn check_host(&self) {
-        let (service_cidr, dns) = (self.config.service_cidr, self.config.cluster_dns);
+        let (service_cidr, dns, node_ip) = (self.config.service_cidr, self.config.cluster_dns, self.config.node_ip);
         let work = move || {
-            match node::ensure_service_route(service_cidr) {
+            match node::ensure_service_route(service_cidr, node_ip) {
                 Ok(true) => info!(%service_cidr, "route to Service addresses added"),
                 Ok(false) => {}
                 Err(error) => {

@@ -18,7 +18,8 @@ const MASQUERADE_MARK: u32 = 0x4000;
 pub const AFFINITY: &str = "affinity";
 const AFFINITY_SIZE: u32 = 262_144;
 const AFFINITY_DEFAULT: Duration = Duration::from_secs(10_800);
-const REJECT: &str = "reject";
+// Not "reject": nft could not name a chain that is called like one of its own words.
+const REJECT: &str = "refuse-now";
 const SERVICES: &str = "balance";
 const LOCAL: &str = "balance-local";
 const NO_ENDPOINTS: &str = "refuse";

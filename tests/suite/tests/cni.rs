@@ -1,0 +1,304 @@
+//! The CNI plugins as a runtime uses them: real executables, through the client, in namespaces.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::Write;
+use std::net::{IpAddr, TcpListener, TcpStream};
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use oarlock_cni::{Attachment, CniClient, CniError, PortMapping, ValidAttachment};
+use oarlock_netlink::{Connection, Protocol};
+use oarlock_netns::{create_pinned, remove_pinned, run_in};
+use oarlock_testkit::{Snapshot, binary, in_fresh_namespaces};
+use serde_json::json;
+use tokio::runtime::Runtime;
+
+struct Node {
+    directory: tempfile::TempDir,
+    runtime: Runtime,
+    client: CniClient,
+}
+
+impl Node {
+    fn new() -> Node {
+        oarlock_netns::bring_loopback_up().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for name in ["bin", "net.d"] {
+            fs::create_dir(path(name)).unwrap();
+        }
+        for plugin in ["bridge", "host-local", "portmap", "loopback"] {
+            symlink(binary("oarlock-cni-plugins"), path("bin").join(plugin)).unwrap();
+        }
+        let list = json!({"cniVersion": "1.1.0", "name": "test", "plugins": [
+            {"type": "bridge", "bridge": "br0", "isGateway": true, "ipMasq": true, "ipMasqExclude": ["10.42.0.0/16"], "hairpinMode": true,
+             "ipam": {"type": "host-local", "dataDir": path("ipam"), "ranges": [[{"subnet": "10.42.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ]});
+        fs::write(path("net.d").join("10-test.conflist"), list.to_string()).unwrap();
+        let client = CniClient::new(path("net.d"), vec![path("bin")], path("cache"));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        Node { directory, runtime, client }
+    }
+
+    fn plugin(&self, name: &str) -> PathBuf {
+        self.directory.path().join("bin").join(name)
+    }
+
+    fn pod(&self, name: &str) -> Attachment {
+        let netns = Path::new("/run/netns").join(name);
+        create_pinned(&netns).unwrap();
+        Attachment::for_pod(name, &netns, "default", name, "uid")
+    }
+
+    fn add(&self, pod: &Attachment) -> Result<IpAddr, CniError> {
+        self.runtime.block_on(self.client.add(pod)).map(|result| result.container_ips()[0])
+    }
+
+    fn del(&self, pod: &Attachment) {
+        self.runtime.block_on(self.client.del(pod)).unwrap();
+    }
+
+    fn reserved(&self) -> HashSet<String> {
+        let names =
+            fs::read_dir(self.directory.path().join("ipam/test")).unwrap().map(|entry| entry.unwrap().file_name());
+        names.map(|name| name.into_string().unwrap()).filter(|name| name.parse::<IpAddr>().is_ok()).collect()
+    }
+}
+
+fn echo_server(pod: &Attachment, port: u16) {
+    let listener = run_in(pod.netns.as_deref().unwrap(), || TcpListener::bind(("0.0.0.0", port)).unwrap()).unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.peer_addr().map(|peer| write!(stream, "{}", peer.ip()));
+        }
+    });
+}
+
+fn seen_from(pod: Option<&Attachment>, address: IpAddr, port: u16) -> std::io::Result<String> {
+    let ask = || {
+        let stream = TcpStream::connect_timeout(&(address, port).into(), Duration::from_secs(2))?;
+        std::io::read_to_string(stream)
+    };
+    match pod {
+        Some(pod) => run_in(pod.netns.as_deref().unwrap(), ask).unwrap(),
+        None => ask(),
+    }
+}
+
+fn masqueraded() -> String {
+    let output = Command::new("nft").args(["list", "map", "ip", "oarlock-cni", "pods"]).output().unwrap();
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn pods_talk_to_each_other_and_the_node_and_leave_nothing_behind() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let (a, b) = (node.pod("a"), node.pod("b"));
+        node.runtime.block_on(node.client.status()).unwrap();
+        let (address_a, address_b) = (node.add(&a).unwrap(), node.add(&b).unwrap());
+        assert_ne!(address_a, address_b);
+        echo_server(&a, 80);
+        assert_eq!(seen_from(Some(&b), address_a, 80).unwrap(), address_b.to_string());
+        assert_eq!(seen_from(None, address_a, 80).unwrap(), "10.42.0.1");
+        assert!(masqueraded().contains(&address_a.to_string()));
+        node.runtime.block_on(node.client.check(&a)).unwrap();
+        for pod in [&a, &b] {
+            node.del(pod);
+            node.del(pod);
+            remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
+        }
+        assert!(node.reserved().is_empty());
+        assert!(!masqueraded().contains("10.42"));
+        let links = Connection::open(Protocol::Route).unwrap().links().unwrap();
+        let names: Vec<_> = links.iter().map(|link| link.name.as_str()).collect();
+        assert_eq!(names, ["lo", "br0"]);
+    });
+}
+
+#[test]
+fn deleting_after_the_namespace_is_gone_frees_everything() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let pod = node.pod("a");
+        node.add(&pod).unwrap();
+        remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
+        node.del(&pod);
+        assert!(node.reserved().is_empty());
+        assert!(!masqueraded().contains("10.42"));
+    });
+}
+
+#[test]
+fn a_second_add_fails_and_the_first_attachment_stays() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let pod = node.pod("a");
+        let address = node.add(&pod).unwrap();
+        let error = node.add(&pod).unwrap_err();
+        assert!(error.to_string().contains("eth0"), "{error}");
+        assert_eq!(node.reserved(), HashSet::from([address.to_string()]));
+        echo_server(&pod, 80);
+        assert!(seen_from(None, address, 80).is_ok());
+    });
+}
+
+#[test]
+fn check_finds_what_somebody_changed() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let pod = node.pod("a").with_port_mappings(&[mapping(8080, 80)]);
+        let address = node.add(&pod).unwrap();
+        let check = || node.runtime.block_on(node.client.check(&pod));
+        check().unwrap();
+        let mut inside = Connection::open_in(Protocol::Route, pod.netns.as_deref().unwrap()).unwrap();
+        let link = inside.require_link("eth0").unwrap();
+        let net = format!("{address}/24").parse().unwrap();
+        inside.delete_address(link.index, net).unwrap();
+        assert!(check().unwrap_err().to_string().contains(&address.to_string()));
+        inside.add_address(link.index, net).unwrap();
+        assert!(check().unwrap_err().to_string().contains("route"));
+        let default =
+            oarlock_netlink::Route::new("0.0.0.0/0".parse().unwrap(), Some([10, 42, 0, 1].into()), link.index);
+        inside.add_route(&default).unwrap();
+        check().unwrap();
+        assert!(
+            Command::new("nft").args(["flush", "map", "ip", "oarlock-cni", "hostports"]).status().unwrap().success()
+        );
+        assert!(check().unwrap_err().to_string().contains("tcp/8080"));
+    });
+}
+
+fn mapping(host_port: u16, container_port: u16) -> PortMapping {
+    PortMapping { host_port, container_port, protocol: "tcp".into(), host_ip: None }
+}
+
+#[test]
+fn host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let pod = node.pod("a").with_port_mappings(&[mapping(8080, 80)]);
+        let address = node.add(&pod).unwrap();
+        let other = node.pod("b");
+        node.add(&other).unwrap();
+        echo_server(&pod, 80);
+        let gateway: IpAddr = [10, 42, 0, 1].into();
+        assert!(seen_from(None, gateway, 8080).is_ok(), "from the node");
+        assert!(seen_from(Some(&other), gateway, 8080).is_ok(), "from another pod");
+        let seen = seen_from(Some(&pod), gateway, 8080).unwrap();
+        assert_ne!(seen, address.to_string(), "the pod itself must not see its own address");
+        let rival = node.pod("c").with_port_mappings(&[mapping(8080, 81)]);
+        let error = node.add(&rival).unwrap_err();
+        assert!(error.to_string().contains("tcp/8080"), "{error}");
+        node.del(&rival);
+        assert!(seen_from(None, gateway, 8080).is_ok(), "the first pod keeps its port");
+        node.del(&pod);
+        assert!(seen_from(None, gateway, 8080).is_err());
+    });
+}
+
+#[test]
+fn garbage_collection_frees_what_no_valid_attachment_has() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let (kept, lost) = (node.pod("kept"), node.pod("lost").with_port_mappings(&[mapping(8080, 80)]));
+        let address = node.add(&kept).unwrap();
+        node.add(&lost).unwrap();
+        fs::remove_dir_all(node.directory.path().join("cache")).unwrap();
+        let valid = [ValidAttachment { container_id: "kept".into(), ifname: "eth0".into() }];
+        node.runtime.block_on(node.client.gc(&valid)).unwrap();
+        assert_eq!(node.reserved(), HashSet::from([address.to_string()]));
+        let text = masqueraded();
+        assert!(text.contains("kept") && !text.contains("lost"), "{text}");
+        let ports = Command::new("nft").args(["list", "map", "ip", "oarlock-cni", "hostports"]).output().unwrap();
+        assert!(!String::from_utf8_lossy(&ports.stdout).contains("8080"));
+    });
+}
+
+#[test]
+fn many_pods_at_once_all_get_their_own_address() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let pods: Vec<Attachment> = (0..20).map(|number| node.pod(&format!("p{number}"))).collect();
+        let adds = futures::future::join_all(pods.iter().map(|pod| node.client.add(pod)));
+        let started = Instant::now();
+        let results = node.runtime.block_on(adds);
+        eprintln!("20 pods attached in {:?}", started.elapsed());
+        let addresses: HashSet<IpAddr> = results.into_iter().map(|result| result.unwrap().container_ips()[0]).collect();
+        assert_eq!(addresses.len(), 20);
+    });
+}
+
+#[test]
+fn a_plugin_killed_at_any_moment_leaves_nothing_that_del_does_not_free() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let before = Snapshot::take("no-process-has-this");
+        for round in 0..40_u64 {
+            let pod = node.pod("a");
+            let config = fs::read_to_string(node.directory.path().join("net.d/10-test.conflist")).unwrap();
+            let list: serde_json::Value = serde_json::from_str(&config).unwrap();
+            let mut bridge = list["plugins"][0].clone();
+            bridge["name"] = "test".into();
+            bridge["cniVersion"] = "1.1.0".into();
+            let mut child = Command::new(node.plugin("bridge"))
+                .env("CNI_COMMAND", "ADD")
+                .env("CNI_CONTAINERID", "a")
+                .env("CNI_IFNAME", "eth0")
+                .env("CNI_NETNS", pod.netns.as_ref().unwrap())
+                .env("CNI_PATH", node.directory.path().join("bin"))
+                .stdin(Stdio::piped())
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap();
+            child.stdin.take().unwrap().write_all(bridge.to_string().as_bytes()).unwrap();
+            // Not a wait for anything: the moments of the kills are spread over the life of the plugin.
+            std::thread::park_timeout(Duration::from_micros(round * 150));
+            child.kill().unwrap();
+            child.wait().unwrap();
+            node.del(&pod);
+            node.add(&pod).unwrap();
+            node.del(&pod);
+            remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
+            assert!(node.reserved().is_empty(), "round {round}");
+        }
+        let leaked = before.leaked(&Snapshot::take("no-process-has-this"));
+        assert!(leaked.iter().all(|line| line == "interface br0" || line == "nft table ip oarlock-cni"), "{leaked:?}");
+    });
+}
+
+#[test]
+fn errors_are_the_specifications_error_objects() {
+    in_fresh_namespaces(|| {
+        let node = Node::new();
+        let call = |environment: &[(&str, &str)], config: &str| {
+            let mut command = Command::new(node.plugin("bridge"));
+            command.env_clear().envs(environment.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut child = command.spawn().unwrap();
+            child.stdin.take().unwrap().write_all(config.as_bytes()).unwrap();
+            let output = child.wait_with_output().unwrap();
+            let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            (output.status.success(), value)
+        };
+        let whole = [
+            ("CNI_COMMAND", "ADD"),
+            ("CNI_CONTAINERID", "a"),
+            ("CNI_IFNAME", "eth0"),
+            ("CNI_NETNS", "/run/netns/none"),
+        ];
+        let config = r#"{"cniVersion":"1.0.0","name":"n","type":"bridge"}"#;
+        let code = |environment: &[(&str, &str)], config: &str| call(environment, config).1["code"].as_u64();
+        assert_eq!(code(&whole, r#"{"cniVersion":"9.0.0","name":"n"}"#), Some(1));
+        assert_eq!(code(&whole, config), Some(3));
+        assert_eq!(code(&whole[..1], config), Some(4));
+        assert_eq!(code(&whole, "{"), Some(6));
+        assert_eq!(code(&whole, r#"{"cniVersion":"1.0.0","name":"n","bridge":"a/b"}"#), Some(7));
+        assert_eq!(code(&[("CNI_COMMAND", "STATUS")], config), Some(1), "STATUS is newer than 1.0.0");
+        let (success, versions) = call(&[("CNI_COMMAND", "VERSION")], "{}");
+        assert!(success && versions["supportedVersions"].as_array().unwrap().contains(&json!("1.1.0")));
+    });
+}

@@ -1,0 +1,230 @@
+//! A node in fresh namespaces: a bridge with pods, a neighbour outside the cluster, a fake API and the real proxy.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use oarlock_machinery::fake::FakeApi;
+use oarlock_netlink::{Connection, Protocol, Route, VethPair};
+use oarlock_netns::{create_pinned, run_in};
+use oarlock_netproxy::{Config, Netproxy};
+use oarlock_testkit::wait_for;
+use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+pub const NODE_IP: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 1);
+pub const OUTSIDE_IP: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 2);
+pub const TIMEOUT: Duration = Duration::from_secs(20);
+const NODE: &str = "node-1";
+
+/// The node under test.
+pub struct World {
+    pub runtime: Runtime,
+    pub api: Arc<FakeApi>,
+    pub directory: tempfile::TempDir,
+    running: Option<(CancellationToken, JoinHandle<Result<(), oarlock_netproxy::Error>>)>,
+}
+
+impl World {
+    /// Makes the network and starts the proxy; the caller is in namespaces of its own.
+    pub fn start() -> World {
+        oarlock_netns::bring_loopback_up().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let mut connection = Connection::open(Protocol::Route).unwrap();
+        connection.create_bridge("oar0", None, 0, false).unwrap();
+        let bridge = connection.require_link("oar0").unwrap();
+        connection.set_up(bridge.index).unwrap();
+        connection.add_address(bridge.index, "10.42.0.1/24".parse().unwrap()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let mut world = World { runtime, api: FakeApi::new(), directory, running: None };
+        world.attach("outside", None, OUTSIDE_IP, NODE_IP, 24);
+        let link = connection.require_link("to-outside").unwrap();
+        connection.add_address(link.index, format!("{NODE_IP}/24").parse().unwrap()).unwrap();
+        world.api.create(json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}, "spec": {"podCIDR": "10.42.0.0/24"},
+            "status": {"addresses": [{"type": "InternalIP", "address": NODE_IP.to_string()}]},
+        }));
+        world.start_proxy();
+        world
+    }
+
+    pub fn config(&self) -> Config {
+        std::fs::write(self.directory.path().join("resolv.conf"), "# nothing to ask\n").unwrap();
+        Config {
+            node_name: NODE.to_owned(),
+            node_ip: NODE_IP.into(),
+            cni_conf_dir: Some(self.directory.path().join("net.d")),
+            cni_state_dir: self.directory.path().join("ipam"),
+            upstream_resolv_conf: self.directory.path().join("resolv.conf"),
+            ..Config::default()
+        }
+    }
+
+    /// Starts the proxy and waits until it has written its rules.
+    pub fn start_proxy(&mut self) {
+        let entered = self.runtime.enter();
+        let proxy = Netproxy::new(self.config(), self.api.client());
+        drop(entered);
+        let mut ready = proxy.ready();
+        let shutdown = CancellationToken::new();
+        let handle = self.runtime.spawn(proxy.run(shutdown.clone()));
+        let waiting = async { tokio::time::timeout(TIMEOUT, ready.wait_for(|ready| *ready)).await.map(drop) };
+        self.runtime.block_on(waiting).expect("the proxy writes its rules");
+        self.running = Some((shutdown, handle));
+    }
+
+    pub fn stop_proxy(&mut self) {
+        let (shutdown, handle) = self.running.take().expect("the proxy runs");
+        shutdown.cancel();
+        self.runtime.block_on(handle).unwrap().unwrap();
+    }
+
+    fn attach(&mut self, name: &str, bridge: Option<u32>, address: Ipv4Addr, gateway: Ipv4Addr, prefix: u8) {
+        let netns = netns(name);
+        create_pinned(&netns).unwrap();
+        let file = std::fs::File::open(&netns).unwrap();
+        let mut connection = Connection::open(Protocol::Route).unwrap();
+        let pair = VethPair {
+            name: &format!("to-{name}"),
+            master: bridge,
+            mac: None,
+            peer_name: "eth0",
+            peer_mac: None,
+            peer_netns: std::os::fd::AsFd::as_fd(&file),
+            mtu: 0,
+        };
+        connection.create_veth(&pair).unwrap();
+        if bridge.is_some() {
+            let port = connection.require_link(&format!("to-{name}")).unwrap();
+            connection.set_bridge_port(port.index, true, false).unwrap();
+        }
+        let mut inside = Connection::open_in(Protocol::Route, &netns).unwrap();
+        let link = inside.require_link("eth0").unwrap();
+        inside.set_up(link.index).unwrap();
+        inside.add_address(link.index, format!("{address}/{prefix}").parse().unwrap()).unwrap();
+        inside.add_route(&Route::new("0.0.0.0/0".parse().unwrap(), Some(gateway.into()), link.index)).unwrap();
+    }
+
+    /// A pod with servers on TCP and UDP port 8080 that answer with the pod's name and the client's address.
+    pub fn pod(&mut self, name: &str, last: u8) -> Ipv4Addr {
+        let bridge = Connection::open(Protocol::Route).unwrap().require_link("oar0").unwrap();
+        let address = Ipv4Addr::new(10, 42, 0, last);
+        self.attach(name, Some(bridge.index), address, Ipv4Addr::new(10, 42, 0, 1), 24);
+        let (listener, socket) = run_in(&netns(name), || {
+            (TcpListener::bind((address, 8080)).unwrap(), UdpSocket::bind((address, 8080)).unwrap())
+        })
+        .unwrap();
+        let own = name.to_owned();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let Ok(mut stream) = stream else { return };
+                let Ok(peer) = stream.peer_addr() else { continue };
+                let _ = stream.write_all(format!("{own} {}\n", peer.ip()).as_bytes());
+                // Afterwards an echo, for tests that keep their connection.
+                std::thread::spawn(move || {
+                    let mut buffer = [0; 64];
+                    while let Ok(length) = stream.read(&mut buffer) {
+                        if length == 0 || stream.write_all(&buffer[..length]).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+        });
+        let own = name.to_owned();
+        std::thread::spawn(move || {
+            let mut buffer = [0; 64];
+            while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+                let _ = socket.send_to(format!("{own} {}\n", peer.ip()).as_bytes(), peer);
+            }
+        });
+        address
+    }
+
+    /// Makes or changes a Service `default/<name>` with this specification.
+    pub fn service(&self, name: &str, spec: Value) {
+        self.api.create(json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"}, "spec": spec}));
+    }
+
+    /// Makes the slice of a Service with these endpoints on port 8080.
+    pub fn slice(&self, service: &str, protocol: &str, endpoints: &[Ipv4Addr]) {
+        self.api.create(json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {"name": format!("{service}-1"), "namespace": "default", "labels": {"kubernetes.io/service-name": service}},
+            "addressType": "IPv4", "ports": [{"name": "p", "port": 8080, "protocol": protocol}], "endpoints": endpoint_list(endpoints),
+        }));
+    }
+
+    pub fn set_endpoints(&self, service: &str, endpoints: &[Ipv4Addr]) {
+        self.api.edit("endpointslices", "default", &format!("{service}-1"), |slice| {
+            slice["endpoints"] = endpoint_list(endpoints)
+        });
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Some((shutdown, _)) = &self.running {
+            shutdown.cancel();
+        }
+    }
+}
+
+fn endpoint_list(endpoints: &[Ipv4Addr]) -> Value {
+    endpoints
+        .iter()
+        .map(|address| json!({"addresses": [address.to_string()], "conditions": {"ready": true}, "nodeName": NODE}))
+        .collect()
+}
+
+pub fn netns(name: &str) -> PathBuf {
+    Path::new("/run/netns").join(name)
+}
+
+/// A port of a specification.
+pub fn port(protocol: &str, node_port: Option<u16>) -> Value {
+    json!([{"name": "p", "protocol": protocol, "port": 80, "targetPort": 8080, "nodePort": node_port}])
+}
+
+/// Runs `work` in the namespace of a pod, or of the node when there is none.
+pub fn at<T: Send>(place: Option<&str>, work: impl FnOnce() -> T + Send) -> T {
+    match place {
+        Some(name) => run_in(&netns(name), work).unwrap(),
+        None => work(),
+    }
+}
+
+/// Who answers at `to`, and which address they see: (`pod name`, client).
+pub fn ask(place: Option<&str>, to: (impl Into<IpAddr>, u16)) -> io::Result<(String, IpAddr)> {
+    let address = SocketAddr::new(to.0.into(), to.1);
+    at(place, || {
+        let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(3))?;
+        read_answer(&mut stream)
+    })
+}
+
+pub fn read_answer(stream: &mut TcpStream) -> io::Result<(String, IpAddr)> {
+    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    let mut text = Vec::new();
+    let mut byte = [0];
+    while byte[0] != b'\n' {
+        stream.read_exact(&mut byte)?;
+        text.push(byte[0]);
+    }
+    parse(&String::from_utf8_lossy(&text)).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+pub fn parse(text: &str) -> Option<(String, IpAddr)> {
+    let (name, address) = text.trim().split_once(' ')?;
+    Some((name.to_owned(), address.parse().ok()?))
+}
+
+/// Asks until somebody answers.
+pub fn ask_until(place: Option<&str>, to: (impl Into<IpAddr>, u16)) -> (String, IpAddr) {
+    let (address, port) = (to.0.into(), to.1);
+    wait_for(&format!("an answer of {address}:{port}"), TIMEOUT, || ask(place, (address, port)).ok())
+}
