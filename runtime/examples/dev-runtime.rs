@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use oarlock_proto::images::ImportRequest;
 use oarlock_proto::images::images_client::ImagesClient;
-use oarlock_runtime::{Config, Runtime};
+use oarlock_runtime::{Config, Registries, Runtime};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 
@@ -19,7 +19,10 @@ async fn main() {
         eprintln!("usage: dev-runtime <data-dir> <shim-binary> <cni-conf-dir> <cni-bin-dir> [image-archive…]");
         std::process::exit(64);
     };
+    // Every registry is looked for there first, such as http://127.0.0.1:5000.
+    let mirror = std::env::var("OARLOCK_MIRROR").into_iter().map(|mirror| ("*".to_owned(), vec![mirror]));
     let config = Config {
+        registries: Registries { mirrors: mirror.collect(), ..Registries::default() },
         shim_binary: shim_binary.clone(),
         cni_conf_dir: cni_conf_dir.clone(),
         cni_bin_dirs: vec![cni_bin_dir.clone()],

@@ -74,7 +74,7 @@ pub enum Error {
     #[error("cannot keep the record")]
     Record(#[source] RecordErrorBox),
     #[error("cannot set up the network of sandbox {sandbox}")]
-    Network { sandbox: String, source: CniError },
+    Network { sandbox: String, source: Box<CniError> },
     #[error("cannot {operation} the namespaces of sandbox {sandbox}")]
     Namespaces { sandbox: String, operation: &'static str, source: NetnsError },
     #[error("cannot {operation}")]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwap;
 use oarlock_shim_api::Shim;
+use oci_spec::runtime::Process;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
@@ -89,6 +90,8 @@ pub(crate) struct Container {
     pub(crate) operation: tokio::sync::Mutex<()>,
     /// Held while the engine deletes it: at its end and at its removal, which may coincide.
     pub(crate) deletion: tokio::sync::Mutex<()>,
+    /// The container's own process once it has been asked for, so that a probe does not read the specification each time.
+    pub(crate) process: std::sync::OnceLock<Arc<Process>>,
     /// The last measurement of CPU use, for rates: when, in nanoseconds, and how much.
     pub(crate) cpu_sample: Mutex<Option<(i64, u64)>>,
 }
@@ -101,6 +104,7 @@ impl Container {
             writing: Mutex::new(()),
             operation: tokio::sync::Mutex::new(()),
             deletion: tokio::sync::Mutex::new(()),
+            process: std::sync::OnceLock::new(),
             cpu_sample: Mutex::new(None),
         })
     }

@@ -4,12 +4,12 @@ use std::fs;
 use std::sync::Arc;
 
 use oarlock_shim_api::{ErrorKind, Event, ExecReply, ExecRequest, Shim, ShimError};
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::Process;
 use tokio::sync::broadcast;
 
 use crate::core::Core;
 use crate::error::Error;
-use crate::state::{blocking, new_id};
+use crate::state::{Container, blocking, new_id};
 
 /// A process that runs in a container. Dropped before it ended, it is killed.
 pub(crate) struct Session {
@@ -36,19 +36,7 @@ pub(crate) async fn begin(
     let (container, sandbox) = super::running(core, container_id, "execute in it")?;
     let container_id = container.id();
     let shim = sandbox.living_shim("execute in it")?;
-    let (config, command) = (core.paths.bundle(&container_id).config(), command.to_vec());
-    let process = blocking("a bundle", move || {
-        let bytes = fs::read(&config).map_err(Error::io("read", &config))?;
-        let spec: Spec = serde_json::from_slice(&bytes).map_err(|error| Error::Io {
-            operation: "read",
-            path: config.clone(),
-            source: error.into(),
-        })?;
-        let process =
-            spec.process().clone().ok_or_else(|| Error::Invalid("the container has no process".to_owned()))?;
-        Ok(process_for(process, command, tty))
-    })
-    .await?;
+    let process = process_for(Process::clone(&*own_process(core, &container).await?), command.to_vec(), tty);
     let exec_id = new_id();
     let events = shim.subscribe();
     let request = ExecRequest { container_id: container_id.clone(), exec_id: exec_id.clone(), process, tty, stdin };
@@ -58,6 +46,31 @@ pub(crate) async fn begin(
         .map_err(|_| Error::TimedOut { operation: format!("executing in container {container_id}"), limit })?
         .map_err(|error| of_engine(&container_id, error))?;
     Ok(Session { shim, container_id, exec_id, events, ended: false, streams })
+}
+
+/// The part of a specification that an exec is made from.
+#[derive(serde::Deserialize)]
+struct OwnProcess {
+    process: Process,
+}
+
+/// The process of a container that runs, which cannot change any more.
+async fn own_process(core: &Arc<Core>, container: &Arc<Container>) -> Result<Arc<Process>, Error> {
+    if let Some(process) = container.process.get() {
+        return Ok(process.clone());
+    }
+    let config = core.paths.bundle(&container.id()).config();
+    let process = blocking("a bundle", move || {
+        let bytes = fs::read(&config).map_err(Error::io("read", &config))?;
+        let spec: OwnProcess = serde_json::from_slice(&bytes).map_err(|error| Error::Io {
+            operation: "read",
+            path: config.clone(),
+            source: error.into(),
+        })?;
+        Ok(Arc::new(spec.process))
+    })
+    .await?;
+    Ok(container.process.get_or_init(|| process).clone())
 }
 
 /// The container's own process with another command line.

@@ -48,7 +48,7 @@ pub(super) async fn attach(
     }
     let _no_collection = core.network_gate.read().await;
     let limit = core.config.cni_timeout;
-    let failed = |source| Error::Network { sandbox: record.id.clone(), source };
+    let failed = |source| Error::Network { sandbox: record.id.clone(), source: Box::new(source) };
     let result = tokio::time::timeout(limit, core.cni.add(&attachment))
         .await
         .map_err(|_| Error::TimedOut { operation: format!("CNI ADD for sandbox {}", record.id), limit })?
@@ -67,7 +67,7 @@ pub(super) async fn detach(core: &Arc<Core>, record: &SandboxRecord) -> Result<(
     tokio::time::timeout(limit, core.cni.del(&attachment))
         .await
         .map_err(|_| Error::TimedOut { operation: format!("CNI DEL for sandbox {}", record.id), limit })?
-        .map_err(|source| Error::Network { sandbox: record.id.clone(), source })
+        .map_err(|source| Error::Network { sandbox: record.id.clone(), source: Box::new(source) })
 }
 
 fn bandwidth(record: &SandboxRecord) -> Result<Option<Value>, Error> {
