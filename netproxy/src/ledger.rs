@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry as Slot;
 
 use oarlock_nft::{Bytes, Command, Element, Transaction};
 
-use crate::plan::{Balancer, Entry, Map, Target};
+use crate::plan::{Dynamic, Entry, Map, Target};
 use crate::rules::{self, Settings};
 use crate::service::ServiceName;
 
@@ -14,8 +14,8 @@ use crate::service::ServiceName;
 pub struct Ledger {
     services: HashMap<ServiceName, Vec<Entry>>,
     elements: HashMap<(Map, Bytes), Claims>,
-    /// How many elements lead to each balancing chain.
-    balancers: HashMap<Balancer, usize>,
+    /// How many elements lead to each chain that comes and goes.
+    chains: HashMap<Dynamic, usize>,
 }
 
 /// Who wants an element. Two Services can claim one key for a moment, when a port moves from one to the other; the first
@@ -123,11 +123,11 @@ impl Ledger {
         if old == new {
             return;
         }
-        if let Some(Target::Balance(balancer)) = new {
-            *self.balancers.entry(balancer).or_default() += 1;
+        if let Some(chain) = new.and_then(Target::dynamic) {
+            *self.chains.entry(chain).or_default() += 1;
         }
-        if let Some(Target::Balance(balancer)) = old
-            && let Slot::Occupied(mut slot) = self.balancers.entry(balancer)
+        if let Some(chain) = old.and_then(Target::dynamic)
+            && let Slot::Occupied(mut slot) = self.chains.entry(chain)
         {
             *slot.get_mut() -= 1;
             if *slot.get() == 0 {
@@ -141,11 +141,12 @@ impl Ledger {
     }
 
     pub fn has_affinity(&self) -> bool {
-        self.balancers.keys().any(|balancer| balancer.affinity_seconds.is_some())
+        self.chains.keys().any(|chain| matches!(chain, Dynamic::Remember(_)))
     }
 
-    pub fn balancers(&self) -> impl Iterator<Item = &Balancer> {
-        self.balancers.keys()
+    /// The chains that elements lead to.
+    pub fn chains(&self) -> impl Iterator<Item = &Dynamic> {
+        self.chains.keys()
     }
 
     pub fn element_count(&self) -> usize {
@@ -169,10 +170,10 @@ impl Ledger {
         }
         transaction.push(Command::AddTable { comment: settings.marker(), exclusive: false });
         transaction.commands.extend(rules::foundation(settings).commands);
-        let mut balancers: Vec<&Balancer> = self.balancers.keys().collect();
-        balancers.sort();
-        for balancer in balancers {
-            transaction.commands.extend(rules::balancer(settings, balancer));
+        let mut chains: Vec<&Dynamic> = self.chains.keys().collect();
+        chains.sort();
+        for chain in chains {
+            transaction.commands.extend(rules::dynamic(settings, chain));
         }
         let mut maps: Vec<_> = self.by_map().into_iter().collect();
         maps.sort_by_key(|(map, _)| *map);
@@ -187,9 +188,9 @@ impl Ledger {
         transaction
     }
 
-    /// What `delta` means for a kernel that has everything else already. `present` are the balancing chains that it has,
+    /// What `delta` means for a kernel that has everything else already. `present` are the chains of ours that it has and that come and go,
     /// brought up to date by this.
-    pub fn change(&self, settings: &Settings, delta: &Delta, present: &mut Vec<Balancer>) -> Transaction {
+    pub fn change(&self, settings: &Settings, delta: &Delta, present: &mut Vec<Dynamic>) -> Transaction {
         let mut removed: HashMap<Map, Vec<Bytes>> = HashMap::new();
         let mut added: HashMap<Map, Vec<Element>> = HashMap::new();
         for (map, key, old, new) in delta.iter() {
@@ -203,19 +204,19 @@ impl Ledger {
         self.patch(settings, removed, added, present)
     }
 
-    /// Elements removed and added, with the balancing chains that come and go with them.
+    /// Elements removed and added, with the chains that come and go with them.
     pub fn patch(
         &self,
         settings: &Settings,
         removed: HashMap<Map, Vec<Bytes>>,
         added: HashMap<Map, Vec<Element>>,
-        present: &mut Vec<Balancer>,
+        present: &mut Vec<Dynamic>,
     ) -> Transaction {
         let mut transaction = Transaction::new(settings.table.clone());
-        let mut missing: Vec<Balancer> = self.balancers.keys().filter(|one| !present.contains(one)).copied().collect();
+        let mut missing: Vec<Dynamic> = self.chains.keys().filter(|one| !present.contains(one)).copied().collect();
         missing.sort();
-        for balancer in &missing {
-            transaction.commands.extend(rules::balancer(settings, balancer));
+        for chain in &missing {
+            transaction.commands.extend(rules::dynamic(settings, chain));
         }
         let mut removed: Vec<_> = removed.into_iter().filter(|(_, keys)| !keys.is_empty()).collect();
         removed.sort_by_key(|(map, _)| *map);
@@ -229,11 +230,11 @@ impl Ledger {
             elements.sort_by_key(|element| element.key);
             transaction.push(add(map, elements));
         }
-        let (kept, unused): (Vec<Balancer>, Vec<Balancer>) =
-            present.iter().partition(|balancer| self.balancers.contains_key(balancer));
-        for balancer in unused {
-            transaction.push(Command::FlushChain(balancer.chain()));
-            transaction.push(Command::DeleteChain(balancer.chain()));
+        let (kept, unused): (Vec<Dynamic>, Vec<Dynamic>) =
+            present.iter().partition(|chain| self.chains.contains_key(chain));
+        for chain in unused {
+            transaction.push(Command::FlushChain(chain.chain()));
+            transaction.push(Command::DeleteChain(chain.chain()));
         }
         *present = kept.into_iter().chain(missing).collect();
         transaction

@@ -250,12 +250,15 @@ fn udp_flows_to_endpoints_and_services_that_are_gone_are_stale() {
 #[test]
 fn the_fixed_rules_are_what_they_were() {
     let mut text = rules::foundation(&settings()).to_string();
-    for (scope, affinity_seconds) in
-        [(plan::Scope::Cluster, None), (plan::Scope::NodePort, Some(60)), (plan::Scope::Local, None)]
-    {
-        for command in rules::balancer(&settings(), &plan::Balancer { scope, endpoints: 3, affinity_seconds }) {
-            text.push_str(&command.to_string());
-        }
+    let balance = |scope, affinity| plan::Dynamic::Balance(plan::Balancer { scope, endpoints: 3, affinity });
+    let chains = [
+        balance(plan::Scope::Cluster, false),
+        balance(plan::Scope::NodePort, true),
+        balance(plan::Scope::Local, false),
+        plan::Dynamic::Remember(60),
+    ];
+    for command in chains.iter().flat_map(|chain| rules::dynamic(&settings(), chain)) {
+        text.push_str(&command.to_string());
     }
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/src/golden/rules.txt");
     if std::env::var_os("UPDATE_GOLDEN").is_some() {

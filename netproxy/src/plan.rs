@@ -4,6 +4,8 @@
 //! the chain that balances over as many endpoints as it has, and one element for each endpoint, numbered from 0. Without
 //! endpoints it has an element that rejects. Which map and which chain depends on the traffic policy:
 //!
+//! With session affinity there is one more element, which leads to the chain that remembers a client's endpoint.
+//!
 //! | frontend | traffic | map | source |
 //! |---|---|---|---|
 //! | cluster address | any | services | kept for pods, the node's for others |
@@ -33,10 +35,12 @@ pub enum Map {
     LocalEndpoints,
     LocalNodePortEndpoints,
     Hairpin,
+    Affine,
+    AffineNodePorts,
 }
 
 impl Map {
-    pub const ALL: [Map; 11] = [
+    pub const ALL: [Map; 13] = [
         Map::Services,
         Map::NodePorts,
         Map::LocalServices,
@@ -48,6 +52,8 @@ impl Map {
         Map::LocalEndpoints,
         Map::LocalNodePortEndpoints,
         Map::Hairpin,
+        Map::Affine,
+        Map::AffineNodePorts,
     ];
 
     pub fn name(self) -> &'static str {
@@ -63,6 +69,8 @@ impl Map {
             Map::LocalEndpoints => "local-endpoints",
             Map::LocalNodePortEndpoints => "local-nodeport-endpoints",
             Map::Hairpin => "hairpin",
+            Map::Affine => "affine",
+            Map::AffineNodePorts => "affine-nodeports",
         }
     }
 }
@@ -111,31 +119,58 @@ impl Scope {
     }
 }
 
+/// The start of the names of chains that remember which endpoint a client got.
+const REMEMBER: &str = "remember-";
+/// The start of the names of balancing chains with session affinity.
+const AFFINE: &str = "affine-";
+
+/// A chain that comes and goes with the elements that lead to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Dynamic {
+    Balance(Balancer),
+    /// Remembers for so many seconds which endpoint a client got.
+    Remember(u32),
+}
+
+impl Dynamic {
+    pub fn chain(&self) -> String {
+        match self {
+            Dynamic::Balance(balancer) => balancer.chain(),
+            Dynamic::Remember(seconds) => format!("{REMEMBER}{seconds}"),
+        }
+    }
+
+    /// The chain of a name, as far as [`Dynamic::chain`] made it.
+    pub fn of_chain(name: &str) -> Option<Dynamic> {
+        match name.strip_prefix(REMEMBER) {
+            Some(seconds) => seconds.parse().ok().map(Dynamic::Remember),
+            None => Balancer::of_chain(name).map(Dynamic::Balance),
+        }
+    }
+}
+
 /// A chain that balances over a number of endpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Balancer {
     pub scope: Scope,
     pub endpoints: u32,
-    pub affinity_seconds: Option<u32>,
+    /// Whether a client that has been here gets the endpoint that it had.
+    pub affinity: bool,
 }
 
 impl Balancer {
-    pub fn chain(&self) -> String {
-        match self.affinity_seconds {
-            None => format!("{}-{}", self.scope.name(), self.endpoints),
-            Some(seconds) => format!("{}-{}-affinity-{seconds}", self.scope.name(), self.endpoints),
-        }
+    fn chain(&self) -> String {
+        format!("{}{}-{}", if self.affinity { AFFINE } else { "" }, self.scope.name(), self.endpoints)
     }
 
-    /// The chain of a name, as far as [`Balancer::chain`] made it.
-    pub fn of_chain(name: &str) -> Option<Balancer> {
-        let (rest, affinity_seconds) = match name.split_once("-affinity-") {
-            Some((rest, seconds)) => (rest, Some(seconds.parse().ok()?)),
-            None => (name, None),
+    fn of_chain(name: &str) -> Option<Balancer> {
+        let (affinity, rest) = match name.strip_prefix(AFFINE) {
+            Some(rest) => (true, rest),
+            None => (false, name),
         };
         let (scope, endpoints) = rest.rsplit_once('-')?;
         let scope = Scope::ALL.into_iter().find(|one| one.name() == scope)?;
-        Some(Balancer { scope, endpoints: endpoints.parse().ok()?, affinity_seconds })
+        Some(Balancer { scope, endpoints: endpoints.parse().ok()?, affinity })
     }
 }
 
@@ -143,11 +178,23 @@ impl Balancer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Target {
     Balance(Balancer),
+    Remember(u32),
     Endpoint(SocketAddr),
     Reject,
     Drop,
     /// An element of a set, which leads nowhere.
     Member,
+}
+
+impl Target {
+    /// The chain that it leads to, if that comes and goes.
+    pub fn dynamic(self) -> Option<Dynamic> {
+        match self {
+            Target::Balance(balancer) => Some(Dynamic::Balance(balancer)),
+            Target::Remember(seconds) => Some(Dynamic::Remember(seconds)),
+            _ => None,
+        }
+    }
 }
 
 /// An element.
@@ -298,7 +345,12 @@ impl Plan<'_> {
     }
 
     fn balance(&mut self, frontend: Frontend, map: Map, scope: Scope, pool: &[SocketAddr]) {
-        let balancer = Balancer { scope, endpoints: pool.len() as u32, affinity_seconds: self.affinity_seconds };
+        let affinity = self.affinity_seconds.is_some();
+        let balancer = Balancer { scope, endpoints: pool.len() as u32, affinity };
+        if let Some(seconds) = self.affinity_seconds {
+            let affine = if scope.is_by_address() { Map::Affine } else { Map::AffineNodePorts };
+            self.push(affine, frontend.key().bytes(), Target::Remember(seconds));
+        }
         self.push(map, frontend.key().bytes(), Target::Balance(balancer));
         for (number, endpoint) in pool.iter().enumerate() {
             self.push(scope.endpoints(), frontend.key().mark(number as u32).bytes(), Target::Endpoint(*endpoint));

@@ -10,7 +10,7 @@ use oarlock_nft::{
     PayloadBase, Reg, Rule, Set, Table, Transaction, Value, Verdict,
 };
 
-use crate::plan::{Balancer, Map, Scope, Target};
+use crate::plan::{Balancer, Dynamic, Map, Scope, Target};
 
 /// The mark that the first packet of a connection carries from its balancing to its masquerading; the usual one of
 /// Kubernetes, so that other software that keeps clear of it keeps clear of ours.
@@ -23,6 +23,7 @@ const REJECT: &str = "refuse-now";
 const SERVICES: &str = "balance";
 const LOCAL: &str = "balance-local";
 const NO_ENDPOINTS: &str = "refuse";
+const REMEMBER: &str = "remember";
 const DESTINATION_NAT: i32 = -100;
 const SOURCE_NAT: i32 = 100;
 
@@ -57,8 +58,12 @@ impl Settings {
         let node_port = [Field::Protocol, Field::Port];
         let endpoint = [self.address(), Field::Port];
         match map {
-            Map::Services | Map::LocalServices | Map::NoEndpoints => Set::verdict_map(map.name(), &address),
-            Map::NodePorts | Map::LocalNodePorts | Map::NoEndpointNodePorts => Set::verdict_map(map.name(), &node_port),
+            Map::Services | Map::LocalServices | Map::NoEndpoints | Map::Affine => {
+                Set::verdict_map(map.name(), &address)
+            }
+            Map::NodePorts | Map::LocalNodePorts | Map::NoEndpointNodePorts | Map::AffineNodePorts => {
+                Set::verdict_map(map.name(), &node_port)
+            }
             Map::Endpoints | Map::LocalEndpoints => {
                 Set::map(map.name(), &[&address[..], &[Field::Mark]].concat(), &endpoint)
             }
@@ -67,6 +72,10 @@ impl Settings {
             }
             Map::Hairpin => Set::new(map.name(), &[self.address(), self.address()]),
         }
+    }
+
+    fn original_address(&self) -> CtKey {
+        if self.is_ipv4() { CtKey::OriginalIpv4 } else { CtKey::OriginalIpv6 }
     }
 
     fn load_source(&self, to: u8) -> Expr {
@@ -102,11 +111,12 @@ impl Settings {
     /// A name for everything that the fixed part and the chains are made of: a table of another version is replaced.
     pub fn marker(&self) -> String {
         let mut text = foundation(self).to_string();
-        for scope in Scope::ALL {
-            for affinity_seconds in [None, Some(1)] {
-                for command in balancer(self, &Balancer { scope, endpoints: 1, affinity_seconds }) {
-                    let _ = write!(text, "{command}");
-                }
+        let balancers = Scope::ALL.into_iter().flat_map(|scope| {
+            [false, true].map(|affinity| Dynamic::Balance(Balancer { scope, endpoints: 1, affinity }))
+        });
+        for chain in balancers.chain([Dynamic::Remember(1)]) {
+            for command in dynamic(self, &chain) {
+                let _ = write!(text, "{command}");
             }
         }
         let hash = text
@@ -176,12 +186,13 @@ pub fn foundation(settings: &Settings) -> Transaction {
     let affinity_key = [settings.address(), settings.address(), Field::Protocol, Field::Port];
     let affinity = Set::map(AFFINITY, &affinity_key, &[settings.address(), Field::Port]);
     transaction.push(Command::AddSet(affinity.dynamic(AFFINITY_SIZE, AFFINITY_DEFAULT)));
-    for name in [REJECT, SERVICES, LOCAL, NO_ENDPOINTS] {
+    for name in [REJECT, SERVICES, LOCAL, NO_ENDPOINTS, REMEMBER] {
         transaction.push(Command::AddChain(Chain::regular(name)));
     }
     for (name, kind, point, priority) in [
         ("prerouting", ChainKind::Nat, HookPoint::Prerouting, DESTINATION_NAT),
         ("output", ChainKind::Nat, HookPoint::Output, DESTINATION_NAT),
+        ("input", ChainKind::Nat, HookPoint::Input, SOURCE_NAT),
         ("postrouting", ChainKind::Nat, HookPoint::Postrouting, SOURCE_NAT),
         ("filter-input", ChainKind::Filter, HookPoint::Input, 0),
         ("filter-forward", ChainKind::Filter, HookPoint::Forward, 0),
@@ -213,10 +224,46 @@ fn rules(settings: &Settings) -> Vec<Rule> {
         Rule::new("prerouting", from_outside).comment("externalTrafficPolicy Local"),
         Rule::new("prerouting", vec![jump(SERVICES)]),
         Rule::new("output", vec![jump(SERVICES)]),
+        Rule::new(REMEMBER, remember_by_address(settings)),
+        Rule::new(REMEMBER, remember_by_node_port()),
+        // Where a packet is once its endpoint is decided: at the node itself, or on its way out.
+        Rule::new("input", vec![jump(REMEMBER)]),
+        Rule::new("postrouting", vec![jump(REMEMBER)]),
     ];
     rules.extend(postrouting(settings));
     rules.extend(filter(settings));
     rules
+}
+
+fn remember_by_address(settings: &Settings) -> Vec<Expr> {
+    let next = settings.width();
+    vec![
+        Expr::LoadCt { key: settings.original_address(), to: Reg(0) },
+        load_protocol(next),
+        Expr::LoadCt { key: CtKey::OriginalPort, to: Reg(next + 1) },
+        Expr::VerdictMap { map: Map::Affine.name().into(), key: Reg(0) },
+    ]
+}
+
+fn remember_by_node_port() -> Vec<Expr> {
+    let mut expressions = if_destination_changed();
+    expressions.extend([
+        load_protocol(0),
+        Expr::LoadCt { key: CtKey::OriginalPort, to: Reg(1) },
+        Expr::VerdictMap { map: Map::AffineNodePorts.name().into(), key: Reg(0) },
+    ]);
+    expressions
+}
+
+/// Goes on for connections whose destination was changed.
+fn if_destination_changed() -> Vec<Expr> {
+    const DNAT: u32 = 0x20;
+    let mask = DNAT.to_ne_bytes().to_vec();
+    vec![
+        Expr::LoadCt { key: CtKey::Status, to: Reg(0) },
+        Expr::Bitwise { register: Reg(0), mask: mask.clone(), xor: vec![0; 4] },
+        Expr::Compare { register: Reg(0), equal: true, value: mask },
+    ]
 }
 
 fn postrouting(settings: &Settings) -> Vec<Rule> {
@@ -241,13 +288,7 @@ fn postrouting(settings: &Settings) -> Vec<Rule> {
         Rule::new("postrouting", hairpin).comment("a pod that reaches itself through a Service"),
     ];
     if settings.masquerade_bridged {
-        const DNAT: u32 = 0x20;
-        let mask = DNAT.to_ne_bytes().to_vec();
-        let mut expressions = vec![
-            Expr::LoadCt { key: CtKey::Status, to: Reg(0) },
-            Expr::Bitwise { register: Reg(0), mask: mask.clone(), xor: vec![0; 4] },
-            Expr::Compare { register: Reg(0), equal: true, value: mask },
-        ];
+        let mut expressions = if_destination_changed();
         expressions.extend(settings.in_net(settings.load_source(0), settings.cluster_cidr, true));
         expressions.extend(settings.in_net(settings.load_destination(0), settings.cluster_cidr, true));
         expressions.push(Expr::Masquerade);
@@ -287,48 +328,72 @@ fn filter(settings: &Settings) -> Vec<Rule> {
     rules
 }
 
-/// A balancing chain with its rules.
-///
-/// Registers: with affinity the client's address comes first, so that the key of the affinity map (client, address, protocol,
-/// port) and that of the endpoints map (address, protocol, port, number) overlap and are loaded once.
-pub fn balancer(settings: &Settings, balancer: &Balancer) -> Vec<Command> {
-    let name = balancer.chain();
+/// A chain that comes and goes, with its rules.
+pub fn dynamic(settings: &Settings, chain: &Dynamic) -> Vec<Command> {
+    let name = chain.chain();
+    let rules = match chain {
+        Dynamic::Balance(balancer) => balance(settings, balancer),
+        Dynamic::Remember(seconds) => vec![remember(settings, *seconds)],
+    };
     let mut commands = vec![Command::AddChain(Chain::regular(&name))];
-    let mut add = |expressions: Vec<Expr>| commands.push(Command::AddRule(Rule::new(&name, expressions)));
-    if let Some(expressions) = mark(settings, balancer.scope) {
-        add(expressions);
-    }
-    let width = settings.width();
-    let by_address = balancer.scope.is_by_address();
-    // Where the parts of the keys are.
-    let (client, address) = (0, width);
-    let protocol = address + width;
-    let (port, number) = (protocol + 1, protocol + 2);
-    let (target, target_port) = if settings.is_ipv4() { (8, 9) } else { (11, 15) };
-    let endpoint_key = if by_address { address } else { protocol };
-    let dnat = Expr::Nat { kind: NatKind::Destination, address: Reg(target), port: Some(Reg(target_port)) };
-    let choose = [
-        Expr::LoadRandom { modulus: balancer.endpoints.max(1), to: Reg(number) },
-        Expr::LoadMap { map: balancer.scope.endpoints().name().into(), key: Reg(endpoint_key), to: Reg(target) },
-    ];
-    let mut load = vec![settings.load_destination(address), load_protocol(protocol), load_port(port)];
-    match balancer.affinity_seconds {
-        None => {
-            if !by_address {
-                load.remove(0);
-            }
-            add([load, choose.to_vec(), vec![dnat]].concat());
-        }
-        Some(seconds) => {
-            load.insert(0, settings.load_source(client));
-            let timeout = Some(Duration::from_secs(u64::from(seconds)));
-            let remember = Expr::Update { set: AFFINITY.into(), key: Reg(client), data: Some(Reg(target)), timeout };
-            let known = Expr::LoadMap { map: AFFINITY.into(), key: Reg(client), to: Reg(target) };
-            add([load.clone(), vec![known, remember.clone(), dnat.clone()]].concat());
-            add([load, choose.to_vec(), vec![remember, dnat]].concat());
-        }
-    }
+    commands.extend(rules.into_iter().map(|expressions| Command::AddRule(Rule::new(&name, expressions))));
     commands
+}
+
+fn balance(settings: &Settings, balancer: &Balancer) -> Vec<Vec<Expr>> {
+    let width = settings.width();
+    let dnat = |map: &str| {
+        vec![
+            Expr::LoadMap { map: map.into(), key: Reg(0), to: Reg(0) },
+            Expr::Nat { kind: NatKind::Destination, address: Reg(0), port: Some(Reg(width)) },
+        ]
+    };
+    let mut rules: Vec<Vec<Expr>> = mark(settings, balancer.scope).into_iter().collect();
+    if balancer.affinity {
+        let mut known = vec![
+            settings.load_source(0),
+            settings.load_destination(width),
+            load_protocol(2 * width),
+            load_port(2 * width + 1),
+        ];
+        known.extend(dnat(AFFINITY));
+        rules.push(known);
+    }
+    let mut any = Vec::new();
+    let mut next = 0;
+    if balancer.scope.is_by_address() {
+        any.push(settings.load_destination(0));
+        next = width;
+    }
+    any.extend([
+        load_protocol(next),
+        load_port(next + 1),
+        Expr::LoadRandom { modulus: balancer.endpoints.max(1), to: Reg(next + 2) },
+    ]);
+    any.extend(dnat(balancer.scope.endpoints().name()));
+    rules.push(any);
+    rules
+}
+
+/// Remembers which endpoint a client got, or refreshes that. It runs after the destination was changed, when the endpoint is
+/// in the packet itself: nft cannot print a rule that remembers the result of a lookup, and ends in a crash.
+fn remember(settings: &Settings, seconds: u32) -> Vec<Expr> {
+    let width = settings.width();
+    let data = 2 * width + 2;
+    vec![
+        settings.load_source(0),
+        Expr::LoadCt { key: settings.original_address(), to: Reg(width) },
+        load_protocol(2 * width),
+        Expr::LoadCt { key: CtKey::OriginalPort, to: Reg(2 * width + 1) },
+        settings.load_destination(data),
+        load_port(data + width),
+        Expr::Update {
+            set: AFFINITY.into(),
+            key: Reg(0),
+            data: Some(Reg(data)),
+            timeout: Some(Duration::from_secs(u64::from(seconds))),
+        },
+    ]
 }
 
 /// The rule that decides about the source address, where there is anything to decide.
@@ -351,20 +416,22 @@ fn mark(settings: &Settings, scope: Scope) -> Option<Vec<Expr>> {
     }
 }
 
-/// How many rules the fixed chains and these balancing chains have together.
-pub fn rule_count<'a>(settings: &Settings, balancers: impl Iterator<Item = &'a Balancer>) -> usize {
-    let of_balancer = |one: &Balancer| {
-        usize::from(!matches!(one.scope, Scope::Local | Scope::LocalNodePort))
-            + 1
-            + usize::from(one.affinity_seconds.is_some())
+/// How many rules the fixed chains and these others have together.
+pub fn rule_count<'a>(settings: &Settings, chains: impl Iterator<Item = &'a Dynamic>) -> usize {
+    let of_chain = |chain: &Dynamic| match chain {
+        Dynamic::Balance(one) => {
+            usize::from(!matches!(one.scope, Scope::Local | Scope::LocalNodePort)) + 1 + usize::from(one.affinity)
+        }
+        Dynamic::Remember(_) => 1,
     };
-    rules(settings).len() + balancers.map(of_balancer).sum::<usize>()
+    rules(settings).len() + chains.map(of_chain).sum::<usize>()
 }
 
 /// The value of a map's element.
 pub fn value(target: Target) -> Option<Value> {
     match target {
-        Target::Balance(balancer) => Some(Value::Verdict(Verdict::Goto(balancer.chain()))),
+        Target::Balance(balancer) => Some(Value::Verdict(Verdict::Goto(Dynamic::Balance(balancer).chain()))),
+        Target::Remember(seconds) => Some(Value::Verdict(Verdict::Jump(Dynamic::Remember(seconds).chain()))),
         Target::Endpoint(endpoint) => Some(Value::Data(endpoint_bytes(endpoint))),
         Target::Reject => Some(Value::Verdict(Verdict::Goto(REJECT.into()))),
         Target::Drop => Some(Value::Verdict(Verdict::Drop)),

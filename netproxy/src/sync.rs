@@ -19,7 +19,7 @@ use oarlock_nft::{Bytes, Element, Kernel, NftError, Transaction, Value};
 use tracing::{debug, info, warn};
 
 use crate::ledger::{Delta, Ledger};
-use crate::plan::{Balancer, Entry, Map, Scope, Target};
+use crate::plan::{Dynamic, Entry, Map, Target};
 use crate::rules::{self, Settings};
 use crate::service::ServiceName;
 
@@ -41,8 +41,8 @@ pub struct Proxier<K> {
     settings: Settings,
     ledger: Ledger,
     staged: Delta,
-    /// The balancing chains in the kernel; none before the first commit.
-    present: Option<Vec<Balancer>>,
+    /// The chains in the kernel that come and go; none before the first commit.
+    present: Option<Vec<Dynamic>>,
     generation: Option<u32>,
     audited: Option<Instant>,
 }
@@ -155,7 +155,7 @@ impl<K: Kernel> Proxier<K> {
         let affinity = if comment.is_some() { self.valid_affinity()? } else { Vec::new() };
         let transaction = self.ledger.whole(&self.settings, comment.is_some(), affinity);
         self.kernel.commit(&transaction)?;
-        self.present = Some(self.ledger.balancers().copied().collect());
+        self.present = Some(self.ledger.chains().copied().collect());
         self.generation = Some(self.kernel.generation()?);
         info!(table = self.settings.table.name, elements = self.ledger.element_count(), "table written");
         Ok(())
@@ -164,7 +164,7 @@ impl<K: Kernel> Proxier<K> {
     /// Changes what differs in a table of this version; says no when its rules are not what they should be.
     fn adopt(&mut self) -> Result<bool, NftError> {
         let chains = self.kernel.chains(&self.settings.table)?;
-        let mut present: Vec<Balancer> = chains.iter().filter_map(|name| Balancer::of_chain(name)).collect();
+        let mut present: Vec<Dynamic> = chains.iter().filter_map(|name| Dynamic::of_chain(name)).collect();
         let expected = rules::rule_count(&self.settings, present.iter());
         if self.kernel.rule_count(&self.settings.table)? != expected {
             return Ok(false);
@@ -204,7 +204,7 @@ impl<K: Kernel> Proxier<K> {
     }
 
     /// What turns the kernel's elements into the ledger's; `None` when a map is missing.
-    fn differences(&mut self, present: &mut Vec<Balancer>) -> Result<Option<Transaction>, NftError> {
+    fn differences(&mut self, present: &mut Vec<Dynamic>) -> Result<Option<Transaction>, NftError> {
         let mut wanted = self.ledger.by_map();
         let (mut removed, mut added) = (HashMap::new(), HashMap::new());
         for map in Map::ALL {
@@ -285,9 +285,9 @@ fn describe(delta: &Delta, is_ipv4: bool) -> Committed {
     let mut committed = Committed::default();
     for (map, key, old, _) in delta.iter() {
         let by_address = match map {
-            Map::Hairpin => continue,
+            Map::Hairpin | Map::Affine | Map::AffineNodePorts => continue,
             Map::NodePorts | Map::LocalNodePorts | Map::NoEndpointNodePorts => false,
-            Map::NodePortEndpoints | Map::LocalNodePortEndpoints => Scope::NodePort.is_by_address(),
+            Map::NodePortEndpoints | Map::LocalNodePortEndpoints => false,
             _ => true,
         };
         let offset = if !by_address {

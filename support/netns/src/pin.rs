@@ -174,7 +174,7 @@ fn check_sysctls(options: &PinOptions) -> Result<()> {
 fn sysctl_path(name: &str) -> Result<PathBuf> {
     let parts: Vec<&str> = if name.contains('/') { name.split('/').collect() } else { name.split('.').collect() };
     let sound = |part: &&str| !part.is_empty() && *part != "." && *part != ".." && !part.contains('\0');
-    if parts.len() < 2 || !parts.iter().all(|part| sound(part)) {
+    if parts.len() < 2 || !parts.iter().all(sound) {
         return Err(NetnsError::SysctlName { name: name.to_owned() });
     }
     Ok(Path::new("/proc/sys").join(parts.join("/")))

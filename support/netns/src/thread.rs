@@ -60,7 +60,7 @@ pub(crate) fn open(path: &Path) -> Result<File> {
     let magic = fstatfs(&file)
         .map_err(|errno| NetnsError::Open { path: path.to_owned(), source: errno.into() })?
         .filesystem_type();
-    if i64::from(magic.0) == NSFS_MAGIC { Ok(file) } else { Err(NetnsError::NotANamespace { path: path.to_owned() }) }
+    if magic.0 == NSFS_MAGIC { Ok(file) } else { Err(NetnsError::NotANamespace { path: path.to_owned() }) }
 }
 
 pub(crate) fn on_fresh_thread<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {

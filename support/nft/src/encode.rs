@@ -329,8 +329,12 @@ fn write_expression(w: &mut Writer, table: &Table, expression: &Expr) {
             }
         }
         Expr::LoadCt { key, to } => {
+            const ORIGINAL: u8 = 0;
             w.be32(2, *key as u32);
             w.be32(1, to.number());
+            if key.is_of_a_direction() {
+                w.u8(3, ORIGINAL);
+            }
         }
         Expr::LoadFib { result, of_source, to } => {
             w.be32(3, if *of_source { 1 } else { 2 });

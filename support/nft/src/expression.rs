@@ -32,6 +32,19 @@ pub enum CtKey {
     State = 0,
     /// A bit set: 32 (0x20) is destination NAT.
     Status = 2,
+    /// The port that the connection was made to, before NAT.
+    OriginalPort = 12,
+    /// The IPv4 address that the connection was made to, before NAT.
+    OriginalIpv4 = 20,
+    /// The IPv6 address that the connection was made to, before NAT.
+    OriginalIpv6 = 22,
+}
+
+impl CtKey {
+    /// Whether the key is about one direction, which here is always the original one.
+    pub(crate) fn is_of_a_direction(self) -> bool {
+        matches!(self, CtKey::OriginalPort | CtKey::OriginalIpv4 | CtKey::OriginalIpv6)
+    }
 }
 
 /// Where a payload offset counts from.

@@ -25,6 +25,16 @@ pub struct Netlink {
     connection: Connection,
 }
 
+/// What is read, and how.
+struct Reading<'a> {
+    operation: &'static str,
+    kind: u16,
+    /// Whether several objects may answer.
+    dump: bool,
+    table: &'a Table,
+    attributes: &'a [(u16, &'a str)],
+}
+
 impl Netlink {
     /// Of the calling thread's network namespace.
     pub fn open() -> Result<Netlink> {
@@ -37,15 +47,8 @@ impl Netlink {
     }
 
     /// Runs a reading, again when the ruleset changed under it.
-    fn read(
-        &mut self,
-        operation: &'static str,
-        kind: u16,
-        dump: bool,
-        table: &Table,
-        attributes: &[(u16, &str)],
-        mut each: impl FnMut(&Received<'_>),
-    ) -> Result<bool> {
+    fn read(&mut self, reading: Reading<'_>, mut each: impl FnMut(&Received<'_>)) -> Result<bool> {
+        let Reading { operation, kind, dump, table, attributes } = reading;
         let family = table.family.number();
         let result = self.connection.query(
             operation,
@@ -69,15 +72,24 @@ impl Netlink {
         let mut found = Vec::new();
         let mut interrupted = false;
         let names = [(encode::LIST_TABLE, table.name.as_str()), (encode::LIST_SET, set)];
-        let exists = self.read("list the elements of a set", encode::GET_ELEMENT, true, table, &names, |message| {
-            const DUMP_INTERRUPTED: u16 = 0x10;
-            interrupted |= message.flags & DUMP_INTERRUPTED != 0;
-            if message.kind == encode::NEW_ELEMENT {
-                let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
-                let list = attribute(body, encode::LIST_ELEMENTS).unwrap_or_default();
-                found.extend(attributes(list).filter_map(|(_, element)| parse_element(element)));
-            }
-        })?;
+        let exists = self.read(
+            Reading {
+                operation: "list the elements of a set",
+                kind: encode::GET_ELEMENT,
+                dump: true,
+                table,
+                attributes: &names,
+            },
+            |message| {
+                const DUMP_INTERRUPTED: u16 = 0x10;
+                interrupted |= message.flags & DUMP_INTERRUPTED != 0;
+                if message.kind == encode::NEW_ELEMENT {
+                    let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
+                    let list = attribute(body, encode::LIST_ELEMENTS).unwrap_or_default();
+                    found.extend(attributes(list).filter_map(|(_, element)| parse_element(element)));
+                }
+            },
+        )?;
         if interrupted {
             return Err(NftError::Interrupted);
         }
@@ -111,34 +123,55 @@ impl Kernel for Netlink {
 
     fn table_comment(&mut self, table: &Table) -> Result<Option<String>> {
         let mut comment = String::new();
-        let exists = self.read("look up a table", encode::GET_TABLE, false, table, &[(1, &table.name)], |message| {
-            let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
-            if let Some([0, _, text @ ..]) = attribute(body, encode::TABLE_USERDATA) {
-                comment = read_string(text);
-            }
-        })?;
+        let exists = self.read(
+            Reading {
+                operation: "look up a table",
+                kind: encode::GET_TABLE,
+                dump: false,
+                table,
+                attributes: &[(1, &table.name)],
+            },
+            |message| {
+                let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
+                if let Some([0, _, text @ ..]) = attribute(body, encode::TABLE_USERDATA) {
+                    comment = read_string(text);
+                }
+            },
+        )?;
         Ok(exists.then_some(comment))
     }
 
     fn chains(&mut self, table: &Table) -> Result<Vec<String>> {
         let mut found = Vec::new();
-        self.read("list chains", encode::GET_CHAIN, true, table, &[], |message| {
-            if message.kind == encode::NEW_CHAIN && message.payload.first() == Some(&table.family.number()) {
-                let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
-                let text = |kind| attribute(body, kind).map(read_string);
-                if text(CHAIN_TABLE).as_deref() == Some(table.name.as_str()) {
-                    found.extend(text(CHAIN_NAME));
+        self.read(
+            Reading { operation: "list chains", kind: encode::GET_CHAIN, dump: true, table, attributes: &[] },
+            |message| {
+                if message.kind == encode::NEW_CHAIN && message.payload.first() == Some(&table.family.number()) {
+                    let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
+                    let text = |kind| attribute(body, kind).map(read_string);
+                    if text(CHAIN_TABLE).as_deref() == Some(table.name.as_str()) {
+                        found.extend(text(CHAIN_NAME));
+                    }
                 }
-            }
-        })?;
+            },
+        )?;
         Ok(found)
     }
 
     fn rule_count(&mut self, table: &Table) -> Result<usize> {
         let mut count = 0;
-        self.read("list rules", encode::GET_RULE, true, table, &[(1, &table.name)], |message| {
-            count += usize::from(message.kind == encode::NEW_RULE);
-        })?;
+        self.read(
+            Reading {
+                operation: "list rules",
+                kind: encode::GET_RULE,
+                dump: true,
+                table,
+                attributes: &[(1, &table.name)],
+            },
+            |message| {
+                count += usize::from(message.kind == encode::NEW_RULE);
+            },
+        )?;
         Ok(count)
     }
 

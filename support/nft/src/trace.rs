@@ -40,7 +40,8 @@ pub enum Outcome {
 
 /// Sends `packet` through all tables of `fake`. `random` draws the numbers that rules ask for, given the modulus.
 pub fn trace(fake: &mut Fake, locals: &[IpAddr], packet: Packet, mut random: impl FnMut(u32) -> u32) -> Outcome {
-    let mut state = State { packet, mark: 0, dnat: false, masqueraded: false, locals, random: &mut random };
+    let original = (packet.destination, packet.destination_port);
+    let mut state = State { packet, original, mark: 0, dnat: false, masqueraded: false, locals, random: &mut random };
     let first = if packet.from_node { HookPoint::Output } else { HookPoint::Prerouting };
     let mut hooks = vec![first];
     let mut position = 0;
@@ -67,6 +68,8 @@ pub fn trace(fake: &mut Fake, locals: &[IpAddr], packet: Packet, mut random: imp
 
 struct State<'a> {
     packet: Packet,
+    /// Where the packet was sent at first.
+    original: (IpAddr, u16),
     mark: u32,
     dnat: bool,
     masqueraded: bool,
@@ -187,17 +190,13 @@ fn run_expression(table: &mut FakeTable, expression: &Expr, registers: &mut Regi
         Expr::LoadCt { key, to } => {
             const NEW: u32 = 8;
             const DNAT: u32 = 0x20;
-            let value = match key {
-                CtKey::State => NEW,
-                CtKey::Status => {
-                    if state.dnat {
-                        DNAT
-                    } else {
-                        0
-                    }
-                }
+            let bytes = match key {
+                CtKey::State => NEW.to_ne_bytes().to_vec(),
+                CtKey::Status => (if state.dnat { DNAT } else { 0 }).to_ne_bytes().to_vec(),
+                CtKey::OriginalPort => state.original.1.to_be_bytes().to_vec(),
+                CtKey::OriginalIpv4 | CtKey::OriginalIpv6 => oarlock_netlink::wire::address_bytes(state.original.0),
             };
-            registers.store(*to, &value.to_ne_bytes());
+            registers.store(*to, &bytes);
         }
         Expr::LoadFib { of_source, to, .. } => {
             let address = if *of_source { state.packet.source } else { state.packet.destination };

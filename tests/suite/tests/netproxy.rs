@@ -193,8 +193,7 @@ fn nft_lists_what_the_proxy_wrote() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         assert!(text.contains("10.43.0.50 . tcp . 80 : goto cluster-2"), "{text}");
         assert!(text.contains("numgen random mod 2"), "{text}");
-        assert!(text.contains("10.42.0.13 . 10.43.0.51 . tcp . 80 timeout 3h"), "{text}");
-        eprintln!("{text}");
+        assert!(text.contains("10.42.0.13 . 10.43.0.51 . tcp . 80 "), "clients that are bound show: {text}");
     });
 }
 
