@@ -47,9 +47,8 @@ pub fn foundation(is_ipv4: bool) -> Transaction {
     for name in [PREROUTING, OUTPUT, DNAT, POSTROUTING] {
         transaction.push(Command::FlushChain(name.into()));
     }
-    let jump = |chain: &str| {
-        Rule::new(chain, vec![local_destination(), vec![Expr::Verdict(Verdict::Jump(DNAT.into()))]].concat())
-    };
+    let jump =
+        |chain: &str| Rule::new(chain, [local_destination(), vec![Expr::Verdict(Verdict::Jump(DNAT.into()))]].concat());
     let loopback: IpNet = if is_ipv4 {
         IpNet::V4(ipnet::Ipv4Net::new_assert([127, 0, 0, 0].into(), 8))
     } else {

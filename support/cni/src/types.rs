@@ -98,7 +98,7 @@ impl IpConfig {
 }
 
 /// A route inside the container.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Route {
     pub dst: IpNet,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -114,12 +114,6 @@ pub struct Route {
     pub table: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scope: Option<u8>,
-}
-
-impl Default for Route {
-    fn default() -> Self {
-        Route { dst: IpNet::default(), gw: None, mtu: None, advmss: None, priority: None, table: None, scope: None }
-    }
 }
 
 /// Name servers and search domains that a network brings along.
