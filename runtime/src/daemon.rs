@@ -36,12 +36,14 @@ const NETWORK_COLLECTION_INTERVAL: Duration = Duration::from_secs(600);
 pub struct Runtime {
     core: Arc<Core>,
     streaming: Arc<StreamingServer>,
+    listener: UnixListener,
     // Held for the daemon's life: two daemons on one directory would undo each other's work.
     lock: Flock<fs::File>,
 }
 
 impl Runtime {
-    /// Opens state and brings the world in line with it: everything that a crash left half made is undone.
+    /// Opens state and brings the world in line with it: everything that a crash left half made is undone. When this
+    /// returns clients can connect; they are answered once the daemon runs.
     pub async fn new(config: Config) -> Result<Runtime, Error> {
         check(&config)?;
         let paths = Paths::new(&config.data_dir, &config.run_dir);
@@ -74,16 +76,16 @@ impl Runtime {
             .map(Arc::new)?;
         let _ = core.streaming.set(streaming.clone());
         reconcile::reconcile(&core).await?;
-        Ok(Runtime { core, streaming, lock })
+        let listener = listen(&core.config.socket)?;
+        Ok(Runtime { core, streaming, listener, lock })
     }
 
     /// Serves until `shutdown`. Containers go on without the daemon.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        let Runtime { core, streaming, lock } = self;
+        let Runtime { core, streaming, listener, lock } = self;
         let stop = core.shutdown.clone();
         let _stop_on_return = stop.clone().drop_guard();
         let socket = core.config.socket.clone();
-        let listener = listen(&socket)?;
         let address = streaming.local_addr();
         tracing::info!(socket = %socket.display(), streaming = %address, "runtime serving");
 

@@ -15,6 +15,7 @@ mod events;
 mod fdio;
 mod host;
 mod joins;
+mod metrics;
 mod mounts;
 mod paths;
 mod reconcile;

@@ -77,7 +77,7 @@ fn container_stats(core: &Core, container: &Container) -> cri::ContainerStats {
     }
 }
 
-fn measure(group: &str) -> Option<Stats> {
+pub(crate) fn measure(group: &str) -> Option<Stats> {
     let group = Cgroup::new(group).ok().filter(Cgroup::exists)?;
     group.stats().ok()
 }
@@ -174,149 +174,58 @@ fn network(core: &Core, record: &SandboxRecord, now: i64) -> Option<cri::Network
     if record.host_network {
         return None;
     }
-    let netns = core.paths.sandbox(&record.id).namespaces().join("net");
-    let table = oarlock_netns::run_in(&netns, || std::fs::read_to_string("/proc/thread-self/net/dev")).ok()?.ok()?;
-    let mut interfaces = interfaces(&table);
-    let default =
-        interfaces.iter().position(|interface| interface.name == "eth0").map(|index| interfaces.remove(index));
-    Some(cri::NetworkUsage { timestamp: now, default_interface: default, interfaces })
+    let usage = |interface: Interface| cri::NetworkInterfaceUsage {
+        name: interface.name,
+        rx_bytes: value(interface.received.bytes),
+        rx_errors: value(interface.received.errors),
+        tx_bytes: value(interface.sent.bytes),
+        tx_errors: value(interface.sent.errors),
+    };
+    let mut interfaces: Vec<_> = interface_counters(core, record).into_iter().map(usage).collect();
+    let default = interfaces.iter().position(|interface| interface.name == "eth0");
+    let default_interface = default.map(|index| interfaces.remove(index));
+    Some(cri::NetworkUsage { timestamp: now, default_interface, interfaces })
 }
 
-/// Reads `/proc/net/dev`; loopback is nobody's business.
-fn interfaces(table: &str) -> Vec<cri::NetworkInterfaceUsage> {
+/// One direction of an interface.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Traffic {
+    pub bytes: u64,
+    pub packets: u64,
+    pub errors: u64,
+    pub dropped: u64,
+}
+
+/// An interface of a pod.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Interface {
+    pub name: String,
+    pub received: Traffic,
+    pub sent: Traffic,
+}
+
+/// The interfaces of a sandbox's own network, without loopback.
+pub(crate) fn interface_counters(core: &Core, record: &SandboxRecord) -> Vec<Interface> {
+    if record.host_network {
+        return Vec::new();
+    }
+    let netns = core.paths.sandbox(&record.id).namespaces().join("net");
+    let table = oarlock_netns::run_in(&netns, || std::fs::read_to_string("/proc/thread-self/net/dev"));
+    table.ok().and_then(Result::ok).map(|table| interfaces(&table)).unwrap_or_default()
+}
+
+/// Reads `/proc/net/dev`.
+fn interfaces(table: &str) -> Vec<Interface> {
     let parse = |line: &str| {
         let (name, numbers) = line.split_once(':')?;
         let numbers: Vec<u64> = numbers.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect();
-        let at = |index: usize| numbers.get(index).copied().and_then(value);
-        Some(cri::NetworkInterfaceUsage {
-            name: name.trim().to_owned(),
-            rx_bytes: at(0),
-            rx_errors: at(2),
-            tx_bytes: at(8),
-            tx_errors: at(10),
-        })
+        let direction = |first: usize| {
+            let at = |index: usize| numbers.get(first + index).copied().unwrap_or(0);
+            Traffic { bytes: at(0), packets: at(1), errors: at(2), dropped: at(3) }
+        };
+        Some(Interface { name: name.trim().to_owned(), received: direction(0), sent: direction(8) })
     };
     table.lines().skip(2).filter_map(parse).filter(|interface| interface.name != "lo").collect()
-}
-
-/// A metric as [`describe`] lists it: name, help, kind and how it is read.
-struct Metric {
-    name: &'static str,
-    help: &'static str,
-    kind: cri::MetricType,
-    read: fn(&Stats) -> u64,
-}
-
-/// What is told of every container, under the names that node metrics have upstream.
-const METRICS: &[Metric] = &[
-    Metric {
-        name: "container_cpu_usage_seconds_total",
-        help: "Cumulative cpu time consumed in seconds.",
-        kind: cri::MetricType::Counter,
-        read: |stats| stats.cpu_usage_nanos / 1_000_000_000,
-    },
-    Metric {
-        name: "container_cpu_user_seconds_total",
-        help: "Cumulative user cpu time consumed in seconds.",
-        kind: cri::MetricType::Counter,
-        read: |stats| stats.cpu_user_nanos / 1_000_000_000,
-    },
-    Metric {
-        name: "container_cpu_system_seconds_total",
-        help: "Cumulative system cpu time consumed in seconds.",
-        kind: cri::MetricType::Counter,
-        read: |stats| stats.cpu_system_nanos / 1_000_000_000,
-    },
-    Metric {
-        name: "container_cpu_cfs_throttled_periods_total",
-        help: "Number of throttled period intervals.",
-        kind: cri::MetricType::Counter,
-        read: |stats| stats.cpu_throttled_periods,
-    },
-    Metric {
-        name: "container_memory_usage_bytes",
-        help: "Current memory usage in bytes, including all memory regardless of when it was accessed.",
-        kind: cri::MetricType::Gauge,
-        read: |stats| stats.memory_usage_bytes,
-    },
-    Metric {
-        name: "container_memory_working_set_bytes",
-        help: "Current working set in bytes.",
-        kind: cri::MetricType::Gauge,
-        read: |stats| stats.memory_working_set_bytes,
-    },
-    Metric {
-        name: "container_memory_rss",
-        help: "Size of RSS in bytes.",
-        kind: cri::MetricType::Gauge,
-        read: |stats| stats.memory_rss_bytes,
-    },
-    Metric {
-        name: "container_memory_swap",
-        help: "Container swap usage in bytes.",
-        kind: cri::MetricType::Gauge,
-        read: |stats| stats.memory_swap_bytes,
-    },
-    Metric {
-        name: "container_oom_events_total",
-        help: "Count of out of memory events observed for the container.",
-        kind: cri::MetricType::Counter,
-        read: |stats| stats.oom_kills,
-    },
-    Metric {
-        name: "container_processes",
-        help: "Number of processes running inside the container.",
-        kind: cri::MetricType::Gauge,
-        read: |stats| stats.pids,
-    },
-];
-
-/// The metrics there are.
-pub(crate) fn describe() -> Vec<cri::MetricDescriptor> {
-    let labels = ["id", "name"].map(str::to_owned).to_vec();
-    let one = |metric: &Metric| cri::MetricDescriptor {
-        name: metric.name.to_owned(),
-        help: metric.help.to_owned(),
-        label_keys: labels.clone(),
-    };
-    METRICS.iter().map(one).collect()
-}
-
-/// The metrics of all living sandboxes.
-pub(crate) async fn metrics(core: &Arc<Core>) -> Result<Vec<cri::PodSandboxMetrics>, Error> {
-    let core = core.clone();
-    blocking("metrics", move || {
-        let records = filtered_sandboxes(&core, None);
-        Ok(records.iter().map(|record| sandbox_metrics(&core, record)).collect())
-    })
-    .await
-}
-
-fn sandbox_metrics(core: &Core, record: &SandboxRecord) -> cri::PodSandboxMetrics {
-    let now = now_nanos();
-    let of_group = |group: &str, labels: &[String]| -> Vec<cri::Metric> {
-        let Some(stats) = measure(group) else { return Vec::new() };
-        let one = |metric: &Metric| cri::Metric {
-            name: metric.name.to_owned(),
-            timestamp: now,
-            metric_type: metric.kind as i32,
-            label_values: labels.to_vec(),
-            value: value((metric.read)(&stats)),
-        };
-        METRICS.iter().map(one).collect()
-    };
-    let mut members = core.index.containers_of(&record.id);
-    members.retain(|container| container.phase() == ContainerPhase::Running);
-    let container_metrics = members.iter().map(|container| {
-        let record = container.record();
-        let labels = [record.id.clone(), record.metadata().name];
-        cri::ContainerMetrics { container_id: record.id.clone(), metrics: of_group(&record.cgroup, &labels) }
-    });
-    cri::PodSandboxMetrics {
-        pod_sandbox_id: record.id.clone(),
-        metrics: of_group(&record.cgroup_parent, &[record.id.clone(), "POD".to_owned()]),
-        container_metrics: container_metrics.collect(),
-    }
 }
 
 #[cfg(test)]
@@ -326,10 +235,12 @@ mod tests {
     #[test]
     fn loopback_is_left_out_and_columns_are_the_right_ones() {
         let table = "Inter-|   Receive |  Transmit\n face |bytes\n    lo: 9 9 9 9 9 9 9 9 9 9 9 9 9 9 9 9\n  eth0: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n";
-        let read = interfaces(table);
-        assert_eq!(read.len(), 1);
-        let numbers = [&read[0].rx_bytes, &read[0].rx_errors, &read[0].tx_bytes, &read[0].tx_errors];
-        assert_eq!(numbers.map(|number| number.as_ref().unwrap().value), [1, 3, 9, 11]);
+        let expected = Interface {
+            name: "eth0".into(),
+            received: Traffic { bytes: 1, packets: 2, errors: 3, dropped: 4 },
+            sent: Traffic { bytes: 9, packets: 10, errors: 11, dropped: 12 },
+        };
+        assert_eq!(interfaces(table), [expected]);
     }
 
     #[test]

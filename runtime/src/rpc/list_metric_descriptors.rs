@@ -2,8 +2,8 @@
 
 use oarlock_proto::cri;
 
-use crate::stats;
+use crate::metrics;
 
 pub(super) fn list_metric_descriptors() -> cri::ListMetricDescriptorsResponse {
-    cri::ListMetricDescriptorsResponse { descriptors: stats::describe() }
+    cri::ListMetricDescriptorsResponse { descriptors: metrics::describe() }
 }

@@ -6,8 +6,8 @@ use oarlock_proto::cri;
 use tonic::Status;
 
 use crate::core::Core;
-use crate::stats;
+use crate::metrics;
 
 pub(super) async fn list_pod_sandbox_metrics(core: &Arc<Core>) -> Result<Vec<cri::PodSandboxMetrics>, Status> {
-    Ok(stats::metrics(core).await?)
+    Ok(metrics::collect(core).await?)
 }
