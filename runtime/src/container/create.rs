@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use oarlock_proto::cri;
 
-use super::bundle;
 use super::remove::undo;
+use super::{bundle, volumes};
 use crate::core::Core;
 use crate::error::Error;
 use crate::record::{ContainerPhase, ContainerRecord, SandboxPhase, SandboxRecord, VERSION};
@@ -64,10 +64,11 @@ fn existing(core: &Core, owner: &str, name: &str, wanted: &ContainerRecord) -> R
     if same { Ok(record.id.clone()) } else { Err(taken()) }
 }
 
-fn record_of(core: &Core, sandbox: &SandboxRecord, config: cri::ContainerConfig) -> Result<ContainerRecord, Error> {
+fn record_of(core: &Core, sandbox: &SandboxRecord, mut config: cri::ContainerConfig) -> Result<ContainerRecord, Error> {
     let reference = config.image.as_ref().map(|image| image.image.clone()).unwrap_or_default();
     let image = core.images.status(&reference).ok_or(Error::NoImage { reference })?;
     let defaults = Defaults::of(&image.config);
+    volumes::resolve_images(core, &mut config.mounts)?;
     // Asked again when the bundle is made; asked here so that a refusal leaves nothing to undo.
     spec::image::command_line(&config, &defaults)?;
     spec::image::working_dir(&config, &defaults)?;

@@ -25,13 +25,21 @@ pub(super) fn image_key(container: &str, index: usize) -> String {
     format!("{container}-image-{index}")
 }
 
+/// Notes which image each image mount stands for, so that a tag that moves changes nothing for the container.
+pub(super) fn resolve_images(core: &Core, mounts: &mut [cri::Mount]) -> Result<(), Error> {
+    for image in mounts.iter_mut().filter_map(|mount| mount.image.as_mut()).filter(|image| !image.image.is_empty()) {
+        let found = core.images.status(&image.image);
+        image.image_ref = found.ok_or_else(|| Error::NoImage { reference: image.image.clone() })?.id;
+    }
+    Ok(())
+}
+
 /// Layers of the images that the container mounts, by position.
 pub(super) async fn prepare_images(core: &Arc<Core>, record: &ContainerRecord) -> Result<Vec<(usize, Rootfs)>, Error> {
     let mut prepared = Vec::new();
     for (index, wanted) in record.config.mounts.iter().enumerate() {
-        let Some(reference) = image_of(wanted) else { continue };
-        let image = core.images.status(reference).ok_or_else(|| Error::NoImage { reference: reference.to_owned() })?;
-        prepared.push((index, core.images.prepare_rootfs(&image.id, &image_key(&record.id, index)).await?));
+        let Some(image) = image_of(wanted) else { continue };
+        prepared.push((index, core.images.prepare_rootfs(&image.image_ref, &image_key(&record.id, index)).await?));
     }
     Ok(prepared)
 }
@@ -42,8 +50,8 @@ pub(super) fn mount_images(core: &Core, record: &ContainerRecord, images: &[(usi
     images.iter().try_for_each(|(index, rootfs)| mounts::overlay_readonly(&rootfs.lower, &paths.image_mount(*index)))
 }
 
-fn image_of(mount: &cri::Mount) -> Option<&str> {
-    mount.image.as_ref().map(|image| image.image.as_str()).filter(|reference| !reference.is_empty())
+fn image_of(mount: &cri::Mount) -> Option<&cri::ImageSpec> {
+    mount.image.as_ref().filter(|image| !image.image.is_empty())
 }
 
 /// The sources of all of a container's volumes.
@@ -58,7 +66,7 @@ pub(super) fn find(core: &Core, record: &ContainerRecord, defaults: &Defaults) -
         volumes.push(Volume {
             destination: wanted.container_path.clone().into(),
             source,
-            readonly: wanted.readonly || image_of(wanted).is_some(),
+            readonly: wanted.readonly,
             recursive_readonly: wanted.recursive_read_only,
             propagation,
         });

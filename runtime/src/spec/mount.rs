@@ -58,6 +58,7 @@ pub(crate) fn check(mount: &cri::Mount) -> Result<MountPropagation, SpecError> {
     let image = mount.image.as_ref().is_some_and(|image| !image.image.is_empty());
     match (image, mount.host_path.is_empty()) {
         (false, true) => return Err(SpecError::invalid(field, "neither host_path nor image is set")),
+        (true, true) if !mount.readonly => return Err(SpecError::invalid(field, "an image is mounted read-only")),
         (true, false) => return Err(SpecError::invalid(field, "host_path and image exclude each other")),
         (false, false) if !mount.host_path.starts_with('/') => {
             return Err(SpecError::invalid(field, "host_path is not absolute"));
@@ -252,6 +253,7 @@ mod tests {
         assert!(with(|m| m.container_path = "/./".into()).is_err());
         assert!(with(|m| m.host_path = "h".into()).is_err());
         assert!(with(|m| m.recursive_read_only = true).is_err());
+        assert!(with(|m| m.image = Some(cri::ImageSpec { image: "i".into(), ..cri::ImageSpec::default() })).is_err());
         assert!(with(|m| m.mount_options = vec!["noexec".into()]).is_err());
         assert!(with(|m| m.uid_mappings = vec![cri::IdMapping::default()]).is_err());
     }
