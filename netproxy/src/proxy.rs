@@ -351,9 +351,10 @@ async fn keep_dns_service(client: kube::Client, address: std::net::IpAddr, shutd
     let mut told = false;
     loop {
         let outcome = async {
-            match api.get_opt(DNS_SERVICE).await? {
-                Some(_) => Ok(None),
-                None => api.create(&PostParams::default(), &dns_service(address)).await.map(Some),
+            let named = kube::api::ListParams::default().fields(&format!("metadata.name={DNS_SERVICE}"));
+            match api.list(&named).await?.items.is_empty() {
+                false => Ok(None),
+                true => api.create(&PostParams::default(), &dns_service(address)).await.map(Some),
             }
         };
         match outcome.await {

@@ -9,12 +9,9 @@ use oarlock_testimage::{Image, pack};
 use crate::{bin_dir, packages, step, target_dir};
 
 /// Programs that run in other namespaces or outlive their starter: static and non-PIE, so that they need nothing from the
-/// file system around them and share their pages.
-const STATIC: &[(&str, &str)] = &[
-    ("oarlock-shim", "oarlock-shim"),
-    ("oarlock-cni-plugins", "oarlock-cni-plugins"),
-    ("oarlock-testimage", "oarlock-testimage"),
-];
+/// file system around them and share their pages. Each with its profile.
+const STATIC: &[(&str, &str)] =
+    &[("oarlock-shim", "release"), ("oarlock-testimage", "release"), ("oarlock-cni-plugins", "small")];
 
 /// Builds everything and collects it in `target/oarlock`, which is returned.
 pub(crate) fn run() -> anyhow::Result<PathBuf> {
@@ -34,18 +31,19 @@ fn build_static(bin: &Path) -> anyhow::Result<()> {
     let target = step::output(std::process::Command::new("rustc").args(["--print", "host-tuple"]))?;
     let target = target.trim();
     let variable = format!("CARGO_TARGET_{}_RUSTFLAGS", target.to_uppercase().replace('-', "_"));
-    let mut command = step::cargo();
-    command
-        .args(["build", "--release", "--locked", "--target", target])
-        .env(variable, "-C target-feature=+crt-static -C relocation-model=static")
-        .env("LIBSECCOMP_LINK_TYPE", "static")
-        .env("LIBSECCOMP_LIB_PATH", library_directory(target));
-    for (package, _) in STATIC {
-        command.args(["--package", package]);
-    }
-    step::run("build static programs", &mut command)?;
-    for (_, program) in STATIC {
-        place(&target_dir().join(target).join("release").join(program), &bin.join(program))?;
+    for profile in ["release", "small"] {
+        let programs = || STATIC.iter().filter(|(_, of)| *of == profile).map(|(program, _)| *program);
+        let mut command = step::cargo();
+        command
+            .args(["build", "--profile", profile, "--locked", "--target", target])
+            .args(programs().flat_map(|program| ["--package", program]))
+            .env(&variable, "-C target-feature=+crt-static -C relocation-model=static")
+            .env("LIBSECCOMP_LINK_TYPE", "static")
+            .env("LIBSECCOMP_LIB_PATH", library_directory(target));
+        step::run(&format!("build static programs ({profile})"), &mut command)?;
+        for program in programs() {
+            place(&target_dir().join(target).join(profile).join(program), &bin.join(program))?;
+        }
     }
     Ok(())
 }

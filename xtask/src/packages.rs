@@ -13,7 +13,7 @@ pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-c
 /// What a running node needs.
 pub(crate) const RUN: &[&str] = &["nftables", "iproute2"];
 /// What the tests need beside these.
-pub(crate) const TEST: &[&str] = &["conntrack", "unzip"];
+pub(crate) const TEST: &[&str] = &["conntrack", "curl", "unzip"];
 
 /// Installs those of `packages` that are missing, saying which.
 pub(crate) fn ensure(packages: &[&str]) -> anyhow::Result<()> {

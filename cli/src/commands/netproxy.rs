@@ -1,9 +1,49 @@
-//! `oarlock netproxy`: the Service proxy.
+//! `oarlock netproxy`: the Service proxy, cluster DNS and the node's network configuration.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
-use crate::config::Settings;
+use anyhow::Context;
+use oarlock_netproxy::{Config, Netproxy};
 
-pub(crate) fn run(_settings: Settings) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("netproxy")
+use super::{agent, daemon};
+use crate::config::Settings;
+use crate::host;
+
+/// What netproxy is told about this node.
+pub(crate) fn proxy_config(settings: &Settings) -> Config {
+    Config {
+        node_name: settings.node_name.clone(),
+        node_ip: settings.node_ip,
+        cluster_cidr: settings.cluster_cidr,
+        service_cidr: settings.service_cidr,
+        cluster_dns: settings.cluster_dns,
+        cluster_domain: settings.cluster_domain.clone(),
+        node_port_range: settings.node_port_range,
+        health_listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.proxy_health_port)),
+        cni_conf_dir: Some(settings.cni_conf_dir.clone()),
+        cni_state_dir: settings.layout.data_dir().join("cni/networks"),
+        upstream_resolv_conf: agent::upstream_resolv_conf().into(),
+        ..Config::default()
+    }
+}
+
+pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
+    host::require_root("oarlock netproxy")?;
+    daemon::run(&settings.clone(), 2, |shutdown| async move {
+        let path = settings.layout.component_kubeconfig("netproxy");
+        let kubeconfig = kube::config::Kubeconfig::read_from(&path)
+            .with_context(|| format!("cannot read {}; start `oarlock server` first", path.display()))?;
+        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default())
+            .await
+            .with_context(|| format!("{} is not usable", path.display()))?;
+        let client = kube::Client::try_from(config).context("cannot make an API client")?;
+        let proxy = Netproxy::new(proxy_config(&settings), client);
+        let ready = proxy.ready();
+        tokio::spawn(daemon::announce_when("netproxy", shutdown.clone(), move || {
+            let mut ready = ready.clone();
+            async move { ready.wait_for(|ready| *ready).await.is_ok() }
+        }));
+        proxy.run(shutdown).await.context("netproxy ended")
+    })
 }

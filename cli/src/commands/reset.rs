@@ -11,10 +11,11 @@ use anyhow::Context;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use oarlock_netlink::{Connection, Protocol};
 use oarlock_proto::cri::runtime_service_client::RuntimeServiceClient;
 use oarlock_proto::cri::{ListPodSandboxRequest, RemovePodSandboxRequest};
 
-use super::{images, stop};
+use super::{images, netproxy, stop};
 use crate::config::Settings;
 use crate::host;
 
@@ -51,6 +52,7 @@ pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<Exit
     step("mounts", unmount_all(settings));
     step("cgroups", remove_cgroups());
     step("links", remove_bridge());
+    step("proxy", oarlock_netproxy::remove_everything(&netproxy::proxy_config(settings)).map_err(anyhow::Error::from));
     step("nftables", remove_tables());
     step("files", remove_files(settings, &logs));
     if problems.is_empty() {
@@ -212,12 +214,8 @@ fn subdirectories(directory: &Path) -> Vec<PathBuf> {
 }
 
 fn remove_bridge() -> anyhow::Result<()> {
-    if !Path::new("/sys/class/net").join(BRIDGE).exists() {
-        return Ok(());
-    }
-    let status = Command::new("ip").args(["link", "delete", BRIDGE]).status().context("cannot run ip")?;
-    anyhow::ensure!(status.success(), "ip could not delete the link {BRIDGE}");
-    Ok(())
+    let mut links = Connection::open(Protocol::Route).context("cannot open netlink")?;
+    links.delete_link_by_name(BRIDGE).with_context(|| format!("cannot delete the link {BRIDGE}"))
 }
 
 /// Deletes our nftables tables, and only those.

@@ -22,6 +22,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             advertise_address: settings.node_ip,
             data_dir: settings.layout.server_dir(),
             service_cidr: settings.service_cidr,
+            cluster_dns: Some(settings.cluster_dns),
             cluster_domain: settings.cluster_domain.clone(),
             node_port_range: settings.node_port_range,
             cert_file: credentials.api_serving.cert_file.clone(),

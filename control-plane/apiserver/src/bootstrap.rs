@@ -61,7 +61,27 @@ fn missing_or_kept(config: &Config) -> Vec<Value> {
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": config.listen.port()}],
         },
     }));
+    objects.extend(config.cluster_dns.map(dns_service));
     objects
+}
+
+/// The Service whose address the nodes' DNS answers on; a DNS server of the cluster's own can stand behind it.
+fn dns_service(address: IpAddr) -> Value {
+    let port = |name: &str, protocol: &str| json!({"name": name, "port": 53, "protocol": protocol, "targetPort": 53});
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {
+            "name": "kube-dns", "namespace": "kube-system",
+            "labels": {"k8s-app": "kube-dns", "kubernetes.io/cluster-service": "true", "kubernetes.io/name": "CoreDNS"},
+        },
+        "spec": {
+            "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address], "sessionAffinity": "None",
+            "selector": {"k8s-app": "kube-dns"},
+            "ipFamilies": [if address.is_ipv4() { "IPv4" } else { "IPv6" }],
+            "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster",
+            "ports": [port("dns", "UDP"), port("dns-tcp", "TCP")],
+        },
+    })
 }
 
 /// Follow the configuration: where this server is reached.
