@@ -11,7 +11,7 @@ use oarlock_shim_api::{CreateReply, ErrorKind, RemoteError};
 
 use crate::container::{Process, Status};
 use crate::engine::{self, External};
-use crate::helper::{Finished, Report};
+use crate::forked::{Finished, Report};
 use crate::poll::Token;
 use crate::requests::not_found;
 use crate::server::{ReplyTo, Server, open_process, signal_process};

@@ -11,7 +11,7 @@ mod container;
 mod engine;
 mod exec;
 mod finished;
-mod helper;
+mod forked;
 mod memory;
 mod pidns;
 mod poll;

@@ -8,7 +8,7 @@ use oarlock_shim_api::{Event, ExitRecord, exit_record_path, write_atomically};
 
 use crate::container::Status;
 use crate::finished::Purpose;
-use crate::helper;
+use crate::forked;
 use crate::server::Server;
 use crate::{engine, stdio};
 
@@ -96,7 +96,7 @@ impl Server {
                 self.reply(to, Ok(Reply::Done), Vec::new());
             }
         } else if let Some(cgroup) = sweep {
-            match helper::spawn(&[], move || engine::sweep(&cgroup)) {
+            match forked::spawn(&[], move || engine::sweep(&cgroup)) {
                 Ok(running) => self.watch_helper(running, Purpose::Background),
                 Err(error) => eprintln!("cannot fork: {error}"),
             }

@@ -17,7 +17,7 @@ use crate::container::{Container, Exec, Process, Status};
 use crate::engine::{self, CreateJob, External, RemoveJob};
 use crate::exec::ExecJob;
 use crate::finished::Purpose;
-use crate::helper::{self, Finished};
+use crate::forked::{self, Finished};
 use crate::server::{ReplyTo, Server, signal_process};
 use crate::stdio::{ContainerEnds, Log, Stdio};
 
@@ -87,8 +87,8 @@ impl Server {
         found.ok_or_else(|| not_found(format!("container {id} does not exist")))
     }
 
-    pub(crate) fn spawn(&mut self, job: impl FnOnce() -> Finished) -> Result<helper::Running, RemoteError> {
-        helper::spawn(&[], job).map_err(engine::io_failed("fork a helper"))
+    pub(crate) fn spawn(&mut self, job: impl FnOnce() -> Finished) -> Result<forked::Running, RemoteError> {
+        forked::spawn(&[], job).map_err(engine::io_failed("fork a helper"))
     }
 
     fn create(&mut self, to: ReplyTo, request: CreateRequest) -> Handled {
@@ -133,7 +133,7 @@ impl Server {
     }
 
     /// The container's ends of the pipes are closed here when this returns: only the container keeps them.
-    fn spawn_create(&mut self, request: &CreateRequest, ends: ContainerEnds) -> Result<helper::Running, RemoteError> {
+    fn spawn_create(&mut self, request: &CreateRequest, ends: ContainerEnds) -> Result<forked::Running, RemoteError> {
         let job = CreateJob {
             container_id: request.container_id.clone(),
             bundle: request.bundle.clone(),
@@ -144,7 +144,7 @@ impl Server {
         };
         let external = request.oci_runtime.as_deref().map(|binary| External::new(binary, &self.config.container_root));
         let kept = job.ends.numbers();
-        helper::spawn(&kept, move || match external {
+        forked::spawn(&kept, move || match external {
             Some(external) => external.create(job),
             None => engine::create(job),
         })
@@ -284,7 +284,7 @@ impl Server {
         let mut kept = job.ends.numbers();
         kept.push(job.init_handle.as_raw_fd());
         let running =
-            helper::spawn(&kept, move || crate::exec::exec(job)).map_err(engine::io_failed("fork a helper"))?;
+            forked::spawn(&kept, move || crate::exec::exec(job)).map_err(engine::io_failed("fork a helper"))?;
         container.execs.push(Exec { id: body.exec_id.clone(), process: None, terminal: None });
         self.watch_helper(running, Purpose::Exec { container: slot, exec_id: body.exec_id, to, client_ends });
         Ok(())

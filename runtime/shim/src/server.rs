@@ -20,7 +20,7 @@ use oarlock_shim_api::{ErrorKind, Event, RemoteError};
 use crate::client::Client;
 use crate::container::Container;
 use crate::finished::Purpose;
-use crate::helper::{self, Finished};
+use crate::forked::{self, Finished};
 use crate::memory;
 use crate::poll::{Poller, Ready, Token};
 use crate::setup::Config;
@@ -43,7 +43,7 @@ pub(crate) struct ReplyTo {
 /// A helper under way and what its report is for.
 #[derive(Debug)]
 pub(crate) struct Helper {
-    pub(crate) running: helper::Running,
+    pub(crate) running: forked::Running,
     pub(crate) purpose: Purpose,
     pub(crate) deadline: Instant,
 }
@@ -235,7 +235,7 @@ impl Server {
     }
 
     /// Registers a helper that has been started.
-    pub(crate) fn watch_helper(&mut self, running: helper::Running, purpose: Purpose) {
+    pub(crate) fn watch_helper(&mut self, running: forked::Running, purpose: Purpose) {
         let slot = self.helpers.iter().position(Option::is_none).unwrap_or(self.helpers.len());
         if slot == self.helpers.len() {
             self.helpers.push(None);
@@ -249,7 +249,7 @@ impl Server {
     pub(crate) fn on_helper(&mut self, slot: u32) {
         let Some(Some(helper)) = self.helpers.get_mut(slot as usize) else { return };
         let mut scratch = std::mem::take(&mut self.scratch);
-        let finished = helper::poll(helper.running.channel.as_fd(), &mut scratch);
+        let finished = forked::poll(helper.running.channel.as_fd(), &mut scratch);
         self.scratch = scratch;
         if let Some(finished) = finished {
             self.finish_helper(slot, finished);

@@ -25,7 +25,7 @@ use oci_spec::runtime::Spec;
 use super::adapt::{self, Facts};
 use super::executor::{NOT_EXECUTABLE_MARK, NOT_FOUND_MARK, Program};
 use super::{adapted_bundle, chain, failed, io_failed, propagation};
-use crate::helper::{Finished, Report};
+use crate::forked::{Finished, Report};
 use crate::stdio::ContainerEnds;
 
 /// What to create.

@@ -11,7 +11,7 @@ use oci_spec::runtime::{Hook, Spec};
 
 use super::create::{CreateJob, listen, receive_master};
 use super::{adapted_bundle, failed, io_failed};
-use crate::helper::{Finished, Report};
+use crate::forked::{Finished, Report};
 
 const HOOK_LIMIT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(5);

@@ -10,7 +10,7 @@ use oarlock_shim_api::{ErrorKind, RemoteError};
 use oci_spec::runtime::Spec;
 
 use super::{adapted_bundle, failed, io_failed};
-use crate::helper::Finished;
+use crate::forked::Finished;
 
 /// What to remove.
 pub(crate) struct RemoveJob {

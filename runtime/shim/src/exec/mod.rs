@@ -31,7 +31,7 @@ use oci_spec::runtime::Process;
 pub(crate) use terminal::resize;
 
 use crate::engine::{failed, io_failed};
-use crate::helper::{Finished, Report};
+use crate::forked::{Finished, Report};
 use crate::stdio::ContainerEnds;
 
 /// What to run, where.

@@ -98,10 +98,6 @@ impl Daemon {
         self.directory.path()
     }
 
-    pub fn cgroup_root(&self) -> &str {
-        &self.cgroup_root
-    }
-
     fn socket(&self) -> PathBuf {
         self.path().join("run/runtime.sock")
     }
