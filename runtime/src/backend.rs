@@ -74,7 +74,9 @@ impl Backend for Streams {
         let (container, sandbox) = container::running(&core, &params.container_id, "attach to it").map_err(failed)?;
         let id = container.id();
         let shim = sandbox.living_shim("attach to it").map_err(failed)?;
-        let ends = shim.attach(&id).await.map_err(Error::shim(format!("attach to container {id}"))).map_err(failed)?;
+        // Taking the input and dropping it again would end it for everybody.
+        let ends = if params.stdin { shim.attach(&id).await } else { shim.attach_output(&id).await };
+        let ends = ends.map_err(Error::shim(format!("attach to container {id}"))).map_err(failed)?;
         let pumps = Pumps {
             input: ends.stdin.map(stream).transpose()?,
             keep_input: false,

@@ -50,6 +50,9 @@ pub(crate) struct SandboxRecord {
     pub host_pid: bool,
     pub shared_pid: bool,
     pub phase: SandboxPhase,
+    /// The CNI network that it joined; empty without one.
+    #[serde(default)]
+    pub network: String,
     /// Addresses in the network, the primary one first.
     pub ips: Vec<String>,
 }

@@ -11,7 +11,7 @@ use oarlock_cgroup::Cgroup;
 use oarlock_netns::{PinOptions, Pins};
 use oarlock_shim_api::Shim;
 
-use super::network;
+use super::network::{self, Joined};
 use crate::core::Core;
 use crate::error::Error;
 use crate::mounts;
@@ -22,8 +22,8 @@ use crate::state::{Sandbox, blocking};
 /// Size of a sandbox's shared memory.
 const SHM_BYTES: u64 = 64 << 20;
 
-/// Makes everything and gives the addresses. On failure what was made stays for the caller to undo.
-pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<Vec<String>, Error> {
+/// Makes everything and tells where in the network it is. On failure what was made stays for the caller to undo.
+pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<Joined, Error> {
     let id = sandbox.id();
     let paths = core.paths.sandbox(&id);
     let (root, group) = (paths.root.clone(), decision.cgroup_parent.clone());
@@ -49,7 +49,7 @@ async fn make_network(
     sandbox: &Arc<Sandbox>,
     decision: &Decision,
     paths: &SandboxPaths,
-) -> Result<Vec<String>, Error> {
+) -> Result<Joined, Error> {
     let modes = decision.modes;
     let options = PinOptions {
         net: !modes.host_network,
@@ -71,7 +71,7 @@ async fn make_network(
     })
     .await?;
     if modes.host_network {
-        return Ok(Vec::new());
+        return Ok(Joined::default());
     }
     network::attach(core, &sandbox.record(), decision).await
 }

@@ -45,6 +45,7 @@ pub(crate) async fn run(core: Arc<Core>, config: cri::PodSandboxConfig, handler:
         host_pid: decision.modes.host_pid,
         shared_pid: decision.modes.shared_pid,
         phase: SandboxPhase::Creating,
+        network: String::new(),
         ips: Vec::new(),
     };
     let name = record.name();
@@ -79,11 +80,12 @@ fn existing(core: &Core, owner: &str, name: &str, wanted: &SandboxRecord) -> Res
 async fn bring_up(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &spec::sandbox::Decision) -> Result<(), Error> {
     // The intent goes on record before anything is made.
     sandbox.change(&core.records, |_| {}).await?;
-    let ips = make::make(core, sandbox, decision).await?;
+    let joined = make::make(core, sandbox, decision).await?;
     sandbox
         .change(&core.records, move |record| {
             record.phase = SandboxPhase::Ready;
-            record.ips = ips;
+            record.network = joined.network;
+            record.ips = joined.ips;
         })
         .await
         .map(drop)

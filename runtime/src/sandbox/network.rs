@@ -11,6 +11,8 @@ use crate::error::Error;
 use crate::record::SandboxRecord;
 use crate::spec::sandbox::Decision;
 
+/// The network of the configuration that Oarlock's proxy writes.
+const OWN_NETWORK: &str = "oarlock";
 /// Annotations that limit a pod's traffic, in bits a second (`10M`, `1Gi`).
 const INGRESS: &str = "kubernetes.io/ingress-bandwidth";
 const EGRESS: &str = "kubernetes.io/egress-bandwidth";
@@ -22,12 +24,16 @@ pub(crate) fn attachment(core: &Core, record: &SandboxRecord) -> Attachment {
     Attachment::for_pod(&record.id, &netns, &metadata.namespace, &metadata.name, &metadata.uid)
 }
 
-/// Runs CNI ADD; gives the addresses, the primary one first.
-pub(super) async fn attach(
-    core: &Arc<Core>,
-    record: &SandboxRecord,
-    decision: &Decision,
-) -> Result<Vec<String>, Error> {
+/// A sandbox's place in a network.
+#[derive(Debug, Default)]
+pub(super) struct Joined {
+    pub(super) network: String,
+    /// The primary one first.
+    pub(super) ips: Vec<String>,
+}
+
+/// Runs CNI ADD.
+pub(super) async fn attach(core: &Arc<Core>, record: &SandboxRecord, decision: &Decision) -> Result<Joined, Error> {
     let mappings: Vec<PortMapping> = decision
         .port_mappings
         .iter()
@@ -49,11 +55,19 @@ pub(super) async fn attach(
     let _no_collection = core.network_gate.read().await;
     let limit = core.config.cni_timeout;
     let failed = |source| Error::Network { sandbox: record.id.clone(), source: Box::new(source) };
+    let network = core.cni.default_network().map_err(failed)?.name;
     let result = tokio::time::timeout(limit, core.cni.add(&attachment))
         .await
         .map_err(|_| Error::TimedOut { operation: format!("CNI ADD for sandbox {}", record.id), limit })?
         .map_err(failed)?;
-    Ok(result.container_ips().iter().map(ToString::to_string).collect())
+    Ok(Joined { network, ips: result.container_ips().iter().map(ToString::to_string).collect() })
+}
+
+/// Whether the sandbox's network is the one that Oarlock's own proxy configures. Its plugins free everything without the
+/// namespace, and the kernel takes a pair of interfaces away by itself once the namespace is gone, which is thirty
+/// times faster than deleting the pair and waiting. Plugins of others may leave rules behind without it.
+pub(super) fn is_own(record: &SandboxRecord) -> bool {
+    record.network == OWN_NETWORK
 }
 
 /// Runs CNI DEL, which may be repeated and may find nothing.

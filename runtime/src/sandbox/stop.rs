@@ -94,11 +94,34 @@ pub(super) async fn tear_down(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Failu
     let held = sandbox.shim();
     // Nobody is to take the coming end of the connection for an accident.
     sandbox.set_shim(None);
-    let (shim, network) = tokio::join!(end_shim(core, &record.id, held), network::detach(core, &record));
     let group = record.owns_cgroup_parent.then(|| record.cgroup_parent.clone());
-    let mut local: Vec<String> = shim.err().map(|error| error.full_message()).into_iter().collect();
-    local.extend(clear_away(core, &record.id, group).await);
+    let ended = async {
+        let shim = end_shim(core, &record.id, held).await;
+        shim.err().map(|error| error.full_message())
+    };
+    let (local, network) = if network::is_own(&record) {
+        let unpinned = unpin(core, &record.id).await.err().map(|error| error.full_message());
+        let local = async {
+            let mut local: Vec<String> = unpinned.into_iter().chain(ended.await).collect();
+            local.extend(clear_away(core, &record.id, group).await);
+            local
+        };
+        tokio::join!(local, network::detach(core, &record))
+    } else {
+        let (ended, network) = tokio::join!(ended, network::detach(core, &record));
+        let mut local: Vec<String> = ended.into_iter().collect();
+        local.extend(clear_away(core, &record.id, group).await);
+        (local, network)
+    };
     Failures { network: network.err().map(|error| error.full_message()), local }
+}
+
+async fn unpin(core: &Arc<Core>, id: &str) -> Result<(), Error> {
+    let (directory, sandbox) = (core.paths.sandbox(id).namespaces(), id.to_owned());
+    blocking("namespaces", move || {
+        Pins::remove(&directory).map_err(|source| Error::Namespaces { sandbox, operation: "remove", source })
+    })
+    .await
 }
 
 /// Ends a sandbox's shim and with it every process of the pod.
@@ -133,18 +156,23 @@ async fn end_shim(core: &Arc<Core>, id: &str, held: Option<Shim>) -> Result<(), 
 /// record, for what a crash left.
 pub(crate) async fn clear_away(core: &Arc<Core>, id: &str, group: Option<String>) -> Vec<String> {
     let (paths, id) = (core.paths.sandbox(id), id.to_owned());
-    let cleared = blocking("clearing away", move || Ok(clear_blocking(&paths, &id, group.as_deref()))).await;
-    cleared.unwrap_or_else(|error| vec![error.full_message()])
+    // Both wait for the kernel, not for one another.
+    let (mounts, group) = tokio::join!(
+        blocking("clearing away", move || Ok(clear_mounts(&paths, &id))),
+        blocking("clearing away", move || group.as_deref().map_or(Ok(()), remove_group))
+    );
+    let mut failures = mounts.unwrap_or_else(|error| vec![error.full_message()]);
+    failures.extend(group.err().map(|error| error.full_message()));
+    failures
 }
 
-fn clear_blocking(paths: &SandboxPaths, id: &str, group: Option<&str>) -> Vec<String> {
+fn clear_mounts(paths: &SandboxPaths, id: &str) -> Vec<String> {
     let unpin = |source| Error::Namespaces { sandbox: id.to_owned(), operation: "remove", source };
-    let mut steps =
-        vec![Pins::remove(&paths.namespaces()).map_err(unpin), remove_pinned(&paths.pid_namespace()).map_err(unpin)];
-    if let Some(group) = group {
-        steps.push(remove_group(group));
-    }
-    steps.push(mounts::remove_tree(&paths.root));
+    let steps = [
+        Pins::remove(&paths.namespaces()).map_err(unpin),
+        remove_pinned(&paths.pid_namespace()).map_err(unpin),
+        mounts::remove_tree(&paths.root),
+    ];
     steps.into_iter().filter_map(Result::err).map(|error| error.full_message()).collect()
 }
 
