@@ -257,5 +257,15 @@ fn remove_files(settings: &Settings, logs: &[PathBuf]) -> anyhow::Result<()> {
             let _ = fs::remove_file(link.path());
         }
     }
+    // Directories that others use too go only when nothing is left in them.
+    let shared = [
+        layout.admin_kubeconfig().parent().map(Path::to_owned),
+        Some(settings.cni_conf_dir.clone()),
+        Some(layout.pod_logs_dir()),
+        Some(layout.container_logs_dir()),
+    ];
+    for directory in shared.into_iter().flatten() {
+        let _ = fs::remove_dir(directory);
+    }
     Ok(())
 }
