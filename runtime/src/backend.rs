@@ -21,6 +21,8 @@ use crate::state::blocking;
 /// After a process ended, how long its output may take to reach a slow client. A process it left behind may hold the
 /// stream open for ever.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// How long a client with a terminal has to say how large it is before the program starts without a size.
+const FIRST_SIZE_LIMIT: Duration = Duration::from_millis(200);
 /// How long a connection to a port of a pod may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -37,11 +39,14 @@ impl Streams {
 
 #[async_trait]
 impl Backend for Streams {
-    async fn exec(&self, params: ExecParams, io: Io) -> Result<i32, StreamError> {
+    async fn exec(&self, params: ExecParams, mut io: Io) -> Result<i32, StreamError> {
         let core = self.core()?;
-        let mut session = exec::begin(&core, &params.container_id, &params.command, params.tty, params.stdin)
-            .await
-            .map_err(failed)?;
+        let terminal = match params.tty {
+            true => Some(first_size(&mut io.resize).await),
+            false => None,
+        };
+        let mut session =
+            exec::begin(&core, &params.container_id, &params.command, terminal, params.stdin).await.map_err(failed)?;
         let streams = &mut session.streams;
         let output = match streams.terminal.take() {
             Some(terminal) => {
@@ -176,6 +181,11 @@ async fn pump_output(process: Option<FdStream>, client: Option<BoxWrite>) {
             let _ = tokio::io::copy(&mut process, &mut tokio::io::sink()).await;
         }
     }
+}
+
+/// The size that the client's terminal has now: a program that asks once, at its start, must see it.
+async fn first_size(sizes: &mut mpsc::Receiver<TerminalSize>) -> Option<TerminalSize> {
+    tokio::time::timeout(FIRST_SIZE_LIMIT, sizes.recv()).await.ok().flatten()
 }
 
 async fn pump_sizes(mut sizes: mpsc::Receiver<TerminalSize>, resizer: Resizer) {

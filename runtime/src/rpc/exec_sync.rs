@@ -23,7 +23,7 @@ pub(super) async fn exec_sync(
     core: &Arc<Core>,
     request: cri::ExecSyncRequest,
 ) -> Result<cri::ExecSyncResponse, Status> {
-    let mut session = exec::begin(core, &request.container_id, &request.cmd, false, false).await?;
+    let mut session = exec::begin(core, &request.container_id, &request.cmd, None, false).await?;
     let limit = core.config.exec_output_limit_bytes;
     let (stdout, stderr) = (Kept::default(), Kept::default());
     let mut readers = JoinSet::new();

@@ -4,6 +4,7 @@
 mod cluster;
 mod cri;
 mod memory;
+mod peer;
 mod pod;
 mod table;
 mod up;
@@ -36,11 +37,9 @@ enum Bench {
         #[arg(long, default_value_t = 30)]
         rounds: usize,
     },
-    /// The same work through CRI alone: sandbox, create, start, stop, remove
-    Cri {
-        #[arg(long, default_value_t = 30)]
-        rounds: usize,
-    },
+    /// The same work through CRI alone: sandbox, create, start, stop, remove, memory and a burst
+    #[command(alias = "cri")]
+    Runtime(cri::CriFlags),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -51,6 +50,6 @@ fn main() -> anyhow::Result<()> {
         Bench::Up { rounds } => up::run(rounds),
         Bench::Memory { seconds } => memory::run(seconds),
         Bench::Pod { rounds } => pod::run(rounds),
-        Bench::Cri { rounds } => cri::run(rounds),
+        Bench::Runtime(flags) => cri::run(&flags),
     }
 }

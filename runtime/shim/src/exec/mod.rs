@@ -70,6 +70,11 @@ pub(crate) fn exec(job: ExecJob) -> Finished {
     let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null").map_err(io_failed("open /dev/null"))?;
     enter_namespaces(job.init, &job.init_handle)?;
     let terminal = if job.terminal { Some(terminal::open(user).map_err(io_failed("open a terminal"))?) } else { None };
+    if let (Some(pair), Some(size)) = (&terminal, process.console_size()) {
+        let cells = |number: u64| u16::try_from(number).unwrap_or(u16::MAX);
+        terminal::resize(&pair.master, cells(size.width()), cells(size.height()))
+            .map_err(io_failed("set the terminal's size"))?;
+    }
     let (error_reader, error_writer) = pipe2(OFlag::O_CLOEXEC).map_err(|errno| failed("make a pipe", &errno))?;
     // SAFETY: this helper has one thread.
     match unsafe { fork() }.map_err(|errno| failed("fork", &errno))? {

@@ -1,11 +1,12 @@
 //! Wrong input gets a clear message where the user looks, and leaves nothing behind.
 
+use std::net::TcpListener;
 use std::process::Command;
 
-use oarlock_testkit::binary;
+use oarlock_testkit::{Snapshot, binary};
 
-use super::Case;
-use super::cluster::{Cluster, text};
+use super::cluster::{Cluster, oarlock, text};
+use super::{Case, LoneCase};
 use super::kubectl::pod;
 
 pub(crate) const CASES: &[Case] = &[
@@ -16,6 +17,24 @@ pub(crate) const CASES: &[Case] = &[
     ("wrong_configuration_exits_with_64", configuration),
     ("a_second_up_is_refused", second_up),
 ];
+
+pub(crate) const LONE_CASES: &[LoneCase] = &[("a_port_in_use_is_named", ports_in_use)];
+
+/// Whichever port is taken, `up` says which one, how to find who has it and how to choose another, and leaves nothing.
+fn ports_in_use() {
+    for (port, key) in [(6443, "apiPort"), (10250, "agentPort"), (10256, "proxyHealthPort")] {
+        let held = TcpListener::bind(("0.0.0.0", port)).expect("bind");
+        let directory = tempfile::tempdir().expect("tempdir");
+        let data_dir = directory.path().join("data");
+        let before = Snapshot::take(&data_dir.to_string_lossy());
+        let output = oarlock(&data_dir, &["up"]);
+        let said = text(&output.stderr);
+        assert!(!output.status.success() && said.contains(&format!("port {port} ({key})")), "{said}");
+        assert!(said.contains("ss -ltnp"), "{said}");
+        before.assert_nothing_leaked(&Snapshot::take(&data_dir.to_string_lossy()));
+        drop(held);
+    }
+}
 
 fn malformed(cluster: &Cluster) {
     let output = cluster.kubectl_with_input("apply -f -", "apiVersion: v1\nkind: Pod\nmetadata: {name: [\n");

@@ -1,11 +1,13 @@
 //! A cluster in fresh namespaces: `oarlock up --detach --demo` below a temporary directory, and kubectl aimed at it.
 
+use std::cell::RefCell;
+use std::ffi::OsString;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use oarlock_testkit::{Snapshot, become_node, binary, image_archive, wait_for};
+use oarlock_testkit::{Snapshot, binary, image_archive, wait_for};
 use serde_json::Value;
 
 /// How long anything in a pod may take.
@@ -14,15 +16,16 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Cluster {
     directory: tempfile::TempDir,
     before: Snapshot,
+    kubectl: RefCell<OsString>,
 }
 
 impl Cluster {
-    /// Enters fresh namespaces, starts the cluster and checks what the demo printed.
+    /// Starts the cluster and checks what the demo printed.
     pub(crate) fn start() -> Self {
-        become_node();
         let directory = tempfile::Builder::new().prefix("oarlock-e2e-").tempdir().expect("tempdir");
         let before = Snapshot::take(&directory.path().to_string_lossy());
-        let cluster = Self { directory, before };
+        let kubectl = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
+        let cluster = Self { directory, before, kubectl: RefCell::new(kubectl) };
         let image = image_archive();
         let output = cluster.oarlock(&["up", "--detach", "--demo", "--image", &image.to_string_lossy()]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -45,21 +48,19 @@ impl Cluster {
         self.data_dir().join("admin.kubeconfig")
     }
 
+    /// Uses another kubectl from now on.
+    pub(crate) fn use_kubectl(&self, program: OsString) {
+        self.kubectl.replace(program);
+    }
+
     /// Runs `oarlock` on this cluster's directory.
     pub(crate) fn oarlock(&self, arguments: &[&str]) -> Output {
-        Command::new(binary("oarlock"))
-            .arg("--data-dir")
-            .arg(self.data_dir())
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .expect("oarlock")
+        oarlock(self.data_dir(), arguments)
     }
 
     /// A kubectl command with the administrator's kubeconfig.
     pub(crate) fn kubectl_command(&self) -> Command {
-        let program = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
-        let mut command = Command::new(program);
+        let mut command = Command::new(&*self.kubectl.borrow());
         command
             .arg("--kubeconfig")
             .arg(self.kubeconfig())
@@ -167,6 +168,17 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         let _ = self.oarlock(&["reset", "--yes"]);
     }
+}
+
+/// Runs `oarlock` on a data directory and waits for it.
+pub(crate) fn oarlock(data_dir: &Path, arguments: &[&str]) -> Output {
+    Command::new(binary("oarlock"))
+        .arg("--data-dir")
+        .arg(data_dir)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .expect("oarlock")
 }
 
 pub(crate) fn text(bytes: &[u8]) -> String {

@@ -14,10 +14,12 @@ pub(crate) const CASES: &[Case] = &[
     ("apply_again_changes_nothing_and_prunes_removed_fields", apply_repeatedly),
     ("create_makes_each_kind", create),
     ("patch_label_and_annotate", patch),
+    ("edit_opens_an_editor_and_applies_its_change", edit),
     ("unknown_fields_warn_or_fail", field_validation),
     ("scale_and_roll_out_and_back", rollout),
     ("logs_in_every_way", logs),
     ("exec_piped_and_with_exit_codes", exec),
+    ("exec_on_a_terminal_has_its_size_from_the_start", exec_on_a_terminal),
     ("cp_both_ways", cp),
     ("port_forward_carries_requests", port_forward),
     ("run_expose_and_delete", run_and_expose),
@@ -140,6 +142,21 @@ fn patch(cluster: &Cluster) {
     cluster.kubectl("delete configmap pruned");
 }
 
+fn edit(cluster: &Cluster) {
+    cluster.apply(CONFIG_MAP);
+    let edit = |change: &str| {
+        let editor = format!("sed -i {change}");
+        cluster.kubectl_command().env("KUBE_EDITOR", editor).args(["edit", "configmap", "pruned"]).output().expect("edit")
+    };
+    let changed = edit("s/one/three/");
+    assert!(changed.status.success(), "{}", text(&changed.stderr));
+    assert!(text(&changed.stdout).contains("configmap/pruned edited"), "{}", text(&changed.stdout));
+    assert_eq!(cluster.get("configmap pruned")["data"]["keep"], "three");
+    let same = edit("s/absent/words/");
+    assert!(text(&same.stderr).contains("Edit cancelled, no changes made"), "{}", text(&same.stderr));
+    cluster.kubectl("delete configmap pruned");
+}
+
 fn field_validation(cluster: &Cluster) {
     let manifest = format!("{CONFIG_MAP}colour: red\n");
     let strict = cluster.kubectl_with_input("apply --validate=strict -f -", &manifest);
@@ -220,6 +237,29 @@ fn exec(cluster: &Cluster) {
     let echoed = cluster.kubectl_with_input("exec -i shell -- /bin/cat", &large);
     assert_eq!(echoed.stdout.len(), large.len(), "a megabyte comes back whole");
     delete_pod(cluster, "shell");
+}
+
+/// `script` gives kubectl a terminal, whose size `stty` sets.
+fn exec_on_a_terminal(cluster: &Cluster) {
+    cluster.apply(&pod("terminal", &["/bin/sleep"]));
+    wait_ready(cluster, "terminal");
+    let kubectl = cluster.kubectl_command();
+    let line: Vec<String> = std::iter::once(kubectl.get_program())
+        .chain(kubectl.get_args())
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    for _ in 0..5 {
+        let command = format!("stty rows 33 cols 101; {} exec -it terminal -- /bin/tty-size", line.join(" "));
+        let output = Command::new("script")
+            .args(["--quiet", "--return", "--command", &command, "/dev/null"])
+            .env("HOME", cluster.data_dir())
+            .stdin(Stdio::null())
+            .output()
+            .expect("script");
+        assert!(output.status.success(), "{}", text(&output.stdout));
+        assert!(text(&output.stdout).contains("33 101"), "{:?}", text(&output.stdout));
+    }
+    delete_pod(cluster, "terminal");
 }
 
 fn cp(cluster: &Cluster) {

@@ -8,47 +8,72 @@ mod cluster;
 mod crash;
 mod kubectl;
 mod network;
+mod registry;
+mod small_disk;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use cluster::Cluster;
+use oarlock_testkit::become_node;
 
-/// A named case.
+/// A named case that runs against the one cluster.
 type Case = (&'static str, fn(&Cluster));
+/// A named case that starts what it needs itself, after the one cluster is gone.
+type LoneCase = (&'static str, fn());
 
 fn main() -> ExitCode {
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
-    let cases: Vec<Case> = [kubectl::CASES, network::CASES, bad_input::CASES, crash::CASES]
+    let wanted = |name: &str| filter.as_deref().is_none_or(|filter| name.contains(filter));
+    let cases: Vec<Case> = [kubectl::CASES, network::CASES, registry::CASES, bad_input::CASES, crash::CASES]
         .concat()
         .into_iter()
-        .filter(|(name, _)| filter.as_deref().is_none_or(|filter| name.contains(filter)))
+        .filter(|(name, _)| wanted(name))
         .collect();
-    println!("\nrunning {} tests", cases.len() + 2);
+    let oldest = std::env::var_os("KUBECTL_OLDEST");
+    let again: Vec<Case> = kubectl::CASES.iter().copied().filter(|(name, _)| oldest.is_some() && wanted(name)).collect();
+    let lone: Vec<LoneCase> = [bad_input::LONE_CASES, small_disk::LONE_CASES]
+        .concat()
+        .into_iter()
+        .filter(|(name, _)| wanted(name))
+        .collect();
+    println!("\nrunning {} tests", cases.len() + again.len() + lone.len() + 2);
+    become_node();
     let mut tally = Tally::default();
-    let cluster = tally.run("up_shows_the_demo_through_both_services", Cluster::start);
-    let Some(cluster) = cluster else {
+    let Some(cluster) = tally.run("up_shows_the_demo_through_both_services", Cluster::start) else {
         return tally.finish();
     };
-    for (name, case) in cases {
+    let mut run = |name: &str, case: fn(&Cluster)| {
         if tally.run(name, || case(&cluster)).is_none() {
             cluster.show_state();
         }
+    };
+    for (name, case) in cases {
+        run(name, case);
+    }
+    if let Some(program) = oldest {
+        cluster.use_kubectl(program);
+        for (name, case) in again {
+            run(&format!("with_the_oldest_kubectl::{name}"), case);
+        }
     }
     tally.run("reset_leaves_nothing_behind", || cluster.reset_and_check());
+    for (name, case) in lone {
+        tally.run(name, case);
+    }
     tally.finish()
 }
 
 #[derive(Default)]
 struct Tally {
     passed: usize,
-    failed: Vec<&'static str>,
+    failed: Vec<String>,
 }
 
 impl Tally {
     /// Runs one case; its panic is its failure.
-    fn run<T>(&mut self, name: &'static str, case: impl FnOnce() -> T) -> Option<T> {
+    fn run<T>(&mut self, name: &str, case: impl FnOnce() -> T) -> Option<T> {
         let start = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(case));
         let verdict = if outcome.is_ok() { "ok" } else { "FAILED" };
@@ -59,7 +84,7 @@ impl Tally {
                 Some(value)
             }
             Err(_) => {
-                self.failed.push(name);
+                self.failed.push(name.to_owned());
                 None
             }
         }
