@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod lab;
 mod packages;
 mod step;
 mod test;
@@ -30,6 +31,8 @@ enum Chore {
     Test(test::TestFlags),
     /// Check the dependency law, names and licences
     Tidy,
+    /// Run tests on a virtual machine with cgroup version 2
+    Lab(lab::LabFlags),
     /// Measure, and print tables and JSON
     Bench(bench::BenchFlags),
 }
@@ -50,6 +53,7 @@ fn run() -> anyhow::Result<()> {
         Chore::Up(flags) => up::run(&flags),
         Chore::Test(flags) => test::run(&flags),
         Chore::Tidy => tidy::run(),
+        Chore::Lab(flags) => lab::run(&flags),
         Chore::Bench(flags) => bench::run(&flags),
     }
 }

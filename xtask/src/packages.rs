@@ -15,6 +15,9 @@ pub(crate) const RUN: &[&str] = &["nftables", "iproute2"];
 /// What the tests need beside these.
 pub(crate) const TEST: &[&str] = &["conntrack", "curl", "docker-registry", "skopeo", "unzip"];
 
+/// What the virtual machine of `lab` needs.
+pub(crate) const LAB: &[&str] =
+    &["binutils", "debian-archive-keyring", "e2fsprogs", "mmdebstrap", "qemu-system-x86", "xz-utils"];
 /// What is measured beside our own programs by `bench … --peers`.
 pub(crate) const PEERS: &[&str] = &["containerd", "containernetworking-plugins", "crun", "runc"];
 

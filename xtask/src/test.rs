@@ -19,17 +19,28 @@ pub(crate) struct TestFlags {
 
 /// What the tests of one or several programs came to.
 #[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    passed: u64,
-    failed: u64,
-    not_run: u64,
+pub(crate) struct Counts {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) not_run: u64,
 }
 
 impl Counts {
-    fn add(&mut self, other: Counts) {
+    pub(crate) fn add(&mut self, other: Counts) {
         self.passed += other.passed;
         self.failed += other.failed;
         self.not_run += other.not_run;
+    }
+
+    /// Reads `ok. 3 passed; 0 failed; 0 ignored; …`.
+    pub(crate) fn parse(result: &str) -> Self {
+        let number = |label: &str| {
+            result
+                .split(['.', ';'])
+                .find_map(|part| part.trim().strip_suffix(label).and_then(|number| number.trim().parse().ok()))
+                .unwrap_or(0)
+        };
+        Self { passed: number("passed"), failed: number("failed"), not_run: number("ignored") }
     }
 }
 
@@ -110,23 +121,12 @@ fn count(name: &str, command: &mut Command) -> anyhow::Result<(Counts, bool)> {
         let line = line.context("cannot read the test run's output")?;
         println!("{line}");
         if let Some(result) = line.strip_prefix("test result: ") {
-            counts.add(parse(result));
+            counts.add(Counts::parse(result));
         }
     }
     let succeeded = child.wait()?.success();
     println!("    {name}: {} passed, {} failed, {} not run", counts.passed, counts.failed, counts.not_run);
     Ok((counts, succeeded))
-}
-
-/// Reads `ok. 3 passed; 0 failed; 0 ignored; …`.
-fn parse(result: &str) -> Counts {
-    let number = |label: &str| {
-        result
-            .split(['.', ';'])
-            .find_map(|part| part.trim().strip_suffix(label).and_then(|number| number.trim().parse().ok()))
-            .unwrap_or(0)
-    };
-    Counts { passed: number("passed"), failed: number("failed"), not_run: number("ignored") }
 }
 
 #[cfg(test)]
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn result_lines_are_added_up() {
-        let counts = parse("FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s");
+        let counts = Counts::parse("FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s");
         assert_eq!((counts.passed, counts.failed, counts.not_run), (12, 3, 1));
     }
 }

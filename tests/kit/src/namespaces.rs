@@ -32,7 +32,8 @@ pub fn in_fresh_namespaces<T: Send + 'static>(test: impl FnOnce() -> T + Send + 
 pub const NODE_ADDRESS: &str = "192.0.2.2";
 
 /// Moves the calling thread, and all that it starts from now on, into fresh network and mount namespaces that look like a
-/// machine of its own: loopback up, a link `eth0` with [`NODE_ADDRESS`], and a default route that leads nowhere.
+/// machine of its own: loopback up, a link `eth0` with [`NODE_ADDRESS`], a default route that leads nowhere, and a name server
+/// that is not there, which is known at once.
 pub fn become_node() {
     require_root();
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("unshare network and mount namespaces");
@@ -49,4 +50,10 @@ pub fn become_node() {
         let status = std::process::Command::new("ip").args(arguments.split(' ')).status().expect("run ip");
         assert!(status.success(), "ip {arguments}");
     }
+    let resolver = std::env::temp_dir().join(format!("oarlock-resolv-{}.conf", std::process::id()));
+    std::fs::write(&resolver, "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n").expect("write resolv.conf");
+    if let Ok(file) = std::fs::canonicalize("/etc/resolv.conf") {
+        mount(Some(&resolver), &file, none, MsFlags::MS_BIND, none).expect("mount on resolv.conf");
+    }
+    std::fs::remove_file(&resolver).expect("remove resolv.conf");
 }

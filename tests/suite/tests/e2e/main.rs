@@ -1,12 +1,13 @@
 //! End-to-end tests: the release binaries, a whole cluster in fresh namespaces, and kubectl.
 //!
 //! One cluster is started, the cases run against it one after another, and at the end `oarlock reset` must leave nothing. Prints
-//! what `cargo test` prints, so that results are counted alike. An argument filters cases by name.
+//! what `cargo test` prints, so that results are counted alike. Arguments filter cases by name.
 
 mod bad_input;
 mod cluster;
 mod crash;
 mod kubectl;
+mod limits;
 mod network;
 mod registry;
 mod small_disk;
@@ -24,9 +25,9 @@ type Case = (&'static str, fn(&Cluster));
 type LoneCase = (&'static str, fn());
 
 fn main() -> ExitCode {
-    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with("--"));
-    let wanted = |name: &str| filter.as_deref().is_none_or(|filter| name.contains(filter));
-    let cases: Vec<Case> = [kubectl::CASES, network::CASES, registry::CASES, bad_input::CASES, crash::CASES]
+    let filters: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
+    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let cases: Vec<Case> = [kubectl::CASES, network::CASES, limits::CASES, registry::CASES, bad_input::CASES, crash::CASES]
         .concat()
         .into_iter()
         .filter(|(name, _)| wanted(name))

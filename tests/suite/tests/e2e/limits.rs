@@ -1,0 +1,78 @@
+//! Limits reach the kernel: the cgroup of a container holds what the pod asked for, and exceeding memory is told as such.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::Case;
+use super::cluster::Cluster;
+use super::kubectl::pod;
+
+pub(crate) const CASES: &[Case] =
+    &[("limits_are_enforced_in_cgroups", limits), ("a_container_beyond_its_memory_is_oom_killed", oom)];
+
+fn with_resources(manifest: &str, resources: &str) -> String {
+    manifest.replace("name: main,", &format!("name: main, resources: {resources},"))
+}
+
+fn limits(cluster: &Cluster) {
+    let manifest = with_resources(
+        &pod("limited", &["/bin/sleep"]),
+        "{limits: {memory: 64Mi, cpu: 250m}, requests: {memory: 32Mi, cpu: 100m}}",
+    );
+    cluster.apply(&manifest);
+    cluster.kubectl("wait --for=condition=Ready pod/limited --timeout=60s");
+    let object = cluster.get("pod limited");
+    let uid = object["metadata"]["uid"].as_str().expect("uid");
+    let id = object["status"]["containerStatuses"][0]["containerID"].as_str().expect("id");
+    let id = id.rsplit('/').next().expect("an id");
+    assert_eq!(object["status"]["qosClass"], "Burstable");
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        let container = container_group(Path::new("/sys/fs/cgroup"), uid, id);
+        assert_eq!(read(&container, "memory.max"), "67108864");
+        assert_eq!(read(&container, "cpu.max"), "25000 100000");
+        let pod = container.parent().expect("the pod's cgroup");
+        assert_eq!(read(pod, "memory.max"), "67108864");
+        assert_eq!(read(pod, "cpu.max"), "25000 100000");
+    } else {
+        let container = container_group(Path::new("/sys/fs/cgroup/memory"), uid, id);
+        assert_eq!(read(&container, "memory.limit_in_bytes"), "67108864");
+        assert_eq!(read(container.parent().expect("the pod's cgroup"), "memory.limit_in_bytes"), "67108864");
+        let container = container_group(Path::new("/sys/fs/cgroup/cpu"), uid, id);
+        assert_eq!(read(&container, "cpu.cfs_quota_us"), "25000");
+        assert_eq!(read(&container, "cpu.shares"), "102");
+    }
+    cluster.kubectl("delete pod limited --timeout=60s");
+}
+
+/// The directory of a container below that of its pod.
+fn container_group(hierarchy: &Path, uid: &str, id: &str) -> PathBuf {
+    let mut pending = vec![hierarchy.to_owned()];
+    while let Some(directory) = pending.pop() {
+        let path = directory.to_string_lossy().into_owned();
+        if path.contains(uid) && path.contains(id) {
+            return directory;
+        }
+        for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                pending.push(entry.path());
+            }
+        }
+    }
+    panic!("no cgroup of container {id} in pod {uid} below {}", hierarchy.display());
+}
+
+fn read(directory: &Path, file: &str) -> String {
+    let path = directory.join(file);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
+}
+
+fn oom(cluster: &Cluster) {
+    cluster.apply(&with_resources(&pod("hungry", &["/bin/oom"]), "{limits: {memory: 32Mi}}"));
+    cluster.wait_for_output("get pod hungry", "an OOM kill", |table| table.contains("OOMKilled"));
+    let object = cluster.get("pod hungry");
+    let state = &object["status"]["containerStatuses"][0]["state"]["terminated"];
+    assert_eq!(state["reason"], "OOMKilled");
+    assert_eq!(state["exitCode"], 137);
+    assert_eq!(object["status"]["phase"], "Failed");
+    cluster.kubectl("delete pod hungry --timeout=60s");
+}

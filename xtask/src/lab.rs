@@ -1,0 +1,318 @@
+//! `cargo xtask lab`: tests on a virtual machine of its own, which has what this machine may lack: Debian 13 with its kernel,
+//! systemd, and cgroup version 2.
+//!
+//! The guest is made from Debian's packages below the target directory and runs in QEMU. It gets the built programs and the
+//! tests' executables on its disk, runs them, says on its serial port what they print, and powers off. Emulated in software
+//! it is some ten times slower than the host.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use serde_json::Value;
+
+use crate::test::Counts;
+use crate::{build, packages, step, target_dir};
+
+/// The guest's release of Debian.
+const SUITE: &str = "trixie";
+/// What is installed in the guest beside the minimal system.
+const PACKAGES: &[&str] = &[
+    "conntrack",
+    "curl",
+    "iproute2",
+    "linux-image-cloud-amd64",
+    "nftables",
+    "procps",
+    "systemd-resolved",
+    "systemd-sysv",
+    "util-linux-extra",
+];
+/// The end-to-end cases that run in the guest, where everything is slow: those that cgroups, the kernel or systemd touch.
+const CASES: &[&str] =
+    &["limits_are_enforced", "oom_killed", "logs_in", "exec_piped", "names_resolve", "all_four_killed"];
+const MEMORY_MEGABYTES: u32 = 1536;
+const DISK_MEGABYTES: u32 = 4096;
+/// How long the guest may take in all.
+const DEADLINE: Duration = Duration::from_secs(20 * 60);
+/// What the guest prints at its end.
+const FINISHED: &str = "the guest has finished";
+
+#[derive(clap::Args)]
+pub(crate) struct LabFlags {
+    #[command(subcommand)]
+    chore: LabChore,
+}
+
+#[derive(clap::Subcommand)]
+enum LabChore {
+    /// Run the privileged tests and some end-to-end cases in a guest
+    Test {
+        /// Run these test programs only (cni, e2e, netns, netproxy, nft, runtime, shim, volumes)
+        #[arg(long)]
+        only: Vec<String>,
+        /// Use KVM instead of software emulation
+        #[arg(long)]
+        kvm: bool,
+    },
+}
+
+pub(crate) fn run(flags: &LabFlags) -> anyhow::Result<()> {
+    let LabChore::Test { only, kvm } = &flags.chore;
+    let bin = build::run()?;
+    let (counts, succeeded) = test(&bin, only, *kvm)?;
+    println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.not_run);
+    anyhow::ensure!(succeeded && counts.failed == 0 && counts.passed > 0, "the tests in the guest failed");
+    Ok(())
+}
+
+/// Makes the guest, runs the tests in it and adds up their results.
+pub(crate) fn test(bin: &Path, only: &[String], kvm: bool) -> anyhow::Result<(Counts, bool)> {
+    anyhow::ensure!(cfg!(target_arch = "x86_64"), "the guest is an x86_64 machine; this one is not");
+    packages::ensure(packages::LAB)?;
+    let lab = target_dir().join("lab");
+    fs::create_dir_all(&lab).with_context(|| format!("cannot make {}", lab.display()))?;
+    let system = system(&lab)?;
+    let root = lab.join("root");
+    remove(&root)?;
+    fs::create_dir_all(&root)?;
+    step::run("unpack the guest's system", Command::new("tar").arg("xf").arg(&system).arg("-C").arg(&root))?;
+    let tests = test_programs()?;
+    let tests: Vec<_> = tests.into_iter().filter(|(name, _)| only.is_empty() || only.contains(name)).collect();
+    furnish(&root, bin, &tests)?;
+    let guest = Guest::make(&lab, &root)?;
+    remove(&root)?;
+    guest.run(kvm)
+}
+
+/// The minimal system as a tar archive, made once.
+fn system(lab: &Path) -> anyhow::Result<PathBuf> {
+    let archive = lab.join(format!("{SUITE}-{}.tar", PACKAGES.len()));
+    if archive.exists() {
+        return Ok(archive);
+    }
+    let partial = lab.join("partial.tar");
+    step::run(
+        &format!("make Debian {SUITE} for the guest"),
+        Command::new("mmdebstrap")
+            .args(["--quiet", "--variant=minbase", "--include", &PACKAGES.join(","), SUITE])
+            .arg(&partial),
+    )?;
+    fs::rename(&partial, &archive).with_context(|| format!("cannot place {}", archive.display()))?;
+    Ok(archive)
+}
+
+/// Name and executable of each test program of the suite.
+fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let output = step::output(step::cargo().args([
+        "test",
+        "--package",
+        "oarlock-tests",
+        "--tests",
+        "--locked",
+        "--no-run",
+        "--message-format=json",
+    ]))?;
+    let mut programs = Vec::new();
+    for line in output.lines() {
+        let Ok(message) = serde_json::from_str::<Value>(line) else { continue };
+        let is_test = message["target"]["kind"][0] == "test";
+        if let (true, Some(executable), Some(name)) =
+            (is_test, message["executable"].as_str(), message["target"]["name"].as_str())
+        {
+            programs.push((name.to_owned(), PathBuf::from(executable)));
+        }
+    }
+    anyhow::ensure!(!programs.is_empty(), "cargo named no test programs");
+    Ok(programs)
+}
+
+/// Puts programs, tests and what starts them into the guest's system.
+fn furnish(root: &Path, bin: &Path, tests: &[(String, PathBuf)]) -> anyhow::Result<()> {
+    let programs = root.join("opt/oarlock");
+    let test_directory = root.join("opt/tests");
+    for directory in [&programs, &test_directory] {
+        fs::create_dir_all(directory)?;
+    }
+    for entry in fs::read_dir(bin)?.flatten() {
+        fs::copy(entry.path(), programs.join(entry.file_name()))?;
+    }
+    fs::copy(packages::KUBECTL.program()?, root.join("usr/local/bin/kubectl"))?;
+    for (name, executable) in tests {
+        step::output(
+            Command::new("strip").arg("--strip-debug").arg("-o").arg(test_directory.join(name)).arg(executable),
+        )?;
+    }
+    let script = root.join("opt/run-tests");
+    fs::write(&script, guest_script(tests))?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+
+    let etc = root.join("etc");
+    fs::write(etc.join("hostname"), "lab\n")?;
+    fs::write(etc.join("fstab"), "/dev/vda / ext4 rw 0 1\n")?;
+    fs::create_dir_all(etc.join("systemd/network"))?;
+    fs::write(
+        etc.join("systemd/network/10-lab.network"),
+        "[Match]\nName=en*\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nIPv6AcceptRA=no\n",
+    )?;
+    let units = etc.join("systemd/system");
+    fs::write(
+        units.join("run-tests.service"),
+        "[Unit]\nAfter=network-online.target\nWants=network-online.target\n[Service]\nExecStart=/opt/run-tests\n",
+    )?;
+    // A login prompt on the serial port would hang up on the tests.
+    symlink("/dev/null", units.join("serial-getty@ttyS0.service"))?;
+    let own = Path::new("/usr/lib/systemd/system");
+    for (target, unit, file) in [
+        ("multi-user.target.wants", "run-tests.service", units.join("run-tests.service")),
+        ("multi-user.target.wants", "systemd-networkd.service", own.join("systemd-networkd.service")),
+        ("network-online.target.wants", "wait-online.service", own.join("systemd-networkd-wait-online.service")),
+    ] {
+        fs::create_dir_all(units.join(target))?;
+        let link = units.join(target).join(unit);
+        let _ = fs::remove_file(&link);
+        symlink(file.strip_prefix(root).map_or(file.clone(), |inside| Path::new("/").join(inside)), link)?;
+    }
+    Ok(())
+}
+
+/// What the guest runs: each test program in turn.
+fn guest_script(tests: &[(String, PathBuf)]) -> String {
+    let mut script = String::from(
+        "#!/bin/bash\nexec >/dev/ttyS0 2>&1\nexport OARLOCK_BIN_DIR=/opt/oarlock KUBECTL=/usr/local/bin/kubectl HOME=/root\necho \"kernel $(uname -r), $(stat -fc %T /sys/fs/cgroup), up $(cut -d' ' -f1 /proc/uptime) s\"\n",
+    );
+    for (name, _) in tests {
+        let filter = if name == "e2e" { CASES.join(" ") } else { String::new() };
+        script.push_str(&format!(
+            "echo '--- {name}'; /opt/tests/{name} --test-threads=1 {filter} || echo '--- {name} failed'; echo \"up $(cut -d' ' -f1 /proc/uptime) s\"\n"
+        ));
+    }
+    script.push_str(&format!("echo '{FINISHED}'\nsync\nsystemctl poweroff -ff\n"));
+    script
+}
+
+/// A disk, a kernel and its initial file system.
+struct Guest {
+    disk: PathBuf,
+    kernel: PathBuf,
+    initrd: PathBuf,
+}
+
+impl Guest {
+    fn make(lab: &Path, root: &Path) -> anyhow::Result<Self> {
+        let guest = Self { disk: lab.join("disk.img"), kernel: lab.join("vmlinuz"), initrd: lab.join("initrd") };
+        let boot = root.join("boot");
+        for entry in fs::read_dir(&boot).with_context(|| format!("no {}", boot.display()))?.flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let to = match () {
+                () if name.starts_with("vmlinuz-") => &guest.kernel,
+                () if name.starts_with("initrd.img-") => &guest.initrd,
+                () => continue,
+            };
+            fs::copy(entry.path(), to)?;
+        }
+        remove(&guest.disk)?;
+        step::output(
+            Command::new("mke2fs")
+                .args(["-q", "-t", "ext4", "-d"])
+                .arg(root)
+                .arg(&guest.disk)
+                .arg(format!("{DISK_MEGABYTES}M")),
+        )?;
+        Ok(guest)
+    }
+
+    /// Boots it, shows what it says, and returns once it has powered off. It is ended when it takes too long.
+    fn run(&self, kvm: bool) -> anyhow::Result<(Counts, bool)> {
+        println!("==> tests in the guest");
+        let accelerator: &[&str] = if kvm { &["-accel", "kvm", "-cpu", "host"] } else { &["-accel", "tcg", "-cpu", "max"] };
+        let child = Command::new("qemu-system-x86_64")
+            .args(["-machine", "q35", "-smp", "2", "-nographic", "-no-reboot"])
+            .args(["-m", &MEMORY_MEGABYTES.to_string()])
+            .args(accelerator)
+            .args(["-nic", "user,restrict=on,model=virtio-net-pci"])
+            .arg("-kernel")
+            .arg(&self.kernel)
+            .arg("-initrd")
+            .arg(&self.initrd)
+            .args(["-append", "console=ttyS0 root=/dev/vda rw quiet systemd.show_status=0"])
+            .arg("-drive")
+            .arg(format!("file={},if=virtio,format=raw,cache=unsafe", self.disk.display()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start qemu-system-x86_64")?;
+        let outcome = Ended(child).follow();
+        remove(&self.disk)?;
+        outcome
+    }
+}
+
+/// A process that is ended and reaped whatever happens.
+struct Ended(Child);
+
+impl Ended {
+    fn follow(mut self) -> anyhow::Result<(Counts, bool)> {
+        let output = self.0.stdout.take().context("the guest has no serial port")?;
+        let (sender, lines) = mpsc::sync_channel(64);
+        let reader = std::thread::spawn(move || {
+            let mut output = BufReader::new(output);
+            let mut line = Vec::new();
+            while output.read_until(b'\n', &mut line).is_ok_and(|length| length > 0) {
+                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                    return;
+                }
+                line.clear();
+            }
+        });
+        let start = Instant::now();
+        let mut counts = Counts::default();
+        let (mut finished, mut failed) = (false, false);
+        loop {
+            let left = DEADLINE.saturating_sub(start.elapsed());
+            match lines.recv_timeout(left) {
+                Ok(line) => {
+                    println!("    | {line}");
+                    std::io::stdout().flush().ok();
+                    if let Some(at) = line.find("test result: ") {
+                        counts.add(Counts::parse(&line[at + "test result: ".len()..]));
+                    }
+                    finished |= line.ends_with(FINISHED);
+                    failed |= line.starts_with("--- ") && line.ends_with(" failed");
+                }
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    println!("    the guest did not finish within {} s", DEADLINE.as_secs());
+                    break;
+                }
+            }
+        }
+        drop(self);
+        let _ = reader.join();
+        println!("    guest: {:.0} s", start.elapsed().as_secs_f64());
+        Ok((counts, finished && !failed))
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Removes a file or a tree that may be there.
+fn remove(path: &Path) -> anyhow::Result<()> {
+    let outcome = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    match outcome {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
