@@ -107,8 +107,8 @@ impl Record {
         self.digits_at
     }
 
-    /// The same state, spelled with the revision of its deletion. The attachment is carried over.
-    pub(crate) fn deleted_at(&self, revision: u64) -> Record {
+    /// The same state, spelled with the revision of what ended it. The attachment is carried over.
+    pub fn at_revision(&self, revision: u64) -> Record {
         let value = match self.digits_at {
             Some(at) => splice(&self.value, at as usize, decimal_length(self.revision), revision),
             None => self.value.clone(),
@@ -171,8 +171,8 @@ mod tests {
         let value = Value::with_hole(&br#"{"rv":""}"#[..], 7);
         let record = value.into_record("a/b".into(), 99, 99, None);
         assert_eq!(&record.value()[..], br#"{"rv":"99"}"#);
-        assert_eq!(&record.deleted_at(100).value()[..], br#"{"rv":"100"}"#);
-        assert_eq!(&record.deleted_at(100).deleted_at(7).value()[..], br#"{"rv":"7"}"#);
+        assert_eq!(&record.at_revision(100).value()[..], br#"{"rv":"100"}"#);
+        assert_eq!(&record.at_revision(100).at_revision(7).value()[..], br#"{"rv":"7"}"#);
     }
 
     #[test]

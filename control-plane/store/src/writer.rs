@@ -271,7 +271,7 @@ fn change(op: Op, current: Option<Arc<Record>>, revision: u64) -> Option<(Event,
         }
         Op::Delete { .. } => {
             let current = current?;
-            let record = Arc::new(current.deleted_at(revision));
+            let record = Arc::new(current.at_revision(revision));
             Some((Event { kind: EventKind::Delete, record, previous: Previous::Known(current) }, None))
         }
     }

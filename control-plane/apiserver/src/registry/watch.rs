@@ -198,7 +198,8 @@ impl Watcher {
         chunk.freeze()
     }
 
-    /// Adds what the event means to this watcher: with a selector, an object may come into view or leave it.
+    /// Adds what the event means to this watcher: with a selector, an object may come into view or leave it. Of one that leaves
+    /// it, the watcher is given the last state that it could see, at the revision of the change, as upstream does.
     fn append(&mut self, chunk: &mut BytesMut, event: &Event) {
         let matches = self.selection.matches(self.kind, &event.record);
         let matched = match &event.previous {
@@ -212,7 +213,14 @@ impl Watcher {
             (EventKind::Put, true, Some(false)) => "ADDED",
             (EventKind::Put, true, _) => "MODIFIED",
             (EventKind::Put, false, Some(false)) => return,
-            (EventKind::Put, false, _) => "DELETED",
+            (EventKind::Put, false, _) => {
+                let last = match &event.previous {
+                    Previous::Known(previous) => &previous.at_revision(event.record.revision()),
+                    Previous::Absent | Previous::Forgotten => &*event.record,
+                };
+                self.append_object(chunk, "DELETED", last);
+                return;
+            }
         };
         self.append_object(chunk, what, &event.record);
     }
