@@ -17,6 +17,7 @@ mod pidns;
 mod poll;
 mod reap;
 mod requests;
+mod seccomp;
 mod server;
 mod setup;
 mod stdio;

@@ -259,6 +259,7 @@ impl Server {
     fn exec(&mut self, to: ReplyTo, body: ExecBody) -> Handled {
         check_id(&body.exec_id)?;
         let directory = container_dir(&self.config.state_dir, &body.container_id);
+        let container_root = self.config.container_root.clone();
         let (slot, container) = self.find(&body.container_id)?;
         container.check_status(&[Status::Running, Status::Created])?;
         if container.execs.iter().any(|exec| exec.id == body.exec_id) {
@@ -277,6 +278,7 @@ impl Server {
             init_handle,
             cgroup: container.cgroup.clone(),
             directory,
+            container_root,
             process: body.process.get().to_owned(),
             terminal: body.tty,
             ends,

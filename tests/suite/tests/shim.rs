@@ -128,6 +128,58 @@ async fn an_exec_has_the_container_s_namespaces_and_limits_and_its_own_credentia
     pod.finish().await;
 }
 
+/// The filter is compiled for the first container and found by the second; both are bound alike.
+#[tokio::test]
+async fn a_container_s_program_has_its_filter_and_its_capabilities_and_no_more() {
+    let mut pod = Pod::start("confined").await;
+    fn confine(spec: &mut serde_json::Value) {
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]
+        });
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000, "additionalGids": [2000]});
+        spec["process"]["capabilities"] = json!({
+            "bounding": ["CAP_KILL", "CAP_CHOWN"], "permitted": ["CAP_KILL"], "effective": ["CAP_KILL"],
+            "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"]
+        });
+    }
+    let privileges: [(&str, fn(&mut serde_json::Value)); 3] = [
+        ("unset", confine),
+        ("may", |spec| {
+            confine(spec);
+            spec["process"]["noNewPrivileges"] = json!(false);
+        }),
+        ("never", |spec| {
+            confine(spec);
+            spec["process"]["noNewPrivileges"] = json!(true);
+        }),
+    ];
+    let mut compiled = Vec::new();
+    for (name, patch) in privileges {
+        for turn in ["first", "second"] {
+            let id = format!("{name}-{turn}");
+            pod.run(&id, &Wish { patch, ..Wish::new(&["id"]) }).await;
+            assert_eq!(pod.exited(&id).await.exit_code, 0, "{id}");
+            let output: String = pod.log(&id).into_iter().map(|(_, _, text)| text + "\n").collect();
+            assert!(output.contains("uid=1000 gid=1000 groups=2000"), "{id}: {output}");
+            let field = |name: &str| {
+                let line = output.lines().find(|line| line.starts_with(name)).unwrap_or_default();
+                line.split_ascii_whitespace().nth(1).unwrap_or_default().to_owned()
+            };
+            assert_eq!(field("CapBnd:"), format!("{:016x}", (1 << 5) | 1), "{id}");
+            for set in ["CapPrm:", "CapEff:", "CapInh:", "CapAmb:"] {
+                assert_eq!(field(set), format!("{:016x}", 1 << 5), "{id} {set}");
+            }
+            assert_eq!(field("NoNewPrivs:"), if name == "never" { "1" } else { "0" }, "{id}");
+            assert_eq!(field("Seccomp:"), "2", "{id}");
+        }
+        let files = fs::read_dir(pod.dir.path().join("containers/.seccomp")).unwrap();
+        compiled = files.map(|file| file.unwrap().path()).collect();
+    }
+    assert_eq!(compiled.len(), 1, "one profile, one program: {compiled:?}");
+    pod.finish().await;
+}
+
 #[tokio::test]
 async fn exec_failures_are_reported_and_exec_exits_and_signals_announced() {
     let mut pod = Pod::start("failing").await;

@@ -10,6 +10,7 @@ use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
@@ -23,9 +24,10 @@ use oarlock_shim_api::{ErrorKind, RemoteError};
 use oci_spec::runtime::Spec;
 
 use super::adapt::{self, Facts};
-use super::executor::{NOT_EXECUTABLE_MARK, NOT_FOUND_MARK, Program};
+use super::executor::{Confinement, NOT_EXECUTABLE_MARK, NOT_FOUND_MARK, Program};
 use super::{adapted_bundle, chain, failed, io_failed, propagation};
 use crate::forked::{Finished, Report};
+use crate::seccomp;
 use crate::stdio::ContainerEnds;
 
 /// What to create.
@@ -49,13 +51,14 @@ pub(crate) fn create(job: CreateJob) -> Finished {
         return Err(RemoteError::new(ErrorKind::Invalid, "process.terminal and the request disagree"));
     }
     let adapted = adapted_bundle(&job.state_dir, &job.container_id);
+    let program = confine(&mut spec, &job.container_root, &adapted)?;
     spec.save(adapted.join("config.json")).map_err(|error| failed("save the specification", &error))?;
 
     prepare_process(layout, &facts, &job.container_id)?;
     confine_devices(layout, &facts.cgroup, &spec)?;
     own_streams(&job.ends, facts.user);
     let console = if job.terminal { Some(listen(&adapted)?) } else { None };
-    let container = build(job, &adapted)?;
+    let container = build(job, &adapted, program)?;
     let pid = container
         .pid()
         .map(|pid| pid.as_raw())
@@ -120,7 +123,23 @@ fn own_streams(ends: &ContainerEnds, (uid, gid): (u32, u32)) {
     }
 }
 
-fn build(job: CreateJob, adapted: &Path) -> Result<Container, RemoteError> {
+/// Takes the filter, and the capabilities that go with it, out of the engine's hands.
+fn confine(spec: &mut Spec, container_root: &Path, directory: &Path) -> Result<Program, RemoteError> {
+    let filter = seccomp::for_container(container_root, directory, spec)
+        .map_err(|error| failed("prepare the seccomp filter", &error))?;
+    let (Some(filter), Some(mut process)) = (filter, spec.process().clone()) else { return Ok(Program::default()) };
+    let capabilities = process.capabilities().clone();
+    let no_new_privileges = process.no_new_privileges() == Some(true);
+    process.set_capabilities(None);
+    spec.set_process(Some(process));
+    if let Some(mut linux) = spec.linux().clone() {
+        linux.set_seccomp(None);
+        spec.set_linux(Some(linux));
+    }
+    Ok(Program(Some(Rc::new(Confinement { filter, capabilities, no_new_privileges }))))
+}
+
+fn build(job: CreateJob, adapted: &Path, program: Program) -> Result<Container, RemoteError> {
     let null = || fs::OpenOptions::new().read(true).write(true).open("/dev/null").map(OwnedFd::from);
     let engine = |error: libcontainer::error::LibcontainerError| translate(&chain(&error));
     let mut builder = ContainerBuilder::new(job.container_id, SyscallType::default())
@@ -128,7 +147,7 @@ fn build(job: CreateJob, adapted: &Path) -> Result<Container, RemoteError> {
         .map_err(engine)?
         .with_root_path(job.container_root)
         .map_err(engine)?
-        .with_executor(Program);
+        .with_executor(program);
     if job.terminal {
         builder = builder.with_console_socket(Some(adapted.join("console.sock")));
     } else {

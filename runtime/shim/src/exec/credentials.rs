@@ -81,6 +81,12 @@ pub(crate) fn become_user(user: &User, capabilities: Option<&LinuxCapabilities>)
     Ok(())
 }
 
+/// Gives up all capabilities but these, without a change of user.
+pub(crate) fn limit_capabilities(sets: &LinuxCapabilities) -> Result<(), CredentialError> {
+    drop_bounding(mask(sets.bounding().as_ref()))?;
+    set_capabilities(sets)
+}
+
 fn drop_bounding(keep: u64) -> Result<(), CredentialError> {
     for number in 0..64 {
         // SAFETY: takes numbers only.

@@ -8,9 +8,8 @@
 //! ```
 #![allow(unsafe_code, reason = "fork, and moving descriptors to the standard numbers")]
 
-mod credentials;
+pub(crate) mod credentials;
 pub(crate) mod lookup;
-mod seccomp;
 mod terminal;
 
 use std::fs;
@@ -32,6 +31,7 @@ pub(crate) use terminal::resize;
 
 use crate::engine::{failed, io_failed};
 use crate::forked::{Finished, Report};
+use crate::seccomp;
 use crate::stdio::ContainerEnds;
 
 /// What to run, where.
@@ -42,6 +42,7 @@ pub(crate) struct ExecJob {
     pub(crate) cgroup: Option<String>,
     /// The shim's directory of the container, with its specification.
     pub(crate) directory: PathBuf,
+    pub(crate) container_root: PathBuf,
     /// The process as JSON.
     pub(crate) process: String,
     pub(crate) terminal: bool,
@@ -52,7 +53,8 @@ pub(crate) struct ExecJob {
 pub(crate) fn exec(job: ExecJob) -> Finished {
     let process: Process = serde_json::from_str(&job.process)
         .map_err(|error| RemoteError::new(ErrorKind::Invalid, format!("cannot read the process: {error}")))?;
-    let filter = seccomp::of_container(&job.directory).map_err(|error| failed("prepare the seccomp filter", &error))?;
+    let filter = seccomp::of_container(&job.container_root, &job.directory)
+        .map_err(|error| failed("prepare the seccomp filter", &error))?;
     // Limits and score belong to this process until the child inherits them; lowering the score may be refused.
     if let Some(score) = process.oom_score_adj() {
         let _ = fs::write("/proc/self/oom_score_adj", score.to_string());
