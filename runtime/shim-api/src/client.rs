@@ -22,7 +22,8 @@ use tokio::sync::{broadcast, oneshot};
 use crate::frame::{self, Frame, FrameError};
 use crate::spawn::{self, SpawnOptions, watch};
 use crate::wire::{
-    CreateReply, CreateRequest, Event, ExecBody, FromShim, Outcome, Reply, Request, RequestFrame, ShimState,
+    CreateReply, CreateRequest, Event, ExecBody, ForwardRule, FromShim, Outcome, Reply, Request, RequestFrame,
+    ShimState,
 };
 use crate::{ShimError, ShimRecord, read_shim_record};
 
@@ -265,6 +266,14 @@ impl Shim {
     /// Opens the log by its path again. When this returns every later line is in the new file.
     pub async fn reopen_log(&self, container_id: &str) -> Result<(), ShimError> {
         self.done("reopen log", Request::ReopenLog { container_id: container_id.into() }, QUICK).await
+    }
+
+    /// Leads loopback ports to the pod until the shim ends. Gives what could not be done, such as a port that is taken.
+    pub async fn forward(&self, rules: Vec<ForwardRule>) -> Result<Vec<String>, ShimError> {
+        match self.call("forward", Request::Forward { rules }, QUICK).await? {
+            (Reply::Forwarding { failures }, _) => Ok(failures),
+            _ => Err(ShimError::Unexpected { operation: "forward" }),
+        }
     }
 
     /// What the shim knows now.

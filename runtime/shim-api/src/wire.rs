@@ -3,6 +3,7 @@
 //! Enums are externally tagged throughout: serde then never buffers a message, which keeps the shim small and lets
 //! [`ExecBody::process`] pass through unparsed.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -46,6 +47,8 @@ pub enum Request {
     CloseStdin { container_id: String },
     /// Open the log file anew by its path, after a rotation moved it.
     ReopenLog { container_id: String },
+    /// Lead ports on loopback addresses of the host to the pod, in addition to those that are led already.
+    Forward { rules: Vec<ForwardRule> },
     /// List containers.
     State,
     /// Kill what still runs, delete every container and exit.
@@ -113,6 +116,28 @@ pub enum Reply {
         terminal: bool,
     },
     State(ShimState),
+    /// What could not be forwarded; the other rules are in force.
+    Forwarding {
+        failures: Vec<String>,
+    },
+}
+
+/// A port of the host's that leads to one of the pod's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForwardRule {
+    pub transport: Transport,
+    /// Where callers come in; loopback addresses only.
+    pub listen: SocketAddr,
+    /// Where they are led.
+    pub target: SocketAddr,
+}
+
+/// What a forwarded port speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Transport {
+    Tcp,
+    Udp,
 }
 
 /// Reply to a create.

@@ -12,6 +12,7 @@ mod engine;
 mod exec;
 mod finished;
 mod forked;
+mod forward;
 mod memory;
 mod pidns;
 mod poll;

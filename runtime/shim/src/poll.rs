@@ -35,6 +35,15 @@ pub(crate) enum Token {
         client: u16,
     },
     Oom(u32),
+    /// A port on loopback has a caller or a datagram.
+    Forward(u32),
+    /// One end of a forwarded connection.
+    ForwardStream {
+        slot: u32,
+        end: u16,
+    },
+    /// The pod answered a datagram.
+    ForwardFlow(u32),
 }
 
 impl Token {
@@ -50,6 +59,9 @@ impl Token {
             Token::AttachedOutput { container, client } => (7, container, client),
             Token::AttachedError { container, client } => (8, container, client),
             Token::Oom(container) => (9, container, 0),
+            Token::Forward(slot) => (10, slot, 0),
+            Token::ForwardStream { slot, end } => (11, slot, end),
+            Token::ForwardFlow(slot) => (12, slot, 0),
         };
         (kind << 48) | (u64::from(high) << 32) | u64::from(low)
     }
@@ -67,6 +79,9 @@ impl Token {
             7 => Token::AttachedOutput { container, client },
             8 => Token::AttachedError { container, client },
             9 => Token::Oom(container),
+            10 => Token::Forward(container),
+            11 => Token::ForwardStream { slot: container, end: client },
+            12 => Token::ForwardFlow(container),
             _ => return None,
         })
     }
@@ -148,6 +163,9 @@ mod tests {
             Token::AttachedOutput { container: 9, client: u16::MAX },
             Token::AttachedError { container: 9, client: 0 },
             Token::Oom(4),
+            Token::Forward(2),
+            Token::ForwardStream { slot: 5, end: 1 },
+            Token::ForwardFlow(63),
         ];
         for token in tokens {
             assert_eq!(Token::from_bits(token.to_bits()), Some(token));

@@ -18,6 +18,7 @@ use crate::engine::{self, CreateJob, External, RemoveJob};
 use crate::exec::ExecJob;
 use crate::finished::Purpose;
 use crate::forked::{self, Finished};
+use crate::forward::Forwarder;
 use crate::server::{ReplyTo, Server, signal_process};
 use crate::stdio::{ContainerEnds, Log, Stdio};
 
@@ -59,6 +60,11 @@ impl Server {
             }
             Request::CloseStdin { container_id } => self.close_stdin(to, &container_id),
             Request::ReopenLog { container_id } => self.reopen_log(to, &container_id),
+            Request::Forward { rules } => {
+                let failures = self.forwarder.add(&self.poller, &rules);
+                self.reply(to, Ok(Reply::Forwarding { failures }), Vec::new());
+                Ok(())
+            }
             Request::State => {
                 let containers = self.containers.iter().flatten().filter_map(Container::state).collect();
                 self.reply(to, Ok(Reply::State(ShimState { containers })), Vec::new());
@@ -340,6 +346,7 @@ impl Server {
     pub(crate) fn begin_shutdown(&mut self, to: Option<ReplyTo>) {
         self.stopping = true;
         self.shutdown = to.or(self.shutdown);
+        self.forwarder = Forwarder::default();
         for slot in 0..self.containers.len() {
             // One that is busy follows when its helper has finished.
             if self.containers[slot].as_ref().is_some_and(|container| container.check_idle().is_ok())

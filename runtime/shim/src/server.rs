@@ -21,6 +21,7 @@ use crate::client::Client;
 use crate::container::Container;
 use crate::finished::Purpose;
 use crate::forked::{self, Finished};
+use crate::forward::Forwarder;
 use crate::memory;
 use crate::poll::{Poller, Ready, Token};
 use crate::setup::Config;
@@ -60,6 +61,7 @@ pub(crate) struct Server {
     pub(crate) containers: Vec<Option<Container>>,
     pub(crate) scratch: Vec<u8>,
     pub(crate) pid_namespace_init: Option<Pid>,
+    pub(crate) forwarder: Forwarder,
     /// A shutdown was asked for: no new containers; ends when the last is gone.
     pub(crate) shutdown: Option<ReplyTo>,
     pub(crate) stopping: bool,
@@ -88,6 +90,7 @@ impl Server {
             containers: Vec::new(),
             scratch: Vec::new(),
             pid_namespace_init,
+            forwarder: Forwarder::default(),
             shutdown: None,
             stopping: false,
         })
@@ -112,6 +115,7 @@ impl Server {
             }
             self.expire_helpers();
             self.expire_stalls();
+            self.forwarder.expire(&self.poller, Instant::now());
         }
         self.finish();
         Ok(())
@@ -120,6 +124,7 @@ impl Server {
     /// Idle: gives memory back, so that a pod at rest costs next to nothing.
     fn rest(&mut self) {
         self.scratch = Vec::new();
+        self.forwarder.rest(&self.poller);
         memory::rest();
     }
 
@@ -145,6 +150,11 @@ impl Server {
                 stdio.on_attached_output(poller, client, true, ready.flags);
             }),
             Token::Oom(container) => self.on_oom(container),
+            Token::Forward(slot) => self.forwarder.on_listener(&self.poller, slot, &mut self.scratch),
+            Token::ForwardStream { slot, end } => {
+                self.forwarder.on_stream(&self.poller, slot, end, ready.flags, &mut self.scratch);
+            }
+            Token::ForwardFlow(slot) => self.forwarder.on_flow(slot, &mut self.scratch),
         }
     }
 
@@ -266,7 +276,7 @@ impl Server {
     fn next_deadline(&self) -> Option<Duration> {
         let helpers = self.helpers.iter().flatten().map(|helper| helper.deadline);
         let stalls = self.containers.iter().flatten().filter_map(|container| container.stdio.stalled_until());
-        let earliest = helpers.chain(stalls).min()?;
+        let earliest = helpers.chain(stalls).chain(self.forwarder.deadline()).min()?;
         Some(earliest.saturating_duration_since(Instant::now()))
     }
 

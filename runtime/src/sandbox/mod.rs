@@ -2,6 +2,7 @@
 //!
 //! The phases are in `record`. Each step can be repeated: after a crash `reconcile` calls the same functions again.
 
+mod loopback;
 mod make;
 mod network;
 mod stop;
@@ -81,6 +82,7 @@ async fn bring_up(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &spec::san
     // The intent goes on record before anything is made.
     sandbox.change(&core.records, |_| {}).await?;
     let joined = make::make(core, sandbox, decision).await?;
+    loopback::forward(sandbox, &decision.port_mappings, &joined.ips).await;
     sandbox
         .change(&core.records, move |record| {
             record.phase = SandboxPhase::Ready;

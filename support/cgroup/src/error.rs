@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use nix::errno::Errno;
+
 /// A failed operation on a control group.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -43,5 +45,11 @@ impl CgroupError {
             CgroupError::Io { source, .. } | CgroupError::Limit { source, .. } => source.raw_os_error(),
             _ => None,
         }
+    }
+
+    /// The group went away meanwhile: its files answer ENOENT or ENODEV.
+    pub fn is_gone(&self) -> bool {
+        let gone = [Errno::ENOENT, Errno::ENODEV].map(|errno| errno as i32);
+        self.raw_os_error().is_some_and(|code| gone.contains(&code))
     }
 }

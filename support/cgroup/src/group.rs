@@ -269,17 +269,17 @@ impl<'a> Cgroup<'a> {
         sent
     }
 
-    /// Sends a signal to every process of the group and of those within.
+    /// Sends a signal to every process of the group and of those within. One that is removed meanwhile has none left.
     pub fn signal(&self, signal: Signal) -> Result<(), CgroupError> {
         let frozen = self.freeze().is_ok();
         let pids = self.pids();
         for pid in pids.as_ref().map(Vec::as_slice).unwrap_or_default() {
             let _ = kill(Pid::from_raw(*pid), signal);
         }
-        if frozen {
-            self.thaw()?;
+        match if frozen { self.thaw() } else { Ok(()) } {
+            Err(error) if !error.is_gone() => Err(error),
+            _ => pids.map(drop),
         }
-        pids.map(drop)
     }
 
     /// Removes the group and all groups within from every hierarchy. Succeeds when there is none. Processes must
