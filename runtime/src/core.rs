@@ -17,6 +17,7 @@ use crate::joins::Joins;
 use crate::paths::Paths;
 use crate::record::Store;
 use crate::spec::HostFacts;
+use crate::spec::namespace::SandboxModes;
 use crate::state::Index;
 
 /// Shared by all calls.
@@ -55,14 +56,15 @@ impl Core {
     }
 
     /// How a sandbox's shim is started.
-    pub(crate) fn shim_options(&self, sandbox_id: &str, shared_pid: bool) -> SpawnOptions {
+    pub(crate) fn shim_options(&self, sandbox_id: &str, modes: SandboxModes) -> SpawnOptions {
         let paths = self.paths.sandbox(sandbox_id);
         SpawnOptions {
             shim_binary: self.config.shim_binary.clone(),
             sandbox_id: sandbox_id.to_owned(),
             state_dir: paths.shim(),
             container_root: self.paths.engine(),
-            shared_pid_namespace: shared_pid.then(|| paths.pid_namespace()),
+            shared_pid_namespace: modes.shared_pid.then(|| paths.pid_namespace()),
+            user_namespace: modes.user.map(|_| paths.namespaces().join("user")),
             cgroup: Some(format!("{}/shims", self.config.cgroup_root.trim_matches('/'))),
             systemd_cgroup: false,
         }

@@ -53,8 +53,9 @@ impl Runtime {
         let cni =
             CniClient::new(config.cni_conf_dir.clone(), config.cni_bin_dirs.clone(), config.cni_cache_dir.clone())
                 .with_timeout(config.cni_timeout);
+        let image_directory = paths.images();
         let core = Arc::new(Core {
-            host: blocking("the host", host::facts).await?,
+            host: blocking("the host", move || host::facts(&image_directory)).await?,
             boot_id: host::boot_id()?,
             paths,
             records,

@@ -6,13 +6,14 @@ use std::path::Path;
 use oarlock_cgroup::Layout;
 
 use crate::error::Error;
+use crate::idmap;
 use crate::spec::{HostFacts, capability};
 
 /// CAP_SYS_RESOURCE in the mask of `/proc/self/status`.
 const SYS_RESOURCE: u64 = 1 << 24;
 
-/// Looks the host over once.
-pub(crate) fn facts() -> Result<HostFacts, Error> {
+/// Looks the host over once. Layers of images lie below `images`.
+pub(crate) fn facts(images: &Path) -> Result<HostFacts, Error> {
     let layout = Layout::host().map_err(|source| Error::Cgroup { operation: "find", group: "/".to_owned(), source })?;
     let mask = effective_capabilities();
     // Without the capability a process may only give scores that are no lower than its own.
@@ -24,6 +25,7 @@ pub(crate) fn facts() -> Result<HostFacts, Error> {
         hugetlb: layout.controller("hugetlb").is_some(),
         capabilities: capability::of_mask(mask),
         oom_score_adj_floor: floor,
+        no_user_namespaces: idmap::obstacle(images),
         apparmor: fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|on| on.starts_with('Y')),
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
         hostname: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),

@@ -14,6 +14,7 @@ mod error;
 mod events;
 mod fdio;
 mod host;
+mod idmap;
 mod joins;
 mod metrics;
 mod mounts;

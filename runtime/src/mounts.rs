@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -12,27 +13,60 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oarlock_images::Rootfs;
 
 use crate::error::Error;
+use crate::idmap::{self, Owner};
 
 /// Longest option string mount(2) takes: one page, with its end.
 const OPTIONS_MAX: usize = 4095;
 
-/// Mounts a container's root file system.
-pub(crate) fn overlay(rootfs: &Rootfs, target: &Path) -> Result<(), Error> {
+/// Mounts a container's root file system. In a user namespace everything in it belongs to whom it belongs to there.
+pub(crate) fn overlay(rootfs: &Rootfs, target: &Path, owner: Option<&Owner>) -> Result<(), Error> {
     fs::create_dir_all(target).map_err(Error::io("create", target))?;
-    let mut options = format!("lowerdir={}", lower(&rootfs.lower));
-    options.push_str(&format!(",upperdir={},workdir={}", escape(&rootfs.upper), escape(&rootfs.work)));
-    overlay_with(&options, target, MsFlags::empty())
+    if let Some(owner) = owner {
+        let upper = &rootfs.upper;
+        let (uid, gid) = owner.root();
+        chown(upper, Some(uid), Some(gid)).map_err(Error::io("change the owner of", upper))?;
+    }
+    let (lower, staged) = layers_for(&rootfs.lower, target, owner)?;
+    let options =
+        format!("lowerdir={},upperdir={},workdir={}", joined(&lower), escape(&rootfs.upper), escape(&rootfs.work));
+    let mounted = overlay_with(&options, target, MsFlags::empty());
+    staged.map_or(Ok(()), |staged| remove_tree(&staged)).and(mounted)
+}
+
+/// Layers as an overlay is to see them: with mapped owners they are views, in a directory that is removed once the overlay,
+/// which keeps views of its own, is there.
+fn layers_for(
+    layers: &[PathBuf],
+    target: &Path,
+    owner: Option<&Owner>,
+) -> Result<(Vec<PathBuf>, Option<PathBuf>), Error> {
+    let Some(owner) = owner else { return Ok((layers.to_vec(), None)) };
+    let staging = target.with_extension("lower");
+    let views: Vec<PathBuf> = (0..layers.len()).map(|index| staging.join(index.to_string())).collect();
+    for (layer, view) in layers.iter().zip(&views) {
+        idmap::place(layer, view, Some(owner.namespace()), false)?;
+    }
+    Ok((views, Some(staging)))
 }
 
 /// Mounts layers for reading only.
-pub(crate) fn overlay_readonly(layers: &[PathBuf], target: &Path) -> Result<(), Error> {
+pub(crate) fn overlay_readonly(layers: &[PathBuf], target: &Path, owner: Option<&Owner>) -> Result<(), Error> {
     fs::create_dir_all(target).map_err(Error::io("create", target))?;
+    if let ([only], Some(owner)) = (layers, owner) {
+        let tree = idmap::clone_tree(only, false).map_err(Error::io("make a view of", only))?;
+        let made = idmap::map(&tree, owner.namespace())
+            .and_then(|()| idmap::make_readonly(&tree))
+            .and_then(|()| idmap::attach(&tree, target));
+        return made.map_err(Error::io("mount with mapped owners", only));
+    }
     if let [only] = layers {
         mount(Some(only), target, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(mounting(target))?;
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         return mount(None::<&str>, target, None::<&str>, flags, None::<&str>).map_err(mounting(target));
     }
-    overlay_with(&format!("lowerdir={}", lower(layers)), target, MsFlags::MS_RDONLY)
+    let (lower, staged) = layers_for(layers, target, owner)?;
+    let mounted = overlay_with(&format!("lowerdir={}", joined(&lower)), target, MsFlags::MS_RDONLY);
+    staged.map_or(Ok(()), |staged| remove_tree(&staged)).and(mounted)
 }
 
 fn overlay_with(options: &str, target: &Path, flags: MsFlags) -> Result<(), Error> {
@@ -48,7 +82,7 @@ fn overlay_with(options: &str, target: &Path, flags: MsFlags) -> Result<(), Erro
     mount(Some("overlay"), target, Some("overlay"), flags, Some(options.as_c_str())).map_err(mounting(target))
 }
 
-fn lower(layers: &[PathBuf]) -> String {
+fn joined(layers: &[PathBuf]) -> String {
     layers.iter().map(|layer| escape(layer)).collect::<Vec<_>>().join(":")
 }
 
@@ -57,11 +91,11 @@ fn escape(path: &Path) -> String {
     path.display().to_string().replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,")
 }
 
-/// Mounts a sandbox's shared memory.
-pub(crate) fn shm(target: &Path, size_bytes: u64) -> Result<(), Error> {
+/// Mounts a sandbox's shared memory, with its root as the owner.
+pub(crate) fn shm(target: &Path, size_bytes: u64, (uid, gid): (u32, u32)) -> Result<(), Error> {
     fs::create_dir_all(target).map_err(Error::io("create", target))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let options = format!("mode=1777,size={size_bytes}");
+    let options = format!("mode=1777,size={size_bytes},uid={uid},gid={gid}");
     mount(Some("shm"), target, Some("tmpfs"), flags, Some(options.as_str())).map_err(mounting(target))
 }
 
@@ -181,7 +215,7 @@ mod tests {
 
     #[test]
     fn separators_in_paths_are_escaped() {
-        assert_eq!(lower(&["/a:b".into(), "/c,d".into()]), "/a\\:b:/c\\,d");
+        assert_eq!(joined(&["/a:b".into(), "/c,d".into()]), "/a\\:b:/c\\,d");
     }
 
     #[test]

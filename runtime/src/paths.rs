@@ -104,6 +104,11 @@ impl BundlePaths {
         self.root.join("rootfs")
     }
 
+    /// Views of volumes in a user namespace, by position.
+    pub(crate) fn volume(&self, name: &str) -> PathBuf {
+        self.root.join("volumes").join(name)
+    }
+
     /// Mounts of images used as volumes, by position.
     pub(crate) fn image_mount(&self, index: usize) -> PathBuf {
         self.root.join("images").join(index.to_string())

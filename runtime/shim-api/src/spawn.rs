@@ -31,6 +31,8 @@ pub struct SpawnOptions {
     pub container_root: PathBuf,
     /// Make one PID namespace for the whole pod and pin it at this path (a file that is created).
     pub shared_pid_namespace: Option<PathBuf>,
+    /// The pod's user namespace, to which a shared PID namespace then belongs.
+    pub user_namespace: Option<PathBuf>,
     /// The shim's own cgroup, relative to the cgroup root, such as `oarlock/shims`; created if missing.
     pub cgroup: Option<String>,
     /// Cgroup paths in specs have the systemd form `slice:prefix:name`.
@@ -74,6 +76,9 @@ fn command(options: &SpawnOptions, ready: &OwnedFd) -> tokio::process::Command {
     command.arg("--container-root").arg(&options.container_root);
     if let Some(path) = &options.shared_pid_namespace {
         command.arg("--pid-namespace").arg(path);
+    }
+    if let Some(path) = &options.user_namespace {
+        command.arg("--user-namespace").arg(path);
     }
     if let Some(cgroup) = &options.cgroup {
         command.arg("--cgroup").arg(cgroup);

@@ -10,18 +10,19 @@ use std::path::Path;
 
 use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
-use nix::unistd::{ForkResult, Pid, fork, pipe};
+use nix::unistd::{ForkResult, Gid, Pid, Uid, fork, pipe};
 
-/// Makes the namespace and pins it at `path`.
-pub(crate) fn create(path: &Path) -> io::Result<Pid> {
+/// Makes the namespace, belonging to the user namespace at `user` if there is one, and pins it at `path`.
+pub(crate) fn create(path: &Path, user: Option<&Path>) -> io::Result<Pid> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
     fs::File::create(path)?;
-    let init = spawn_init()?;
+    let user = user.map(fs::File::open).transpose()?;
+    let init = spawn_init(user.as_ref())?;
     let source = format!("/proc/{init}/ns/pid");
     if let Err(errno) = mount(Some(source.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>) {
         let _ = kill(init, Signal::SIGKILL);
@@ -40,7 +41,7 @@ pub(crate) fn remove(path: &Path, init: Pid) {
 }
 
 /// Forks twice: the process between enters the new namespace for its children, which the shim itself never does.
-fn spawn_init() -> io::Result<Pid> {
+fn spawn_init(user: Option<&fs::File>) -> io::Result<Pid> {
     let (reader, writer) = pipe()?;
     // SAFETY: one thread.
     match unsafe { fork() }? {
@@ -54,7 +55,7 @@ fn spawn_init() -> io::Result<Pid> {
         }
         ForkResult::Child => {
             drop(reader);
-            if unshare(CloneFlags::CLONE_NEWPID).is_ok() {
+            if become_root_of(user).and_then(|()| unshare(CloneFlags::CLONE_NEWPID)).is_ok() {
                 // SAFETY: one thread.
                 match unsafe { fork() } {
                     Ok(ForkResult::Parent { child }) => {
@@ -68,6 +69,15 @@ fn spawn_init() -> io::Result<Pid> {
             unsafe { libc::_exit(0) }
         }
     }
+}
+
+/// Enters a user namespace as its root, so that what is made next belongs to it.
+fn become_root_of(user: Option<&fs::File>) -> nix::Result<()> {
+    let Some(namespace) = user else { return Ok(()) };
+    setns(namespace, CloneFlags::CLONE_NEWUSER)?;
+    nix::unistd::setgroups(&[])?;
+    nix::unistd::setresgid(Gid::from_raw(0), Gid::from_raw(0), Gid::from_raw(0))?;
+    nix::unistd::setresuid(Uid::from_raw(0), Uid::from_raw(0), Uid::from_raw(0))
 }
 
 fn reap_for_ever() -> ! {

@@ -21,7 +21,7 @@ use crate::pidns;
 use crate::server::Server;
 
 pub(crate) const USAGE: &str = "usage: oarlock-shim --sandbox-id ID --state-dir DIR --container-root DIR \
-[--pid-namespace PATH] [--cgroup PATH] [--systemd-cgroup]";
+[--pid-namespace PATH] [--user-namespace PATH] [--cgroup PATH] [--systemd-cgroup]";
 
 const READY_FD: i32 = 3;
 const LOG_BYTES_MAX: u64 = 1024 * 1024;
@@ -34,6 +34,8 @@ pub(crate) struct Config {
     pub(crate) state_dir: PathBuf,
     pub(crate) container_root: PathBuf,
     pub(crate) pid_namespace: Option<PathBuf>,
+    /// To which the PID namespace is to belong.
+    pub(crate) user_namespace: Option<PathBuf>,
     pub(crate) cgroup: Option<String>,
 }
 
@@ -52,6 +54,7 @@ impl Config {
                 "--state-dir" => config.state_dir = value.into(),
                 "--container-root" => config.container_root = value.into(),
                 "--pid-namespace" => config.pid_namespace = Some(value.into()),
+                "--user-namespace" => config.user_namespace = Some(value.into()),
                 "--cgroup" => config.cgroup = Some(value.to_string_lossy().into_owned()),
                 other => return Err(format!("unknown option {other}")),
             }
@@ -106,6 +109,8 @@ fn take_ready_pipe() -> Option<OwnedFd> {
 fn prepare(config: &Config) -> io::Result<Server> {
     setsid()?;
     chdir("/")?;
+    // Specifications hold secrets. Containers and logs set the mode they need.
+    nix::sys::stat::umask(Mode::from_bits_truncate(0o027));
     fs::create_dir_all(&config.state_dir)?;
     fs::create_dir_all(&config.container_root)?;
     open_log(&config.state_dir.join("shim.log"))?;
@@ -122,7 +127,8 @@ fn prepare(config: &Config) -> io::Result<Server> {
         return Err(io::Error::last_os_error());
     }
     let listener = listen_in(&config.state_dir)?;
-    let pid_namespace_init = config.pid_namespace.as_deref().map(pidns::create).transpose()?;
+    let user = config.user_namespace.as_deref();
+    let pid_namespace_init = config.pid_namespace.as_deref().map(|path| pidns::create(path, user)).transpose()?;
     let pid = std::process::id() as i32;
     let record = ShimRecord {
         sandbox_id: config.sandbox_id.clone(),

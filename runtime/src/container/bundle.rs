@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::PathBuf;
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use oarlock_images::Image;
@@ -11,6 +13,7 @@ use oci_spec::runtime::LinuxSeccomp;
 use super::{devices, ids, volumes};
 use crate::core::Core;
 use crate::error::Error;
+use crate::idmap::Owner;
 use crate::mounts;
 use crate::record::{ContainerPhase, ContainerRecord, SandboxRecord};
 use crate::sandbox;
@@ -36,8 +39,9 @@ pub(super) async fn make(
     let (core, record, sandbox) = (core.clone(), record.clone(), sandbox.clone());
     blocking("a bundle", move || {
         let paths = core.paths.bundle(&record.id);
-        mounts::overlay(&rootfs, &paths.rootfs())?;
-        volumes::mount_images(&core, &record, &images)?;
+        let owner = owner_of(&core, &sandbox)?;
+        mounts::overlay(&rootfs, &paths.rootfs(), owner.as_ref())?;
+        volumes::mount_images(&core, &record, &images, owner.as_ref())?;
         let identity = ids::look_up(&paths.rootfs(), &record.config, &Defaults::of(&image.config).user)?;
         write(&core, &record, &sandbox, &Defaults::of(&image.config), &identity)?;
         Ok(identity)
@@ -56,6 +60,12 @@ pub(super) async fn rewrite(
     blocking("a bundle", move || write(&core, &record, &sandbox, &Defaults::of(&image.config), &record.identity)).await
 }
 
+/// The sandbox's user namespace, if it has one.
+fn owner_of(core: &Core, sandbox: &SandboxRecord) -> Result<Option<Owner>, Error> {
+    let pinned = sandbox::pinned(core, sandbox);
+    pinned.user.zip(sandbox.user).map(|(path, mapping)| Owner::pinned(&path, mapping)).transpose()
+}
+
 fn image_of(core: &Core, record: &ContainerRecord) -> Result<Image, Error> {
     core.images.status(&record.image_id).ok_or_else(|| Error::NoImage { reference: record.image_id.clone() })
 }
@@ -71,7 +81,7 @@ fn write(
     let context = record.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     let options = context.and_then(|context| context.namespace_options.as_ref());
     let pid = spec::namespace::container_pid(options, sandbox.modes())?;
-    let volumes = volumes::find(core, record, defaults)?;
+    let volumes = volumes::find(core, record, defaults, owner_of(core, sandbox)?.as_ref())?;
     let devices = devices::find(&record.config, context.is_some_and(|context| context.privileged))?;
     let spec = spec::container::build(spec::container::Inputs {
         config: &record.config,
@@ -80,6 +90,7 @@ fn write(
         identity,
         hostname: &sandbox.hostname,
         pinned: &sandbox::pinned(core, sandbox),
+        user: sandbox.user,
         pid_namespace: pid_path(core, record, &pid)?,
         own_pid: pid == PidMode::Own,
         files: &sandbox::files(core, sandbox),
@@ -94,8 +105,8 @@ fn write(
     let config = paths.config();
     let bytes = serde_json::to_vec(&spec)
         .map_err(|error| Error::Invalid(format!("cannot encode the specification: {error}")))?;
-    // Environments hold secrets, and the directory is readable by root alone.
-    fs::write(&config, bytes).map_err(Error::io("write", &config))
+    // Environments hold secrets.
+    write_private(&config, &bytes).map_err(Error::io("write", &config))
 }
 
 fn pid_path(core: &Core, record: &ContainerRecord, mode: &PidMode) -> Result<Option<PathBuf>, Error> {
@@ -138,4 +149,11 @@ fn annotations(record: &ContainerRecord, sandbox: &SandboxRecord) -> HashMap<Str
     .into_iter()
     .map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value))
     .collect()
+}
+
+/// A file that root alone reads, whoever may walk the directories above it.
+fn write_private(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    file.write_all(content)
 }

@@ -14,11 +14,13 @@ use oarlock_proto::cri::{self, MountPropagation};
 use super::ids::open_inside;
 use crate::core::Core;
 use crate::error::Error;
+use crate::idmap::{self, Owner};
 use crate::mounts;
 use crate::record::ContainerRecord;
 use crate::spec::SpecError;
 use crate::spec::image::Defaults;
 use crate::spec::mount::{self, Volume, clean};
+use crate::spec::namespace::mount_mapping;
 
 /// Names the layers of the image that is mounted as the container's n-th mount.
 pub(super) fn image_key(container: &str, index: usize) -> String {
@@ -45,9 +47,16 @@ pub(super) async fn prepare_images(core: &Arc<Core>, record: &ContainerRecord) -
 }
 
 /// Mounts them, for reading only.
-pub(super) fn mount_images(core: &Core, record: &ContainerRecord, images: &[(usize, Rootfs)]) -> Result<(), Error> {
+pub(super) fn mount_images(
+    core: &Core,
+    record: &ContainerRecord,
+    images: &[(usize, Rootfs)],
+    owner: Option<&Owner>,
+) -> Result<(), Error> {
     let paths = core.paths.bundle(&record.id);
-    images.iter().try_for_each(|(index, rootfs)| mounts::overlay_readonly(&rootfs.lower, &paths.image_mount(*index)))
+    images
+        .iter()
+        .try_for_each(|(index, rootfs)| mounts::overlay_readonly(&rootfs.lower, &paths.image_mount(*index), owner))
 }
 
 fn image_of(mount: &cri::Mount) -> Option<&cri::ImageSpec> {
@@ -55,13 +64,27 @@ fn image_of(mount: &cri::Mount) -> Option<&cri::ImageSpec> {
 }
 
 /// The sources of all of a container's volumes.
-pub(super) fn find(core: &Core, record: &ContainerRecord, defaults: &Defaults) -> Result<Vec<Volume>, Error> {
+pub(super) fn find(
+    core: &Core,
+    record: &ContainerRecord,
+    defaults: &Defaults,
+    owner: Option<&Owner>,
+) -> Result<Vec<Volume>, Error> {
+    let paths = core.paths.bundle(&record.id);
     let mut volumes = declared(core, record, defaults)?;
+    for (index, volume) in volumes.iter_mut().enumerate() {
+        if let Some(owner) = owner {
+            volume.source = view(&volume.source, &paths.volume(&format!("declared-{index}")), Some(owner))?;
+        }
+    }
     for (index, wanted) in record.config.mounts.iter().enumerate() {
         let propagation = mount::check(wanted)?;
         let source = match image_of(wanted) {
-            Some(_) => inside_image(&core.paths.bundle(&record.id).image_mount(index), wanted)?,
-            None => on_host(wanted, propagation)?,
+            Some(_) => inside_image(&paths.image_mount(index), wanted)?,
+            None => {
+                let source = on_host(wanted, propagation)?;
+                mapped(wanted, source, &paths.volume(&index.to_string()), owner)?
+            }
         };
         volumes.push(Volume {
             destination: wanted.container_path.clone().into(),
@@ -72,6 +95,30 @@ pub(super) fn find(core: &Core, record: &ContainerRecord, defaults: &Defaults) -
         });
     }
     Ok(volumes)
+}
+
+/// What to bind for a path of the host: a view with mapped owners if the mount asks for it. In a user namespace it is always
+/// a view, because root there may not be able to walk to the path itself.
+fn mapped(wanted: &cri::Mount, source: PathBuf, target: &Path, owner: Option<&Owner>) -> Result<PathBuf, Error> {
+    let mapping = mount_mapping(wanted)?;
+    if owner.is_some() && wanted.propagation == MountPropagation::PropagationBidirectional as i32 {
+        let reason = "mounts made in a user namespace cannot reach the host";
+        return Err(SpecError::unsupported(format!("mounts[{}].propagation", wanted.container_path), reason).into());
+    }
+    match (mapping, owner) {
+        (None, None) => Ok(source),
+        (None, Some(_)) => view(&source, target, None),
+        (Some(mapping), Some(owner)) if owner.mapping() == mapping => view(&source, target, Some(owner)),
+        (Some(mapping), _) => view(&source, target, Some(&Owner::of(mapping)?)),
+    }
+}
+
+/// Made once: the specification is written anew when resources change.
+fn view(source: &Path, target: &Path, owner: Option<&Owner>) -> Result<PathBuf, Error> {
+    if !target.exists() {
+        idmap::place(source, target, owner.map(Owner::namespace), true)?;
+    }
+    Ok(target.to_owned())
 }
 
 /// The real path on the host; it has to exist, on a mount that can do the propagation asked for.

@@ -10,7 +10,7 @@ pub(crate) use store::{Kind, RecordError, Store};
 use oarlock_proto::cri;
 use serde::{Deserialize, Serialize};
 
-use crate::spec::namespace::SandboxModes;
+use crate::spec::namespace::{SandboxModes, UserMapping};
 use crate::spec::user::Identity;
 
 /// The shape that this version writes.
@@ -49,6 +49,9 @@ pub(crate) struct SandboxRecord {
     pub host_ipc: bool,
     pub host_pid: bool,
     pub shared_pid: bool,
+    /// The identities of its user namespace; None shares the host's.
+    #[serde(default)]
+    pub user: Option<UserMapping>,
     pub phase: SandboxPhase,
     /// The CNI network that it joined; empty without one.
     #[serde(default)]
@@ -64,6 +67,7 @@ impl SandboxRecord {
             host_ipc: self.host_ipc,
             host_pid: self.host_pid,
             shared_pid: self.shared_pid,
+            user: self.user,
         }
     }
 

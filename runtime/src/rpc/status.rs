@@ -8,6 +8,7 @@ use oarlock_proto::cri;
 use serde_json::json;
 
 use crate::core::Core;
+use crate::idmap;
 
 pub(super) fn status(core: &Arc<Core>, request: &cri::StatusRequest) -> cri::StatusResponse {
     let mut names: Vec<&str> = vec!["", "oarlock"];
@@ -16,7 +17,8 @@ pub(super) fn status(core: &Arc<Core>, request: &cri::StatusRequest) -> cri::Sta
         name: name.to_owned(),
         features: Some(cri::RuntimeHandlerFeatures {
             recursive_read_only_mounts: recursive_read_only(),
-            user_namespaces: false,
+            // Other runtimes bring their own limits; only the built-in one is known.
+            user_namespaces: core.host.no_user_namespaces.is_none() && !core.config.handlers.contains_key(name),
         }),
     };
     cri::StatusResponse {
@@ -57,12 +59,7 @@ fn condition(kind: &str, reason: &str, problem: Option<String>) -> cri::RuntimeC
 fn recursive_read_only() -> bool {
     let release =
         nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
-    at_least(&release, (5, 12))
-}
-
-fn at_least(release: &str, wanted: (u32, u32)) -> bool {
-    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= wanted
+    idmap::at_least(&release, (5, 12))
 }
 
 fn info(core: &Core) -> HashMap<String, String> {
@@ -71,6 +68,7 @@ fn info(core: &Core) -> HashMap<String, String> {
     let config = json!({
         "dataDir": core.config.data_dir,
         "runDir": core.config.run_dir,
+        "stateDir": core.config.run_dir,
         "socket": core.config.socket,
         "shimBinary": core.config.shim_binary,
         "handlers": core.config.handlers.iter().map(|(name, path)| (name.clone(), json!(path))).collect::<serde_json::Map<_, _>>(),
@@ -81,6 +79,7 @@ fn info(core: &Core) -> HashMap<String, String> {
         "cgroupVersion": if host.cgroup_v2 { "v2" } else { "v1" },
         "swapAccounting": host.swap_accounting,
         "hugetlb": host.hugetlb,
+        "userNamespaces": host.no_user_namespaces.as_deref().unwrap_or("supported"),
         "appArmor": host.apparmor,
         "seLinux": host.selinux,
         "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
@@ -90,15 +89,4 @@ fn info(core: &Core) -> HashMap<String, String> {
         "containers": core.index.containers().len(),
     });
     HashMap::from([("config".to_owned(), config.to_string())])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn kernel_releases_compare_by_number() {
-        assert!(at_least("5.12.0", (5, 12)) && at_least("6.1.0-18-amd64", (5, 12)));
-        assert!(!at_least("5.9.1", (5, 12)) && !at_least("", (5, 12)));
-    }
 }

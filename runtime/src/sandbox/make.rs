@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,9 +33,19 @@ pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &De
         create_group(&group)
     })
     .await?;
+    // A shared PID namespace belongs to the sandbox's user namespace, so the shim has to wait for that.
+    let pinned_first = decision.modes.user.is_some();
+    if pinned_first {
+        pin_namespaces(decision, sandbox, &paths).await?;
+    }
     // None of the three may be dropped half way because another failed: each is waited for.
     let (network, shim, files) = tokio::join!(
-        make_network(core, sandbox, decision, &paths),
+        async {
+            if !pinned_first {
+                pin_namespaces(decision, sandbox, &paths).await?;
+            }
+            make_network(core, sandbox, decision).await
+        },
         make_shim(core, sandbox, decision),
         make_files(decision, sandbox, &paths)
     );
@@ -44,12 +54,7 @@ pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &De
     network
 }
 
-async fn make_network(
-    core: &Arc<Core>,
-    sandbox: &Arc<Sandbox>,
-    decision: &Decision,
-    paths: &SandboxPaths,
-) -> Result<Joined, Error> {
+async fn pin_namespaces(decision: &Decision, sandbox: &Arc<Sandbox>, paths: &SandboxPaths) -> Result<(), Error> {
     let modes = decision.modes;
     let options = PinOptions {
         net: !modes.host_network,
@@ -57,6 +62,7 @@ async fn make_network(
         uts: !modes.host_network,
         hostname: Some(decision.hostname.clone()).filter(|name| !name.is_empty()),
         sysctls: decision.sysctls.clone(),
+        user: modes.user.map(|user| user.mappings()),
     };
     let (directory, id) = (paths.namespaces(), sandbox.id());
     blocking("namespaces", move || {
@@ -69,8 +75,11 @@ async fn make_network(
             source,
         })
     })
-    .await?;
-    if modes.host_network {
+    .await
+}
+
+async fn make_network(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<Joined, Error> {
+    if decision.modes.host_network {
         return Ok(Joined::default());
     }
     network::attach(core, &sandbox.record(), decision).await
@@ -78,7 +87,7 @@ async fn make_network(
 
 async fn make_shim(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<(), Error> {
     let id = sandbox.id();
-    let options = core.shim_options(&id, decision.modes.shared_pid);
+    let options = core.shim_options(&id, decision.modes);
     let limit = core.config.shim_timeout;
     let shim = tokio::time::timeout(limit, Shim::spawn(options))
         .await
@@ -96,10 +105,11 @@ async fn make_files(decision: &Decision, sandbox: &Arc<Sandbox>, paths: &Sandbox
             Some(text) => text.clone().into_bytes(),
             None => host_resolv_conf()?,
         };
-        write_readable(&paths.resolv_conf(), &resolv_conf)?;
-        write_readable(&paths.hostname(), format!("{}\n", decision.hostname).as_bytes())?;
+        let owner = decision.modes.user.map_or((0, 0), |user| (user.uid.outside, user.gid.outside));
+        write_readable(&paths.resolv_conf(), &resolv_conf, owner)?;
+        write_readable(&paths.hostname(), format!("{}\n", decision.hostname).as_bytes(), owner)?;
         if !decision.modes.host_ipc {
-            mounts::shm(&paths.shm(), SHM_BYTES)?;
+            mounts::shm(&paths.shm(), SHM_BYTES, owner)?;
         }
         let logs = Path::new(&record.config.log_directory);
         if logs.is_absolute() {
@@ -118,9 +128,12 @@ fn host_resolv_conf() -> Result<Vec<u8>, Error> {
     }
 }
 
-/// Containers of any user read these, whatever the daemon's umask is.
-fn write_readable(path: &Path, content: &[u8]) -> Result<(), Error> {
+/// Containers of any user read these, whatever the daemon's umask is; `owner` is their root.
+fn write_readable(path: &Path, content: &[u8], (uid, gid): (u32, u32)) -> Result<(), Error> {
     fs::write(path, content).map_err(Error::io("write", path))?;
+    if uid != 0 || gid != 0 {
+        chown(path, Some(uid), Some(gid)).map_err(Error::io("change the owner of", path))?;
+    }
     fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(Error::io("change the mode of", path))
 }
 

@@ -45,6 +45,7 @@ pub(crate) async fn run(core: Arc<Core>, config: cri::PodSandboxConfig, handler:
         host_ipc: decision.modes.host_ipc,
         host_pid: decision.modes.host_pid,
         shared_pid: decision.modes.shared_pid,
+        user: decision.modes.user,
         phase: SandboxPhase::Creating,
         network: String::new(),
         ips: Vec::new(),
@@ -120,6 +121,7 @@ async fn forget(core: &Arc<Core>, id: &str) -> Result<(), Error> {
 pub(crate) fn pinned(core: &Core, record: &SandboxRecord) -> Pinned {
     let directory = core.paths.sandbox(&record.id).namespaces();
     Pinned {
+        user: record.user.map(|_| directory.join("user")),
         net: (!record.host_network).then(|| directory.join("net")),
         ipc: (!record.host_ipc).then(|| directory.join("ipc")),
         uts: (!record.host_network).then(|| directory.join("uts")),

@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxBuilder, LinuxSeccomp, ProcessBuilder, RootBuilder,
 use super::device::{self, HostDevice};
 use super::image::{self, Defaults, OwnVariables};
 use super::mount::{self, SandboxFiles, Volume};
-use super::namespace::{self, Pinned};
+use super::namespace::{self, Pinned, UserMapping};
 use super::user::Identity;
 use super::{HostFacts, SpecError, capability, resources, seccomp};
 
@@ -23,6 +23,8 @@ pub(crate) struct Inputs<'a> {
     pub identity: &'a Identity,
     pub hostname: &'a str,
     pub pinned: &'a Pinned,
+    /// The identities of the sandbox's user namespace.
+    pub user: Option<UserMapping>,
     /// A PID namespace to join; None with `own_pid` makes one, without it is the host's.
     pub pid_namespace: Option<PathBuf>,
     pub own_pid: bool,
@@ -199,6 +201,9 @@ fn linux(
         .readonly_paths(readonly)
         .build()
         .map_err(failed)?;
+    // The namespace exists; these say who is who in it.
+    linux.set_uid_mappings(inputs.user.map(|user| vec![user.uid.to_oci()]));
+    linux.set_gid_mappings(inputs.user.map(|user| vec![user.gid.to_oci()]));
     linux.set_rootfs_propagation(mount::rootfs_propagation(inputs.volumes).map(str::to_owned));
     linux.set_seccomp(match seccomp::choose(Some(context))? {
         seccomp::Choice::Unconfined => None,
@@ -235,6 +240,7 @@ mod tests {
             identity: &Identity { home: "/".into(), ..Identity::default() },
             hostname: "h",
             pinned: &Pinned::default(),
+            user: None,
             pid_namespace: None,
             own_pid: true,
             files: &SandboxFiles::default(),

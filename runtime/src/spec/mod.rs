@@ -55,6 +55,8 @@ pub(crate) struct HostFacts {
     pub capabilities: capability::Set,
     /// The lowest oom_score_adj this process may give; None where any may be given.
     pub oom_score_adj_floor: Option<i32>,
+    /// Why pods cannot have user namespaces; None where they can.
+    pub no_user_namespaces: Option<String>,
     pub apparmor: bool,
     pub selinux: bool,
     /// The host's own name.

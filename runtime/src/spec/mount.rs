@@ -49,9 +49,7 @@ pub(crate) fn check(mount: &cri::Mount) -> Result<MountPropagation, SpecError> {
     }
     let propagation = MountPropagation::try_from(mount.propagation)
         .map_err(|_| SpecError::invalid(&field, format!("unknown propagation {}", mount.propagation)))?;
-    if !mount.uid_mappings.is_empty() || !mount.gid_mappings.is_empty() {
-        return Err(SpecError::unsupported(field, "this runtime has no id-mapped mounts"));
-    }
+    super::namespace::mount_mapping(mount)?;
     if let Some(option) = mount.mount_options.first() {
         return Err(SpecError::unsupported(field, format!("mount option {option:?} is not known to this runtime")));
     }

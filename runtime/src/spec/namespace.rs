@@ -3,9 +3,27 @@
 use std::path::PathBuf;
 
 use oarlock_proto::cri::{self, NamespaceMode};
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType};
+use oci_spec::runtime::{
+    LinuxIdMapping, LinuxIdMappingBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
+};
+use serde::{Deserialize, Serialize};
 
 use super::SpecError;
+
+/// A range of identities: from `inside` on in a container, from `outside` on on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Range {
+    pub inside: u32,
+    pub outside: u32,
+    pub length: u32,
+}
+
+/// Who is who in a user namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct UserMapping {
+    pub uid: Range,
+    pub gid: Range,
+}
 
 /// The modes of a sandbox, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +33,8 @@ pub(crate) struct SandboxModes {
     /// All containers share one PID namespace, with the shim's reaper as its first process.
     pub shared_pid: bool,
     pub host_pid: bool,
+    /// The sandbox has a user namespace of its own.
+    pub user: Option<UserMapping>,
 }
 
 /// Where a container's PID namespace comes from.
@@ -30,6 +50,7 @@ pub(crate) enum PidMode {
 /// The paths of a sandbox's pinned namespaces; None is the host's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pinned {
+    pub user: Option<PathBuf>,
     pub net: Option<PathBuf>,
     pub ipc: Option<PathBuf>,
     pub uts: Option<PathBuf>,
@@ -49,14 +70,20 @@ pub(crate) fn sandbox_modes(options: Option<&cri::NamespaceOption>) -> Result<Sa
         NamespaceMode::Node => Ok(true),
         other => Err(SpecError::invalid(field(name), format!("{} is not a mode for it", other.as_str_name()))),
     };
-    refuse_user_namespace(options)?;
+    let user = user_mapping(options)?;
     let pid = mode(options.pid, &field("pid"))?;
-    Ok(SandboxModes {
+    let modes = SandboxModes {
         host_network: shared_or_host(options.network, "network")?,
         host_ipc: shared_or_host(options.ipc, "ipc")?,
         shared_pid: pid == NamespaceMode::Pod,
         host_pid: pid == NamespaceMode::Node,
-    })
+        user,
+    };
+    if modes.user.is_some() && (modes.host_network || modes.host_ipc || modes.host_pid) {
+        let reason = "a user namespace cannot be had together with the host's network, IPC or PID namespace";
+        return Err(SpecError::unsupported(field("userns_options"), reason));
+    }
+    Ok(modes)
 }
 
 /// A container's own word on PIDs; network and IPC are always the sandbox's.
@@ -71,10 +98,17 @@ pub(crate) fn container_pid(
             _ => PidMode::Own,
         });
     };
-    refuse_user_namespace(options)?;
+    // Absent, the sandbox's word holds.
+    if options.userns_options.is_some() && user_mapping(options)? != sandbox.user {
+        let problem = "differs from the sandbox's";
+        return Err(SpecError::invalid("linux.security_context.namespace_options.userns_options", problem));
+    }
     let field = "linux.security_context.namespace_options.pid";
     match mode(options.pid, field)? {
         NamespaceMode::Container => Ok(PidMode::Own),
+        NamespaceMode::Node if sandbox.user.is_some() => {
+            Err(SpecError::unsupported(field, "the host's PID namespace cannot be had with a user namespace"))
+        }
         NamespaceMode::Node => Ok(PidMode::Host),
         NamespaceMode::Pod if sandbox.shared_pid => Ok(PidMode::Shared),
         NamespaceMode::Pod => Err(SpecError::invalid(field, "the sandbox has no shared PID namespace")),
@@ -85,11 +119,63 @@ pub(crate) fn container_pid(
     }
 }
 
-fn refuse_user_namespace(options: &cri::NamespaceOption) -> Result<(), SpecError> {
+/// The user namespace that is asked for; None is the host's. One range each for users and groups, with root in it.
+fn user_mapping(options: &cri::NamespaceOption) -> Result<Option<UserMapping>, SpecError> {
     let field = "linux.security_context.namespace_options.userns_options";
-    match options.userns_options.as_ref().map(|user| mode(user.mode, field)).transpose()? {
-        None | Some(NamespaceMode::Node) => Ok(()),
-        Some(_) => Err(SpecError::unsupported(field, "this runtime has no user namespaces")),
+    let Some(user) = &options.userns_options else { return Ok(None) };
+    match mode(user.mode, field)? {
+        NamespaceMode::Node if user.uids.is_empty() && user.gids.is_empty() => Ok(None),
+        NamespaceMode::Node => Err(SpecError::invalid(field, "mappings make no sense in the host's user namespace")),
+        NamespaceMode::Pod => {
+            let (uid, gid) = (range(&user.uids, "uids")?, range(&user.gids, "gids")?);
+            Ok(Some(UserMapping { uid, gid }))
+        }
+        other => Err(SpecError::unsupported(field, format!("{} is not a mode for it", other.as_str_name()))),
+    }
+}
+
+fn range(mappings: &[cri::IdMapping], name: &str) -> Result<Range, SpecError> {
+    let field = format!("linux.security_context.namespace_options.userns_options.{name}");
+    let [only] = mappings else {
+        return Err(SpecError::unsupported(field, format!("{} mappings, where one is needed", mappings.len())));
+    };
+    let range = Range { inside: only.container_id, outside: only.host_id, length: only.length };
+    if range.inside != 0 || range.length == 0 {
+        return Err(SpecError::invalid(field, "container id 0 is not mapped"));
+    }
+    match range.outside.checked_add(range.length) {
+        Some(_) => Ok(range),
+        None => Err(SpecError::invalid(field, "the range leads beyond the largest id")),
+    }
+}
+
+/// The mapping of a mount, if it has one; both or none of users and groups.
+pub(crate) fn mount_mapping(mount: &cri::Mount) -> Result<Option<UserMapping>, SpecError> {
+    if mount.uid_mappings.is_empty() && mount.gid_mappings.is_empty() {
+        return Ok(None);
+    }
+    let one = |mappings: &[cri::IdMapping], name: &str| match mappings {
+        [only] if only.length > 0 => {
+            Ok(Range { inside: only.container_id, outside: only.host_id, length: only.length })
+        }
+        _ => {
+            let field = format!("mounts[{}].{name}", mount.container_path);
+            Err(SpecError::unsupported(field, "exactly one mapping is needed, not empty"))
+        }
+    };
+    let (uid, gid) = (one(&mount.uid_mappings, "uidMappings")?, one(&mount.gid_mappings, "gidMappings")?);
+    Ok(Some(UserMapping { uid, gid }))
+}
+
+impl Range {
+    /// As the OCI specification writes it.
+    pub(crate) fn to_oci(self) -> LinuxIdMapping {
+        LinuxIdMappingBuilder::default()
+            .container_id(self.inside)
+            .host_id(self.outside)
+            .size(self.length)
+            .build()
+            .unwrap_or_default()
     }
 }
 
@@ -102,6 +188,8 @@ pub(crate) fn for_container(
 ) -> Vec<LinuxNamespace> {
     let mut namespaces = vec![namespace(LinuxNamespaceType::Mount, None)];
     let joined = [
+        // First: the others belong to it.
+        (LinuxNamespaceType::User, &pinned.user),
         (LinuxNamespaceType::Network, &pinned.net),
         (LinuxNamespaceType::Ipc, &pinned.ipc),
         (LinuxNamespaceType::Uts, &pinned.uts),
@@ -147,7 +235,10 @@ mod tests {
     fn the_usual_pod_shares_network_and_ipc_but_not_pids() {
         let usual = options(NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Pod);
         let modes = sandbox_modes(Some(&usual)).unwrap();
-        assert_eq!(modes, SandboxModes { host_network: false, host_ipc: false, shared_pid: false, host_pid: false });
+        assert_eq!(
+            modes,
+            SandboxModes { host_network: false, host_ipc: false, shared_pid: false, host_pid: false, user: None }
+        );
         assert_eq!(container_pid(Some(&usual), modes), Ok(PidMode::Own));
     }
 
@@ -167,15 +258,43 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_user_namespace_is_refused_and_the_hosts_is_not() {
+    fn mapping(inside: u32, outside: u32, length: u32) -> cri::IdMapping {
+        cri::IdMapping { container_id: inside, host_id: outside, length }
+    }
+
+    fn with_user(mode: NamespaceMode, mappings: &[cri::IdMapping]) -> cri::NamespaceOption {
         let mut with = options(NamespaceMode::Pod, NamespaceMode::Container, NamespaceMode::Pod);
-        with.userns_options =
-            Some(cri::UserNamespace { mode: NamespaceMode::Node as i32, ..cri::UserNamespace::default() });
-        assert!(sandbox_modes(Some(&with)).is_ok());
-        with.userns_options =
-            Some(cri::UserNamespace { mode: NamespaceMode::Pod as i32, ..cri::UserNamespace::default() });
-        assert!(matches!(sandbox_modes(Some(&with)), Err(SpecError::Unsupported { .. })));
+        let (uids, gids) = (mappings.to_vec(), mappings.to_vec());
+        with.userns_options = Some(cri::UserNamespace { mode: mode as i32, uids, gids });
+        with
+    }
+
+    #[test]
+    fn a_user_namespace_maps_one_range_with_root_in_it_and_never_goes_with_the_hosts_namespaces() {
+        let good = with_user(NamespaceMode::Pod, &[mapping(0, 100_000, 65536)]);
+        let range = Range { inside: 0, outside: 100_000, length: 65536 };
+        let modes = sandbox_modes(Some(&good)).unwrap();
+        assert_eq!(modes.user, Some(UserMapping { uid: range, gid: range }));
+        assert_eq!(container_pid(Some(&good), modes), Ok(PidMode::Own));
+        let other = with_user(NamespaceMode::Pod, &[mapping(0, 200_000, 65536)]);
+        assert!(container_pid(Some(&other), modes).is_err());
+        assert!(container_pid(Some(&with_user(NamespaceMode::Node, &[])), modes).is_err());
+
+        assert_eq!(sandbox_modes(Some(&with_user(NamespaceMode::Node, &[]))).unwrap().user, None);
+        for bad in [
+            with_user(NamespaceMode::Pod, &[]),
+            with_user(NamespaceMode::Pod, &[mapping(0, 1000, 10), mapping(10, 2000, 10)]),
+            with_user(NamespaceMode::Pod, &[mapping(1, 1000, 10)]),
+            with_user(NamespaceMode::Pod, &[mapping(0, 1000, 0)]),
+            with_user(NamespaceMode::Pod, &[mapping(0, u32::MAX, 10)]),
+            with_user(NamespaceMode::Node, &[mapping(0, 1000, 10)]),
+            with_user(NamespaceMode::Container, &[mapping(0, 1000, 10)]),
+            with_user(NamespaceMode::Target, &[mapping(0, 1000, 10)]),
+            cri::NamespaceOption { network: NamespaceMode::Node as i32, ..good.clone() },
+            cri::NamespaceOption { pid: NamespaceMode::Node as i32, ..good },
+        ] {
+            assert!(sandbox_modes(Some(&bad)).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

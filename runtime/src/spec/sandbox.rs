@@ -59,6 +59,10 @@ pub(crate) fn decide(
     let context = linux.security_context.clone().unwrap_or_default();
     check_security(&context, host)?;
     let modes = namespace::sandbox_modes(context.namespace_options.as_ref())?;
+    if let (Some(_), Some(reason)) = (modes.user, &host.no_user_namespaces) {
+        let field = "config.linux.security_context.namespace_options.userns_options";
+        return Err(SpecError::unsupported(field, reason));
+    }
     for (name, part) in [("overhead", &linux.overhead), ("resources", &linux.resources)] {
         if let Some(part) = part {
             resources::check(part, host).map_err(|error| in_field(error, name))?;
@@ -128,7 +132,9 @@ fn sysctls(linux: &cri::LinuxPodSandboxConfig, modes: SandboxModes) -> Result<Ve
     let mut wanted: Vec<(String, String)> = Vec::new();
     if !modes.host_network {
         wanted.push(("net.ipv4.ip_unprivileged_port_start".into(), "0".into()));
-        wanted.push(("net.ipv4.ping_group_range".into(), "0 2147483647".into()));
+        // Only groups that exist in the user namespace can be named.
+        let last = modes.user.map_or(2_147_483_647, |user| (user.gid.length - 1).min(2_147_483_647));
+        wanted.push(("net.ipv4.ping_group_range".into(), format!("0 {last}")));
     }
     let mut named: Vec<_> = linux.sysctls.iter().map(|(name, value)| (name.replace('/', "."), value.clone())).collect();
     named.sort();

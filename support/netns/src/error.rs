@@ -19,6 +19,8 @@ pub enum NetnsError {
     Enter { path: PathBuf, source: io::Error },
     #[error("cannot make new namespaces")]
     Unshare(#[source] io::Error),
+    #[error("cannot map the identities of a user namespace ({})", mapping.trim())]
+    Identities { mapping: String, source: io::Error },
     #[error("a namespace is pinned at {} already", path.display())]
     AlreadyPinned { path: PathBuf },
     #[error("cannot pin a namespace at {}", path.display())]

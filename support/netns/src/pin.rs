@@ -1,8 +1,9 @@
-//! Pinned namespaces: files under a directory that keep net, ipc and uts namespaces alive without any process.
+//! Pinned namespaces: files under a directory that keep net, ipc, uts and user namespaces alive without any process.
 //!
 //! A pin is an empty file with the namespace bind-mounted on it. Removal detaches the mount and unlinks the file, and
 //! an absent pin is as good as a removed one, so removal can be repeated after a crash at any point.
 
+use std::ffi::CString;
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::thread::{on_fresh_thread, open};
+use crate::user::{self, SetUp, UserMappings};
 use crate::{NetnsError, Result, bring_loopback_up};
 
 /// Which namespaces to make and how to set them up.
@@ -29,11 +31,14 @@ pub struct PinOptions {
     /// a namespace made here are accepted: `net.*` with `net`; `kernel.shm*`, `kernel.msg*`, `kernel.sem` and
     /// `fs.mqueue.*` with `ipc`; `kernel.domainname` with `uts`.
     pub sysctls: Vec<(String, String)>,
+    /// Make a user namespace with these mappings, to which the others belong.
+    pub user: Option<UserMappings>,
 }
 
-/// Namespaces pinned in one directory, as `net`, `ipc` and `uts`.
+/// Namespaces pinned in one directory, as `user`, `net`, `ipc` and `uts`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pins {
+    pub user: Option<PathBuf>,
     pub net: Option<PathBuf>,
     pub ipc: Option<PathBuf>,
     pub uts: Option<PathBuf>,
@@ -46,8 +51,12 @@ impl Pins {
         check_sysctls(options)?;
         fs::create_dir_all(directory).map_err(|source| NetnsError::Pin { path: directory.to_owned(), source })?;
         let wanted = |on: bool, name: &str| on.then(|| directory.join(name));
-        let pins =
-            Pins { net: wanted(options.net, "net"), ipc: wanted(options.ipc, "ipc"), uts: wanted(options.uts, "uts") };
+        let pins = Pins {
+            user: wanted(options.user.is_some(), "user"),
+            net: wanted(options.net, "net"),
+            ipc: wanted(options.ipc, "ipc"),
+            uts: wanted(options.uts, "uts"),
+        };
         make(&pins, options)?;
         Ok(pins)
     }
@@ -55,13 +64,13 @@ impl Pins {
     /// The pins that exist in `directory`.
     pub fn open(directory: &Path) -> Pins {
         let existing = |name: &str| Some(directory.join(name)).filter(|path| is_pinned(path));
-        Pins { net: existing("net"), ipc: existing("ipc"), uts: existing("uts") }
+        Pins { user: existing("user"), net: existing("net"), ipc: existing("ipc"), uts: existing("uts") }
     }
 
     /// Removes all pins in `directory` and the directory if it is empty then. What is gone already counts as removed;
     /// every step is taken, and the first failure is returned.
     pub fn remove(directory: &Path) -> Result<()> {
-        let results = ["net", "ipc", "uts"].map(|name| remove_pinned(&directory.join(name)));
+        let results = ["net", "ipc", "uts", "user"].map(|name| remove_pinned(&directory.join(name)));
         let _ = fs::remove_dir(directory);
         results.into_iter().collect()
     }
@@ -107,24 +116,52 @@ fn make(pins: &Pins, options: &PinOptions) -> Result<()> {
         (&pins.ipc, CloneFlags::CLONE_NEWIPC, "ipc"),
         (&pins.uts, CloneFlags::CLONE_NEWUTS, "uts"),
     ];
-    let wanted: Vec<_> =
+    let mut wanted: Vec<Wanted<'_>> =
         pairs.into_iter().filter_map(|(path, flag, name)| Some((path.as_deref()?, flag, name))).collect();
     if let Some((path, ..)) = wanted.iter().find(|(path, ..)| is_pinned(path)) {
         return Err(NetnsError::AlreadyPinned { path: path.to_path_buf() });
     }
+    let flags = wanted.iter().fold(CloneFlags::empty(), |flags, (_, flag, _)| flags | *flag);
+    if let (Some(mappings), Some(path)) = (&options.user, pins.user.as_deref()) {
+        wanted.push((path, CloneFlags::CLONE_NEWUSER, "user"));
+        return pinned_or_none(&wanted, make_owned(mappings, flags, options, &wanted));
+    }
     let made = on_fresh_thread(|| {
-        let flags = wanted.iter().fold(CloneFlags::empty(), |flags, (_, flag, _)| flags | *flag);
         unshare(flags).map_err(|errno| NetnsError::Unshare(errno.into()))?;
         set_up(options)?;
-        wanted.iter().try_for_each(|(path, _, name)| pin(path, name))
+        // This thread is the new namespaces' only member, so its own entry in /proc is what has to be pinned.
+        wanted.iter().try_for_each(|(path, _, name)| pin(path, &Path::new("/proc/thread-self/ns").join(name)))
     })
     .and_then(|inner| inner);
+    pinned_or_none(&wanted, made)
+}
+
+type Wanted<'a> = (&'a Path, CloneFlags, &'static str);
+
+fn pinned_or_none(wanted: &[Wanted<'_>], made: Result<()>) -> Result<()> {
     if made.is_err() {
-        for (path, ..) in &wanted {
+        for (path, ..) in wanted {
             let _ = remove_pinned(path);
         }
     }
     made
+}
+
+/// Namespaces that belong to a user namespace of their own.
+fn make_owned(mappings: &UserMappings, others: CloneFlags, options: &PinOptions, wanted: &[Wanted<'_>]) -> Result<()> {
+    let file = |(name, value): &(String, String)| {
+        let path = CString::new(sysctl_path(name)?.as_os_str().as_encoded_bytes());
+        Ok((path.map_err(|_| NetnsError::SysctlName { name: name.clone() })?, value.clone().into_bytes()))
+    };
+    let set_up = SetUp {
+        loopback: options.net,
+        hostname: options.hostname.clone().filter(|_| options.uts),
+        files: options.sysctls.iter().map(file).collect::<Result<_>>()?,
+    };
+    user::with_namespaces(mappings, others, &set_up, |pid| {
+        let directory = PathBuf::from(format!("/proc/{pid}/ns"));
+        wanted.iter().try_for_each(|(path, _, name)| pin(path, &directory.join(name)))
+    })
 }
 
 fn set_up(options: &PinOptions) -> Result<()> {
@@ -145,12 +182,10 @@ fn set_up(options: &PinOptions) -> Result<()> {
     Ok(())
 }
 
-fn pin(path: &Path, name: &str) -> Result<()> {
+fn pin(path: &Path, namespace: &Path) -> Result<()> {
     let failed = |source: io::Error| NetnsError::Pin { path: path.to_owned(), source };
     OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(failed)?;
-    // This thread is the new namespaces' only member, so its own entry in /proc is what has to be pinned.
-    let namespace = PathBuf::from("/proc/thread-self/ns").join(name);
-    mount(Some(&namespace), path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(|errno| failed(errno.into()))
+    mount(Some(namespace), path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(|errno| failed(errno.into()))
 }
 
 fn check_sysctls(options: &PinOptions) -> Result<()> {

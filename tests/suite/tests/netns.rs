@@ -45,6 +45,7 @@ fn pins_have_their_hostname_and_sysctls_and_the_host_keeps_its_own() {
                 ("net.ipv4.ip_local_port_range".into(), "2000\t3000".into()),
                 ("kernel.msgmax".into(), "12345".into()),
             ],
+            user: None,
         };
         let pins = Pins::create(directory, &options).unwrap();
         assert_eq!(Pins::open(directory), pins);

@@ -1,14 +1,15 @@
-//! What pods ask of the runtime beyond the plain case: host ports on loopback. Needs root.
+//! What pods ask of the runtime beyond the plain case: host ports on loopback, user namespaces. Needs root.
 
 #[allow(dead_code, reason = "shared with the tests of other files, which use the rest")]
 mod runtime_daemon;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::{MetadataExt, chown};
 use std::time::Instant;
 
 use oarlock_proto::cri;
-use runtime_daemon::{LIMIT, container_config, sandbox_config, with_daemon};
+use runtime_daemon::{IMAGE, LIMIT, container_config, sandbox_config, with_daemon, words};
 
 fn port(host_port: i32, container_port: i32, protocol: cri::Protocol) -> cri::PortMapping {
     cri::PortMapping { host_port, container_port, protocol: protocol as i32, host_ip: String::new() }
@@ -77,6 +78,167 @@ fn a_host_port_answers_on_loopback_while_the_daemon_is_gone_and_closes_with_its_
         daemon.runtime.stop_pod_sandbox(stop).await.unwrap();
         assert!(TcpStream::connect(("127.0.0.1", 18080)).is_err());
         assert_eq!(route_localnet(), before);
+        daemon
+    });
+}
+
+/// Where the namespace's root is on the host.
+const ROOT: u32 = 200_000;
+
+fn mappings() -> Vec<cri::IdMapping> {
+    vec![cri::IdMapping { host_id: ROOT, container_id: 0, length: 65536 }]
+}
+
+fn in_user_namespace(options: Option<&mut cri::NamespaceOption>) {
+    options.expect("the configuration names namespaces").userns_options =
+        Some(cri::UserNamespace { mode: cri::NamespaceMode::Pod as i32, uids: mappings(), gids: mappings() });
+}
+
+fn user_container(name: &str, command: &[&str]) -> cri::ContainerConfig {
+    let mut config = container_config(name, command);
+    let context = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+    in_user_namespace(context.namespace_options.as_mut());
+    config
+}
+
+fn user_sandbox(name: &str, log_directory: &str) -> cri::PodSandboxConfig {
+    let mut config = sandbox_config(name, log_directory);
+    let context = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+    in_user_namespace(context.namespace_options.as_mut());
+    config
+}
+
+#[test]
+fn root_of_a_user_namespace_is_nobody_outside_and_owns_its_files_inside() {
+    with_daemon("users", |mut daemon| async move {
+        let status = daemon.runtime.status(cri::StatusRequest::default()).await.unwrap().into_inner();
+        let handler = status.runtime_handlers.iter().find(|handler| handler.name.is_empty()).unwrap();
+        assert!(handler.features.as_ref().unwrap().user_namespaces);
+
+        let volume = daemon.path().join("volume");
+        std::fs::create_dir(&volume).unwrap();
+        std::fs::write(volume.join("of-root"), "mine").unwrap();
+        std::fs::write(volume.join("of-user"), "theirs").unwrap();
+        chown(volume.join("of-user"), Some(1000), Some(1000)).unwrap();
+        // Nobody but root gets there by the path.
+        let hidden = daemon.path().join("hidden");
+        std::fs::create_dir(&hidden).unwrap();
+        std::fs::set_permissions(&hidden, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+        std::fs::write(hidden.join("file"), "hidden").unwrap();
+
+        let mut config = user_sandbox("users", &daemon.log_directory("users"));
+        config.linux.as_mut().unwrap().sysctls =
+            [("kernel.shmmax".to_owned(), "123456".to_owned()), ("net.ipv4.ip_forward".to_owned(), "0".to_owned())]
+                .into();
+        let sandbox = daemon.run(config).await.unwrap();
+        let mut main = user_container("main", &["sleep"]);
+        let mount = |host: &std::path::Path, container: &str| cri::Mount {
+            host_path: host.display().to_string(),
+            container_path: container.to_owned(),
+            ..cri::Mount::default()
+        };
+        main.mounts = vec![
+            cri::Mount { uid_mappings: mappings(), gid_mappings: mappings(), ..mount(&volume, "/mapped") },
+            mount(&volume, "/plain"),
+            cri::Mount { readonly: true, ..mount(&hidden.join("file"), "/hidden") },
+        ];
+        let id = daemon.container(&sandbox, main).await;
+        let pid = daemon.pid(&id).await;
+        assert_eq!(std::fs::metadata(format!("/proc/{pid}")).unwrap().uid(), ROOT);
+        assert_ne!(
+            std::fs::read_link(format!("/proc/{pid}/ns/user")).unwrap(),
+            std::fs::read_link("/proc/self/ns/user").unwrap()
+        );
+        for map in ["uid_map", "gid_map"] {
+            let text = daemon.output(&id, &["cat", &format!("/proc/self/{map}")]).await;
+            assert_eq!(text.split_whitespace().collect::<Vec<_>>(), ["0", "200000", "65536"]);
+        }
+        let identity = daemon.output(&id, &["id"]).await;
+        assert!(identity.starts_with("uid=0 gid=0") && identity.contains("Seccomp:\t2"), "{identity}");
+        assert_eq!(daemon.output(&id, &["hostname"]).await.trim(), "users");
+        assert_eq!(daemon.output(&id, &["cat", "/proc/sys/kernel/shmmax"]).await.trim(), "123456");
+        assert_eq!(daemon.output(&id, &["cat", "/hidden"]).await, "hidden");
+        assert!(daemon.output(&id, &["cat", "/etc/resolv.conf"]).await.contains("10.43.0.10"));
+
+        // Its own root file system, shared memory and mapped volume are its own; a plain volume is not.
+        for path in ["/etc/of-container", "/dev/shm/of-container", "/mapped/of-container", "/mapped/of-root"] {
+            assert_eq!(daemon.exec(&id, &["write", path, "x"]).await.unwrap().exit_code, 0, "{path}");
+        }
+        assert_ne!(daemon.exec(&id, &["write", "/plain/of-root", "x"]).await.unwrap().exit_code, 0);
+        let owner = |name: &str| std::fs::metadata(volume.join(name)).unwrap().uid();
+        assert_eq!((owner("of-container"), owner("of-root"), owner("of-user")), (0, 0, 1000));
+        let listed = daemon.output(&id, &["ls", "/mapped"]).await;
+        assert!(listed.contains("of-user"), "{listed}");
+
+        // A user of the image, by an exec and as the first process.
+        let mut other = user_container("other", &["id"]);
+        other.linux.as_mut().unwrap().security_context.as_mut().unwrap().run_as_user =
+            Some(cri::Int64Value { value: 1000 });
+        let other = daemon.container(&sandbox, other).await;
+        assert_eq!(daemon.exited(&other).await.exit_code, 0);
+        assert!(daemon.log(&other).await[0].contains("uid=1000"));
+
+        // The host's limits and kernel are out of reach.
+        for path in ["/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/sys/kernel/uevent_seqnum"] {
+            assert_ne!(daemon.exec(&id, &["write", path, "x"]).await.unwrap().exit_code, 0, "{path}");
+        }
+        daemon
+    });
+}
+
+#[test]
+fn a_user_namespace_goes_with_shared_processes_image_volumes_and_a_restarted_daemon() {
+    with_daemon("usershared", |mut daemon| async move {
+        let mut config = user_sandbox("usershared", &daemon.log_directory("usershared"));
+        let context = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+        context.namespace_options.as_mut().unwrap().pid = cri::NamespaceMode::Pod as i32;
+        let sandbox = daemon.run(config).await.unwrap();
+        let shared = |name: &str, command: &[&str]| {
+            let mut config = user_container(name, command);
+            let context = config.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+            context.namespace_options.as_mut().unwrap().pid = cri::NamespaceMode::Pod as i32;
+            config
+        };
+        let first = daemon.container(&sandbox, shared("first", &["sleep"])).await;
+        let mut second = shared("second", &["sleep"]);
+        second.mounts = vec![cri::Mount {
+            container_path: "/image".to_owned(),
+            image: Some(cri::ImageSpec { image: IMAGE.to_owned(), ..cri::ImageSpec::default() }),
+            readonly: true,
+            ..cri::Mount::default()
+        }];
+        let second = daemon.container(&sandbox, second).await;
+        assert!(daemon.output(&second, &["ls", "/image"]).await.contains("bin"));
+        let seen = daemon.output(&second, &["ls", "/proc"]).await;
+        let processes = seen.split_whitespace().filter(|name| name.parse::<u32>().is_ok()).count();
+        assert!(processes >= 4, "the reaper, both containers and the exec: {seen}");
+
+        daemon.crash().await;
+        daemon.open().await;
+        assert_eq!(daemon.output(&first, &["echo", "still", "here"]).await, "still here\n");
+        let update = cri::UpdateContainerResourcesRequest {
+            container_id: first.clone(),
+            linux: Some(cri::LinuxContainerResources { cpu_shares: 512, ..cri::LinuxContainerResources::default() }),
+            ..cri::UpdateContainerResourcesRequest::default()
+        };
+        daemon.runtime.update_container_resources(update).await.unwrap();
+
+        // A container that would leave the sandbox's user namespace is refused.
+        let mut hosts = container_config("hosts", &["true"]);
+        let context = hosts.linux.as_mut().unwrap().security_context.as_mut().unwrap();
+        context.namespace_options.as_mut().unwrap().userns_options =
+            Some(cri::UserNamespace { mode: cri::NamespaceMode::Node as i32, ..cri::UserNamespace::default() });
+        let refused = daemon.create(&sandbox, hosts).await.unwrap_err();
+        assert!(refused.message().contains("differs from the sandbox's"), "{refused}");
+        let mut shared_up = user_container("up", &["true"]);
+        shared_up.command = words(&["true"]);
+        shared_up.mounts = vec![cri::Mount {
+            host_path: "/tmp".to_owned(),
+            container_path: "/up".to_owned(),
+            propagation: cri::MountPropagation::PropagationBidirectional as i32,
+            ..cri::Mount::default()
+        }];
+        assert!(daemon.create(&sandbox, shared_up).await.is_err());
         daemon
     });
 }

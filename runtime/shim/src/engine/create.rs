@@ -21,7 +21,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, fchown};
 use oarlock_cgroup::{Cgroup, Layout};
 use oarlock_shim_api::{ErrorKind, RemoteError};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxIdMapping, Spec};
 
 use super::adapt::{self, Facts};
 use super::executor::{Confinement, NOT_EXECUTABLE_MARK, NOT_FOUND_MARK, Program};
@@ -56,7 +56,7 @@ pub(crate) fn create(job: CreateJob) -> Finished {
 
     prepare_process(layout, &facts, &job.container_id)?;
     confine_devices(layout, &facts.cgroup, &spec)?;
-    own_streams(&job.ends, facts.user);
+    own_streams(&job.ends, &spec, facts.user);
     let console = if job.terminal { Some(listen(&adapted)?) } else { None };
     let container = build(job, &adapted, program)?;
     let pid = container
@@ -117,7 +117,10 @@ fn join_session_keyring(container_id: &str) {
 }
 
 /// A program that does not run as root can open `/dev/stdout` only if the pipe is its own.
-fn own_streams(ends: &ContainerEnds, (uid, gid): (u32, u32)) {
+fn own_streams(ends: &ContainerEnds, spec: &Spec, (uid, gid): (u32, u32)) {
+    let linux = spec.linux().as_ref();
+    let uid = on_host(uid, linux.and_then(|linux| linux.uid_mappings().as_deref()).unwrap_or_default());
+    let gid = on_host(gid, linux.and_then(|linux| linux.gid_mappings().as_deref()).unwrap_or_default());
     for end in [&ends.stdin, &ends.stdout, &ends.stderr].into_iter().flatten() {
         let _ = fchown(end, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
     }
@@ -137,6 +140,13 @@ fn confine(spec: &mut Spec, container_root: &Path, directory: &Path) -> Result<P
         spec.set_linux(Some(linux));
     }
     Ok(Program(Some(Rc::new(Confinement { filter, capabilities, no_new_privileges }))))
+}
+
+/// An identity of the container as the host knows it; without a mapping they are the same.
+fn on_host(id: u32, mappings: &[LinuxIdMapping]) -> u32 {
+    let holds =
+        |mapping: &&LinuxIdMapping| id >= mapping.container_id() && id - mapping.container_id() < mapping.size();
+    mappings.iter().find(holds).map_or(id, |mapping| mapping.host_id().saturating_add(id - mapping.container_id()))
 }
 
 fn build(job: CreateJob, adapted: &Path, program: Program) -> Result<Container, RemoteError> {

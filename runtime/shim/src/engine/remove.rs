@@ -12,6 +12,8 @@ use oci_spec::runtime::Spec;
 use super::{adapted_bundle, failed, io_failed};
 use crate::forked::Finished;
 
+const REMOVAL_TRIES: usize = 8;
+
 /// What to remove.
 pub(crate) struct RemoveJob {
     pub(crate) container_id: String,
@@ -60,13 +62,19 @@ fn run_poststop(spec: &Spec, root: &Path) -> Result<(), RemoteError> {
     hooks.iter().try_for_each(|hook| super::external::run_hook(hook, &state))
 }
 
+/// The shim may be putting the end of a process it has just reaped on record there: what appears during the removal is
+/// removed as well.
 fn remove_dir(path: &Path) -> Result<(), RemoteError> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(io_failed(&format!("remove {}", path.display()))(error))
+    for _ in 0..REMOVAL_TRIES {
+        match fs::remove_dir_all(path) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_failed(&format!("remove {}", path.display()))(error));
+            }
+            _ => return Ok(()),
         }
-        _ => Ok(()),
     }
+    Err(io_failed(&format!("remove {}", path.display()))(io::ErrorKind::DirectoryNotEmpty.into()))
 }
 
 /// Kills all that is left after the first process of a container without a PID namespace of its own has ended.

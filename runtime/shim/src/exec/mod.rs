@@ -66,8 +66,9 @@ pub(crate) fn exec(job: ExecJob) -> Finished {
         joined.map_err(|error| failed("join the container's cgroup", &error))?;
     }
     let user = (process.user().uid(), process.user().gid());
+    let (uid, gid) = (on_host(job.init, "uid_map", user.0), on_host(job.init, "gid_map", user.1));
     for end in [&job.ends.stdin, &job.ends.stdout, &job.ends.stderr].into_iter().flatten() {
-        let _ = fchown(end, Some(Uid::from_raw(user.0)), Some(Gid::from_raw(user.1)));
+        let _ = fchown(end, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
     }
     let null = fs::OpenOptions::new().read(true).write(true).open("/dev/null").map_err(io_failed("open /dev/null"))?;
     enter_namespaces(job.init, &job.init_handle)?;
@@ -104,6 +105,21 @@ pub(crate) fn exec(job: ExecJob) -> Finished {
                 .unwrap_or_else(|_| RemoteError::new(ErrorKind::HelperDied, "the new process died before its program")))
         }
     }
+}
+
+/// An identity inside the container as this process knows it.
+fn on_host(init: i32, map: &str, id: u32) -> u32 {
+    let text = fs::read_to_string(format!("/proc/{init}/{map}")).unwrap_or_default();
+    mapped(&text, id).unwrap_or(id)
+}
+
+fn mapped(map: &str, id: u32) -> Option<u32> {
+    map.lines().find_map(|line| {
+        let mut numbers = line.split_ascii_whitespace().map(|number| number.parse::<u32>().ok());
+        let (inside, outside, length) = (numbers.next()??, numbers.next()??, numbers.next()??);
+        let offset = id.checked_sub(inside).filter(|offset| *offset < length)?;
+        outside.checked_add(offset)
+    })
 }
 
 /// Joins every namespace of the container that differs from this process's.
@@ -230,4 +246,17 @@ fn mark_close_on_exec() {
 fn confine(profile: &str) -> io::Result<()> {
     let text = format!("exec {profile}");
     fs::write("/proc/self/attr/apparmor/exec", &text).or_else(|_| fs::write("/proc/self/attr/exec", &text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mapped;
+
+    #[test]
+    fn identities_are_found_in_the_kernel_s_table() {
+        let whole = "         0          0 4294967295\n";
+        let two = "         0     100000       1000\n      1000     500000         10\n";
+        assert_eq!(mapped(whole, 77), Some(77));
+        assert_eq!((mapped(two, 999), mapped(two, 1009), mapped(two, 1010)), (Some(100_999), Some(500_009), None));
+    }
 }

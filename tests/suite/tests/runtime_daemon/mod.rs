@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,8 @@ fn is_shared(line: &str, name: &str) -> bool {
 impl Daemon {
     async fn start(name: &str) -> Daemon {
         let directory = tempfile::Builder::new().prefix(&format!("oarlock-runtime-{name}-")).tempdir().unwrap();
+        // As the directories of a real node: root of a user namespace has to get through.
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o711)).unwrap();
         let plugins = directory.path().join("cni-bin");
         fs::create_dir(&plugins).unwrap();
         for plugin in ["bridge", "host-local", "portmap", "loopback"] {

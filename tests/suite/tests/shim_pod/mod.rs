@@ -170,6 +170,7 @@ pub fn options(dir: &Path, name: &str, shared_pids: bool) -> SpawnOptions {
         state_dir: dir.join("state"),
         container_root: dir.join("containers"),
         shared_pid_namespace: shared_pids.then(|| dir.join("pidns")),
+        user_namespace: None,
         cgroup: None,
         systemd_cgroup: false,
     }
