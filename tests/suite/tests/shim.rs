@@ -143,7 +143,8 @@ async fn a_container_s_program_has_its_filter_and_its_capabilities_and_no_more()
             "inheritable": ["CAP_KILL"], "ambient": ["CAP_KILL"]
         });
     }
-    let privileges: [(&str, fn(&mut serde_json::Value)); 3] = [
+    type Patch = fn(&mut serde_json::Value);
+    let privileges: [(&str, Patch); 3] = [
         ("unset", confine),
         ("may", |spec| {
             confine(spec);
