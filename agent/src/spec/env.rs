@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, Pod, Secret, Service};
 
 use super::expand::expand;
-use super::quantity::{milli_value, parse_milli, value};
+use super::resources::{milli_value, value};
 
 /// Everything that references may point at.
 #[derive(Default)]
@@ -207,16 +207,16 @@ fn resource_value(
     let (limits, requests) = (resources.limits.unwrap_or_default(), resources.requests.unwrap_or_default());
     let own = if kind == "limits" { limits.get(name) } else { requests.get(name).or(limits.get(name)) };
     let amount_milli = match own {
-        Some(quantity) => parse_milli(&quantity.0).unwrap_or(0),
-        None if kind == "limits" => i128::from(sources.allocatable.get(name).copied().unwrap_or(0)),
+        Some(quantity) => milli_value(quantity),
+        None if kind == "limits" => sources.allocatable.get(name).copied().unwrap_or(0),
         None => 0,
     };
     let divisor = selector.divisor.as_ref().map_or(0, |divisor| match name {
         "cpu" => milli_value(divisor),
         _ => value(divisor).saturating_mul(1000),
     });
-    let divisor = i128::from(if divisor == 0 { 1000 } else { divisor });
-    Ok((amount_milli.div_euclid(divisor) + i128::from(amount_milli.rem_euclid(divisor) != 0)).to_string())
+    let divisor = if divisor <= 0 { 1000 } else { divisor };
+    Ok((amount_milli / divisor + i64::from(amount_milli % divisor != 0)).to_string())
 }
 
 /// The variables of the services that a pod sees: those of its namespace, and the cluster's own `kubernetes` service.

@@ -8,7 +8,6 @@ pub(crate) mod expand;
 pub(crate) mod hash;
 pub(crate) mod hosts;
 pub(crate) mod image;
-pub(crate) mod quantity;
 pub(crate) mod resources;
 pub(crate) mod sandbox;
 pub(crate) mod security;

@@ -6,7 +6,15 @@ use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use oarlock_proto::cri;
 
-use super::quantity::{milli_value, value};
+/// Whole units, rounded up; 0 for what is no quantity.
+pub(crate) fn value(quantity: &Quantity) -> i64 {
+    oarlock_quantity::units(&quantity.0).unwrap_or(0)
+}
+
+/// Thousandths, rounded up; 0 for what is no quantity.
+pub(crate) fn milli_value(quantity: &Quantity) -> i64 {
+    oarlock_quantity::milli(&quantity.0).unwrap_or(0)
+}
 
 /// A pod's quality-of-service class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -6,7 +6,6 @@ use k8s_openapi::api::core::v1::{Container, Pod, ResourceFieldSelector};
 
 use crate::error::VolumeError;
 use crate::manager::Allocatable;
-use crate::quantity::parse_milli;
 
 /// The text of a fieldRef in a volume.
 pub(crate) fn field(pod: &Pod, path: &str) -> Result<String, VolumeError> {
@@ -97,11 +96,12 @@ pub(crate) fn resource(
             });
         }
     };
-    let stated = named.and_then(|map| map.get(resource)).and_then(|quantity| parse_milli(&quantity.0));
+    let stated = named.and_then(|map| map.get(resource)).and_then(|quantity| oarlock_quantity::milli(&quantity.0));
+    let capped = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     let fallback = || match (kind, resource) {
-        ("limits", "cpu") => i128::from(allocatable.cpu_millis),
-        ("limits", "memory") => i128::from(allocatable.memory_bytes) * 1000,
-        ("limits", "ephemeral-storage") => i128::from(allocatable.ephemeral_storage_bytes) * 1000,
+        ("limits", "cpu") => capped(allocatable.cpu_millis),
+        ("limits", "memory") => capped(allocatable.memory_bytes.saturating_mul(1000)),
+        ("limits", "ephemeral-storage") => capped(allocatable.ephemeral_storage_bytes.saturating_mul(1000)),
         _ => 0,
     };
     let known = matches!(resource, "cpu" | "memory" | "ephemeral-storage") || resource.starts_with("hugepages-");
@@ -111,9 +111,10 @@ pub(crate) fn resource(
         });
     }
     let value = stated.filter(|value| *value != 0).unwrap_or_else(fallback);
-    let divisor = selector.divisor.as_ref().and_then(|quantity| parse_milli(&quantity.0)).filter(|d| *d > 0);
+    let divisor =
+        selector.divisor.as_ref().and_then(|quantity| oarlock_quantity::milli(&quantity.0)).filter(|d| *d > 0);
     let divisor = divisor.unwrap_or(1000);
-    Ok(((value + divisor - 1) / divisor).to_string())
+    Ok((value / divisor + i64::from(value % divisor != 0)).to_string())
 }
 
 fn find_container<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {

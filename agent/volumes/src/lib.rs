@@ -17,7 +17,6 @@ mod ownership;
 mod payload;
 mod place;
 mod plan;
-mod quantity;
 mod removal;
 mod source;
 mod subpath;

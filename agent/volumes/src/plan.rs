@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext, Volume, VolumeMount};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::error::VolumeError;
 use crate::layout::VolumeKind;
 use crate::manager::PodFacts;
 use crate::ownership::{ChangePolicy, FsGroup};
-use crate::quantity::parse_units;
 
 /// Regular and init containers.
 fn containers(pod: &Pod) -> impl Iterator<Item = &Container> {
@@ -77,13 +77,18 @@ pub(crate) fn common_user(pod: &Pod) -> Option<u32> {
     users.all(|user| user == Some(first)).then(|| u32::try_from(first).ok()).flatten()
 }
 
+/// A quantity as bytes.
+fn bytes(quantity: &Quantity) -> Option<u64> {
+    oarlock_quantity::units(&quantity.0).and_then(|bytes| u64::try_from(bytes).ok())
+}
+
 /// The size of a memory-backed volume: what it asks for, but no more than the pod or the node may use.
 pub(crate) fn memory_size_bytes(pod: &Pod, volume: &Volume, facts: &PodFacts) -> Option<u64> {
     let asked = volume
         .empty_dir
         .as_ref()
         .and_then(|source| source.size_limit.as_ref())
-        .and_then(|quantity| parse_units(&quantity.0))
+        .and_then(bytes)
         .filter(|size| *size > 0);
     let node = Some(facts.allocatable.memory_bytes).filter(|size| *size > 0);
     [asked, pod_memory_limit_bytes(pod), node].into_iter().flatten().min()
@@ -93,7 +98,7 @@ pub(crate) fn memory_size_bytes(pod: &Pod, volume: &Volume, facts: &PodFacts) ->
 fn pod_memory_limit_bytes(pod: &Pod) -> Option<u64> {
     let limit = |container: &Container| {
         let quantity = container.resources.as_ref()?.limits.as_ref()?.get("memory")?;
-        parse_units(&quantity.0).filter(|size| *size > 0)
+        bytes(quantity).filter(|size| *size > 0)
     };
     let spec = pod.spec.as_ref()?;
     let is_sidecar = |container: &&Container| container.restart_policy.as_deref() == Some("Always");

@@ -8,7 +8,7 @@ pub mod managed;
 pub mod openapi;
 pub mod patch;
 pub mod protobuf;
-pub mod quantity;
+pub use oarlock_quantity as quantity;
 pub mod strict;
 
 /// A group, version and kind. `group` is empty for the core group.

@@ -1,6 +1,7 @@
-//! Resource quantities (`500m`, `1.5Gi`, `1e3`): parsing, the canonical form and comparison.
+//! Resource quantities (`500m`, `1.5Gi`, `1e3`): parsing, the canonical form, comparison and whole numbers. Owns the
+//! notation; knows no resource and no object.
 //!
-//! Values are kept in billionths, rounded up, as the API does.
+//! Values are kept in billionths, rounded away from zero, as the API does.
 
 use std::cmp::Ordering;
 
@@ -61,6 +62,11 @@ impl Quantity {
         }
     }
 
+    /// A whole number that prints in powers of 1024: `64Mi`.
+    pub fn binary(value: i64) -> Self {
+        Self { nanos: i128::from(value) * NANO, format: Format::BinarySi }
+    }
+
     /// Whole units, rounded up.
     pub fn value(&self) -> i64 {
         clamp(div_ceil(self.nanos, NANO))
@@ -95,6 +101,18 @@ fn clamp(value: i128) -> i64 {
 fn div_ceil(value: i128, by: i128) -> i128 {
     let quotient = value / by;
     if value % by == 0 { quotient } else { quotient + value.signum() }
+}
+
+/// Whole units (bytes, pods, devices) of a quantity's text, rounded away from zero and capped at the limits of i64. None
+/// when it is no quantity.
+pub fn units(text: &str) -> Option<i64> {
+    text.trim().parse().ok().map(|quantity: Quantity| quantity.value())
+}
+
+/// Thousandths (CPU) of a quantity's text, rounded away from zero and capped at the limits of i64. None when it is no
+/// quantity.
+pub fn milli(text: &str) -> Option<i64> {
+    text.trim().parse().ok().map(|quantity: Quantity| quantity.milli_value())
 }
 
 /// Multiplier of a suffix as (base, exponent).
@@ -280,7 +298,49 @@ mod tests {
         assert_eq!(parse("1.5").milli_value(), 1500);
     }
 
+    #[test]
+    fn whole_numbers_round_away_from_zero_and_are_capped() {
+        for (text, thousandths, whole) in [
+            ("100m", 100, 1),
+            ("1", 1000, 1),
+            (".5", 500, 1),
+            ("1.5", 1500, 2),
+            ("2Ki", 2_048_000, 2048),
+            ("1e3", 1_000_000, 1000),
+            ("1E", i64::MAX, 1_000_000_000_000_000_000),
+            ("100u", 1, 1),
+            ("-1500m", -1500, -2),
+            (" 64Mi ", 67_108_864_000, 67_108_864),
+            ("1e99", i64::MAX, i64::MAX),
+            ("99999999999999999999999999999999999999999", i64::MAX, i64::MAX),
+        ] {
+            assert_eq!((milli(text), units(text)), (Some(thousandths), Some(whole)), "{text}");
+        }
+        for text in ["", "m", "x", "1.2.3", "1Zi", "--1", "1e99999999999"] {
+            assert_eq!((milli(text), units(text)), (None, None), "{text}");
+        }
+    }
+
     proptest::proptest! {
+        #[test]
+        fn whole_numbers_come_back(number in -1_000_000_000_000i64..1_000_000_000_000) {
+            proptest::prop_assert_eq!(units(&number.to_string()), Some(number));
+            proptest::prop_assert_eq!(milli(&format!("{number}m")), Some(number));
+            proptest::prop_assert_eq!(units(&format!("{number}Ki")), Some(number * 1024));
+        }
+
+        #[test]
+        fn thousandths_never_fall_short_of_units(text in "[0-9]{1,12}(\\.[0-9]{1,12})?(n|u|m|k|M|Ki|Mi)?") {
+            let (thousandths, whole) = (milli(&text).expect("a quantity"), units(&text).expect("a quantity"));
+            let up = thousandths / 1000 + i64::from(thousandths % 1000 != 0);
+            proptest::prop_assert!(thousandths == i64::MAX || up == whole, "{} {} {}", text, thousandths, whole);
+        }
+
+        #[test]
+        fn any_text_is_survived(text in ".{0,40}") {
+            let _ = (milli(&text), units(&text));
+        }
+
         #[test]
         fn any_text_parses_or_fails_and_the_canonical_form_is_stable(text in "[-+]?[0-9.]{0,30}[eEinumkKMGTP]{0,3}[0-9]{0,4}") {
             if let Ok(quantity) = text.parse::<Quantity>() {
