@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm, Pod};
 
+use crate::eviction::{self, Pressure};
 use crate::node::capacity::Capacity;
 use crate::spec;
-use crate::spec::resources::{Amounts, pod_requests};
+use crate::spec::resources::{Amounts, Qos, pod_requests, qos_of};
 
 /// Why a pod may not run here: reason and message of its Failed status.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,8 +20,17 @@ fn refusal(reason: &str, message: impl Into<String>) -> Refusal {
     Refusal { reason: reason.to_owned(), message: message.into() }
 }
 
+/// The node that a pod wants to run on.
+pub(crate) struct Place<'a> {
+    pub node: &'a Node,
+    pub capacity: &'a Capacity,
+    pub pressure: Pressure,
+}
+
 /// Judges `pod` beside those already running.
-pub(crate) fn admit(pod: &Pod, node: &Node, capacity: &Capacity, others: &[&Pod]) -> Result<(), Refusal> {
+pub(crate) fn admit(pod: &Pod, place: &Place<'_>, others: &[&Pod]) -> Result<(), Refusal> {
+    let Place { node, capacity, pressure } = place;
+    not_pressed(pod, *pressure)?;
     if let Some(os) = pod.spec.as_ref().and_then(|spec| spec.os.as_ref()).filter(|os| os.name != "linux") {
         let message = format!("Failed to admit pod as the OS field doesn't match node OS: {}", os.name);
         return Err(refusal("PodOSNotSupported", message));
@@ -31,6 +41,30 @@ pub(crate) fn admit(pod: &Pod, node: &Node, capacity: &Capacity, others: &[&Pod]
     }
     ports_free(pod, others)?;
     resources_free(pod, capacity, others)
+}
+
+/// A node that is short of something takes no pod that would add to it.
+fn not_pressed(pod: &Pod, pressure: Pressure) -> Result<(), Refusal> {
+    let conditions =
+        [(pressure.disk, "DiskPressure"), (pressure.memory, "MemoryPressure"), (pressure.pid, "PIDPressure")];
+    let on: Vec<&str> = conditions.into_iter().filter(|(on, _)| *on).map(|(_, name)| name).collect();
+    if on.is_empty() || eviction::is_critical(pod) {
+        return Ok(());
+    }
+    if on == ["MemoryPressure"] && (qos_of(pod) != Qos::BestEffort || tolerates_memory_pressure(pod)) {
+        return Ok(());
+    }
+    Err(refusal(eviction::REASON, eviction::pressed(&on)))
+}
+
+fn tolerates_memory_pressure(pod: &Pod) -> bool {
+    pod.spec.iter().flat_map(|spec| spec.tolerations.iter().flatten()).any(|toleration| {
+        let effect = toleration.effect.as_deref().is_none_or(|effect| effect.is_empty() || effect == "NoSchedule");
+        let key = toleration.key.as_deref().unwrap_or_default();
+        let exists = toleration.operator.as_deref() == Some("Exists");
+        let valueless = toleration.value.as_deref().unwrap_or_default().is_empty();
+        effect && ((key.is_empty() && exists) || (key == "node.kubernetes.io/memory-pressure" && (exists || valueless)))
+    })
 }
 
 fn resources_free(pod: &Pod, capacity: &Capacity, others: &[&Pod]) -> Result<(), Refusal> {
@@ -157,15 +191,39 @@ mod tests {
         Capacity { capacity: allocatable.clone(), allocatable }
     }
 
+    fn judge(pod: &Pod, capacity: &Capacity, others: &[&Pod]) -> Result<(), Refusal> {
+        admit(pod, &Place { node: &node(), capacity, pressure: Pressure::default() }, others)
+    }
+
+    #[test]
+    fn a_pressed_node_takes_what_does_not_add_to_it() {
+        let best_effort = pod(serde_json::json!({"containers": [{"name": "c"}]}));
+        let burstable =
+            pod(serde_json::json!({"containers": [{"name": "c", "resources": {"requests": {"memory": "1Mi"}}}]}));
+        let tolerant = pod(serde_json::json!({"containers": [{"name": "c"}],
+            "tolerations": [{"key": "node.kubernetes.io/memory-pressure", "operator": "Exists", "effect": "NoSchedule"}]}));
+        let critical = pod(serde_json::json!({"priority": 2_000_001_000, "containers": [{"name": "c"}]}));
+        let on = |pod: &Pod, pressure: Pressure| {
+            admit(pod, &Place { node: &node(), capacity: &room(1000), pressure }, &[]).map_err(|r| r.message)
+        };
+        let memory = Pressure { memory: true, ..Default::default() };
+        let disk = Pressure { disk: true, ..Default::default() };
+        assert_eq!(on(&best_effort, memory), Err("The node had condition: [MemoryPressure]. ".to_owned()));
+        assert_eq!(on(&burstable, memory), Ok(()));
+        assert_eq!(on(&tolerant, memory), Ok(()));
+        assert_eq!(on(&burstable, disk), Err("The node had condition: [DiskPressure]. ".to_owned()));
+        assert_eq!(on(&critical, Pressure { memory: true, disk: true, pid: true }), Ok(()));
+    }
+
     #[test]
     fn a_full_node_refuses_with_numbers() {
         let one = pod(serde_json::json!({"containers": [{"name": "c", "resources": {"requests": {"cpu": "600m"}}}]}));
-        assert_eq!(admit(&one, &node(), &room(1000), &[]), Ok(()));
-        let refused = admit(&one, &node(), &room(1000), &[&one]).unwrap_err();
+        assert_eq!(judge(&one, &room(1000), &[]), Ok(()));
+        let refused = judge(&one, &room(1000), &[&one]).unwrap_err();
         assert_eq!(refused.reason, "OutOfcpu");
         assert_eq!(refused.message, "Node didn't have enough resource: cpu, requested: 600, used: 600, capacity: 1000");
         let none = pod(serde_json::json!({"containers": []}));
-        assert_eq!(admit(&none, &node(), &room(1000), &[&none, &none]).unwrap_err().reason, "OutOfpods");
+        assert_eq!(judge(&none, &room(1000), &[&none, &none]).unwrap_err().reason, "OutOfpods");
     }
 
     #[test]
@@ -173,7 +231,7 @@ mod tests {
         let with = |spec: serde_json::Value| {
             let mut spec = spec;
             spec["containers"] = serde_json::json!([]);
-            admit(&pod(spec), &node(), &room(1000), &[]).map_err(|refusal| refusal.reason)
+            judge(&pod(spec), &room(1000), &[]).map_err(|refusal| refusal.reason)
         };
         let affinity = |expressions: serde_json::Value| {
             serde_json::json!({"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution":
@@ -193,7 +251,7 @@ mod tests {
                 serde_json::json!({"containers": [{"name": "c", "ports": [{"containerPort": 80, "hostPort": 80, "hostIP": ip}]}]}),
             )
         };
-        let refused = |a: &Pod, b: &Pod| admit(a, &node(), &room(1000), &[b]).is_err();
+        let refused = |a: &Pod, b: &Pod| judge(a, &room(1000), &[b]).is_err();
         assert!(refused(&with(""), &with("127.0.0.1")));
         assert!(refused(&with("127.0.0.1"), &with("127.0.0.1")));
         assert!(!refused(&with("127.0.0.1"), &with("127.0.0.2")));

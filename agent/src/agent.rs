@@ -16,13 +16,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cgroups::PodCgroups;
 use crate::cri::Runtime;
+use crate::images::ImageCollector;
 use crate::node::capacity::{Capacity, Machine};
 use crate::node::{identity, status, sync};
 use crate::objects::Objects;
 use crate::pods::{Pods, Source};
 use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
-use crate::{Config, Error, logs, pleg, recorder, sources};
+use crate::{Config, Error, eviction, logs, pleg, recorder, sources};
 
 const NEWS: usize = 1024;
 const PROBE_UPDATES: usize = 1024;
@@ -66,6 +67,8 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
         id_scheme: ArcSwap::from_pointee("oarlock://".to_owned()),
         node: ArcSwap::from_pointee(placeholder),
         runtime_ok: AtomicBool::new(true),
+        pressure: Default::default(),
+        node_changed: Default::default(),
         client: client.clone(),
         runtime,
         recorder,
@@ -104,6 +107,10 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
     tasks.spawn("node lease", finished(sync::keep_lease(shared.clone(), token.clone())));
     tasks.spawn("runtime events", finished(pleg::follow_events(shared.clone(), news.clone(), token.clone())));
     tasks.spawn("runtime relist", finished(pleg::relist(shared.clone(), news.clone(), token.clone())));
+    let images = ImageCollector::new(shared.clone());
+    let evictions = eviction::run(shared.clone(), images.clone(), news.clone(), token.clone());
+    tasks.spawn("evictions", finished(evictions));
+    tasks.spawn("image collection", finished(images.run(token.clone())));
     tasks.spawn("logs", finished(logs::rotate(shared.clone(), token.clone())));
     let watch = sources::watch_api(client, config.node_name.clone(), news, token.clone());
     tasks.spawn("pod watch", finished(watch));

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 
-use crate::Error;
+use crate::{Error, EvictionConfig, ImageGcConfig};
 
 /// Everything the agent needs to know. Start from [`Config::new`] and change what differs.
 #[derive(Debug, Clone)]
@@ -51,6 +51,9 @@ pub struct Config {
     /// How often an unchanged node status is sent anyway.
     pub node_status_report_period: Duration,
     pub node_lease_duration: Duration,
+    /// When pods are ended because the node runs short.
+    pub eviction: EvictionConfig,
+    pub image_gc: ImageGcConfig,
 }
 
 impl Config {
@@ -84,6 +87,8 @@ impl Config {
             container_log_max_files: 5,
             node_status_report_period: Duration::from_secs(300),
             node_lease_duration: Duration::from_secs(40),
+            eviction: EvictionConfig::default(),
+            image_gc: ImageGcConfig::default(),
         }
     }
 

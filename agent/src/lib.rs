@@ -14,7 +14,9 @@ mod cgroups;
 mod config;
 mod cri;
 mod error;
+mod eviction;
 mod hooks;
+mod images;
 mod logs;
 mod model;
 mod node;
@@ -33,6 +35,8 @@ mod worker;
 
 pub use config::Config;
 pub use error::Error;
+pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshold};
+pub use images::ImageGcConfig;
 
 use tokio_util::sync::CancellationToken;
 

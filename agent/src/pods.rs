@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use oarlock_probes::Update;
@@ -35,6 +36,10 @@ pub(crate) enum News {
     Runtime(PodUid),
     /// Events of the runtime may have been missed.
     RuntimeAll,
+    /// The node needs this pod to end.
+    End { uid: PodUid, reason: String, message: String, grace: Duration },
+    /// Containers of pods that are over are to go.
+    ReclaimDead,
     /// These pods have something in the runtime.
     RuntimeFound(Vec<Found>),
 }
@@ -135,6 +140,18 @@ impl Pods {
                     self.send(&uid, Event::RuntimeChanged).await;
                 }
             }
+            News::End { uid, reason, message, grace } => {
+                if let Some(known) = self.known.get_mut(&uid) {
+                    known.admitted = false;
+                }
+                self.send(&uid, Event::End { reason, message, grace }).await;
+            }
+            News::ReclaimDead => {
+                let uids: Vec<PodUid> = self.known.keys().cloned().collect();
+                for uid in uids {
+                    self.send(&uid, Event::Reclaim).await;
+                }
+            }
             News::RuntimeFound(found) => self.end_unknown(found).await,
         }
     }
@@ -173,7 +190,10 @@ impl Pods {
             Ok(())
         } else {
             let others: Vec<&Pod> = self.known.values().filter(|known| known.admitted).map(|k| &*k.pod).collect();
-            admission::admit(&pod, &self.shared.node.load(), &self.shared.capacity, &others)
+            let node = self.shared.node.load();
+            let place =
+                admission::Place { node: &node, capacity: &self.shared.capacity, pressure: self.shared.pressure() };
+            admission::admit(&pod, &place, &others)
         };
         let admitted = judged.is_ok() && !terminal(&pod);
         self.start_worker(uid.clone(), pod.clone(), Some(source), admitted);

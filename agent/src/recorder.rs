@@ -3,6 +3,7 @@
 //! Owns a bounded queue, the counting of repeats and the rate limit for each object. Recording never waits and never
 //! fails: when the queue is full or the API is away for long, events are lost, and nothing else is.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -39,7 +40,7 @@ pub(crate) enum Level {
 struct Entry {
     about: ObjectReference,
     level: Level,
-    reason: &'static str,
+    reason: Cow<'static, str>,
     message: String,
     at: Timestamp,
 }
@@ -60,7 +61,7 @@ pub(crate) struct Sender {
     names: u64,
 }
 
-type Identity = (String, String, &'static str, Level, String);
+type Identity = (String, String, Cow<'static, str>, Level, String);
 
 struct Known {
     name: String,
@@ -78,8 +79,14 @@ pub(crate) fn recorder(client: kube::Client, node_name: String) -> (Recorder, Se
 
 impl Recorder {
     /// An event about a pod.
-    pub(crate) fn pod(&self, pod: &Pod, level: Level, reason: &'static str, message: impl Into<String>) {
-        self.record(pod_reference(pod, None), level, reason, message.into());
+    pub(crate) fn pod(
+        &self,
+        pod: &Pod,
+        level: Level,
+        reason: impl Into<Cow<'static, str>>,
+        message: impl Into<String>,
+    ) {
+        self.record(pod_reference(pod, None), level, reason.into(), message.into());
     }
 
     /// An event about one container of a pod.
@@ -88,15 +95,21 @@ impl Recorder {
         pod: &Pod,
         container: &str,
         level: Level,
-        reason: &'static str,
+        reason: impl Into<Cow<'static, str>>,
         message: impl Into<String>,
     ) {
         let field = pod.spec.as_ref().and_then(|spec| spec::find_container(spec, container)).map(|(_, path)| path);
-        self.record(pod_reference(pod, field), level, reason, message.into());
+        self.record(pod_reference(pod, field), level, reason.into(), message.into());
     }
 
     /// An event about the node.
-    pub(crate) fn node(&self, name: &str, level: Level, reason: &'static str, message: impl Into<String>) {
+    pub(crate) fn node(
+        &self,
+        name: &str,
+        level: Level,
+        reason: impl Into<Cow<'static, str>>,
+        message: impl Into<String>,
+    ) {
         let about = ObjectReference {
             kind: Some("Node".to_owned()),
             api_version: Some(<Node as k8s_openapi::Resource>::API_VERSION.to_owned()),
@@ -104,13 +117,13 @@ impl Recorder {
             uid: Some(name.to_owned()),
             ..Default::default()
         };
-        self.record(about, level, reason, message.into());
+        self.record(about, level, reason.into(), message.into());
     }
 
-    fn record(&self, about: ObjectReference, level: Level, reason: &'static str, message: String) {
-        let entry = Entry { about, level, reason, message, at: Timestamp::now() };
+    fn record(&self, about: ObjectReference, level: Level, reason: Cow<'static, str>, message: String) {
+        let entry = Entry { about, level, reason: reason.clone(), message, at: Timestamp::now() };
         if self.queue.try_send(entry).is_err() {
-            tracing::debug!(event.reason = reason, "event lost, the queue is full");
+            tracing::debug!(event.reason = &*reason, "event lost, the queue is full");
         }
     }
 }
@@ -164,7 +177,7 @@ impl Sender {
         let key: Identity = (
             entry.about.uid.clone().unwrap_or_default(),
             entry.about.field_path.clone().unwrap_or_default(),
-            entry.reason,
+            entry.reason.clone(),
             entry.level,
             entry.message.clone(),
         );
@@ -198,7 +211,7 @@ impl Sender {
         Event {
             metadata: ObjectMeta { name: Some(known.name.clone()), namespace: Some(namespace), ..Default::default() },
             involved_object: entry.about.clone(),
-            reason: Some(entry.reason.to_owned()),
+            reason: Some(entry.reason.to_string()),
             message: Some(shortened(&entry.message)),
             type_: Some(level.to_owned()),
             count: Some(known.count),

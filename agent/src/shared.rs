@@ -4,16 +4,19 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use k8s_openapi::api::core::v1::{Node, Pod, PodStatus};
 use oarlock_probes::ProbeManager;
 use oarlock_volumes::{Allocatable, PodFacts, VolumeManager};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
 
 use crate::Config;
 use crate::cgroups::PodCgroups;
 use crate::cri::Runtime;
+use crate::eviction::Pressure;
 use crate::model::{Observed, PodUid};
 use crate::node::capacity::Capacity;
 use crate::objects::Objects;
@@ -38,6 +41,10 @@ pub(crate) struct Shared {
     pub node: ArcSwap<Node>,
     /// Whether the runtime was reached when last tried.
     pub runtime_ok: AtomicBool,
+    /// What the node is short of.
+    pub pressure: Mutex<Pressure>,
+    /// Something that the node's status shows has changed.
+    pub node_changed: Notify,
 }
 
 impl Shared {
@@ -70,6 +77,19 @@ impl Shared {
         }
     }
 
+    pub(crate) fn pressure(&self) -> Pressure {
+        *self.pressure.lock()
+    }
+
+    /// Notes what the node is short of, and has its status told when that is new.
+    pub(crate) fn set_pressure(&self, pressure: Pressure) {
+        let before = std::mem::replace(&mut *self.pressure.lock(), pressure);
+        if before != pressure {
+            tracing::info!(?pressure, "what the node is short of has changed");
+            self.node_changed.notify_one();
+        }
+    }
+
     pub(crate) fn runtime_ok(&self) -> bool {
         self.runtime_ok.load(Ordering::Relaxed)
     }
@@ -96,15 +116,18 @@ impl PodEntry {
 #[derive(Default)]
 pub(crate) struct PodTable {
     pods: RwLock<HashMap<PodUid, PodEntry>>,
+    changed: Notify,
 }
 
 impl PodTable {
     pub(crate) fn set(&self, uid: &PodUid, entry: PodEntry) {
         self.pods.write().insert(uid.clone(), entry);
+        self.changed.notify_waiters();
     }
 
     pub(crate) fn remove(&self, uid: &PodUid) {
         self.pods.write().remove(uid);
+        self.changed.notify_waiters();
     }
 
     pub(crate) fn get(&self, uid: &PodUid) -> Option<PodEntry> {
@@ -113,6 +136,20 @@ impl PodTable {
 
     pub(crate) fn all(&self) -> Vec<PodEntry> {
         self.pods.read().values().cloned().collect()
+    }
+
+    /// Waits until the table satisfies `wanted`, but no longer than `limit`; gives whether it does.
+    pub(crate) async fn wait_for(&self, limit: Duration, wanted: impl Fn(&PodTable) -> bool) -> bool {
+        let satisfied = async {
+            loop {
+                let changed = self.changed.notified();
+                if wanted(self) {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(limit, satisfied).await.is_ok()
     }
 
     /// By name; of several with one name, the one that was made last.

@@ -255,6 +255,13 @@ impl Runtime {
         Ok(bounded("ListImages", CALL, self.images.clone().list_images(request)).await?.images)
     }
 
+    /// Removes an image by its id; one that is not there is success.
+    pub(crate) async fn remove_image(&self, id: &str) -> Result<(), CriError> {
+        let image = Some(cri::ImageSpec { image: id.to_owned(), ..Default::default() });
+        let request = cri::RemoveImageRequest { image };
+        gone_is_fine(bounded("RemoveImage", SLOW_CALL, self.images.clone().remove_image(request)).await)
+    }
+
     pub(crate) async fn image_fs_info(&self) -> Result<cri::ImageFsInfoResponse, CriError> {
         bounded("ImageFsInfo", CALL, self.images.clone().image_fs_info(cri::ImageFsInfoRequest {})).await
     }

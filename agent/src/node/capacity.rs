@@ -5,7 +5,7 @@ use std::path::Path;
 
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use crate::Config;
+use crate::{Config, Signal};
 
 /// Thousandths of each resource.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -25,7 +25,7 @@ pub(crate) struct Machine {
 }
 
 impl Capacity {
-    /// Capacity, and what is left of it after reservations. A tenth of the disk is kept free.
+    /// Capacity, and what is left of it after reservations and hard eviction thresholds.
     pub(crate) fn of(machine: &Machine, config: &Config) -> Self {
         let mut capacity = BTreeMap::from([
             ("cpu".to_owned(), machine.cpus * 1000),
@@ -45,8 +45,12 @@ impl Capacity {
         let as_milli = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         take("cpu", as_milli(config.reserved_cpu_millis));
         let pages: i64 = machine.hugepages.values().sum();
-        take("memory", as_milli(config.reserved_memory_bytes).saturating_add(pages).saturating_mul(1000));
-        take("ephemeral-storage", (machine.storage_bytes / 10).saturating_mul(1000));
+        // What would have pods ended is not theirs to begin with.
+        let floor = |signal: Signal, capacity: i64| config.eviction.hard(signal).map_or(0, |below| below.of(capacity));
+        let kept =
+            as_milli(config.reserved_memory_bytes).saturating_add(floor(Signal::MemoryAvailable, machine.memory_bytes));
+        take("memory", kept.saturating_add(pages).saturating_mul(1000));
+        take("ephemeral-storage", floor(Signal::NodefsAvailable, machine.storage_bytes).saturating_mul(1000));
         Self { capacity, allocatable }
     }
 
@@ -140,7 +144,7 @@ mod tests {
         let capacity = Capacity::of(&machine, &config);
         let (all, left) = (quantities(&capacity.capacity), quantities(&capacity.allocatable));
         assert_eq!((all["cpu"].0.as_str(), left["cpu"].0.as_str()), ("2", "1500m"));
-        assert_eq!((all["memory"].0.as_str(), left["memory"].0.as_str()), ("1048576Ki", "1044480Ki"));
+        assert_eq!((all["memory"].0.as_str(), left["memory"].0.as_str()), ("1048576Ki", "942080Ki"));
         assert_eq!(left["ephemeral-storage"].0, "900");
         assert_eq!(all["pods"].0, "110");
     }

@@ -11,6 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use oarlock_proto::cri;
 
 use super::capacity::{Capacity, quantities};
+use crate::eviction::Pressure;
 use crate::{Config, VERSION};
 
 /// At most this many images are listed.
@@ -35,9 +36,7 @@ pub(crate) struct Health {
     pub runtime_version: String,
     /// What keeps the node from being Ready; empty when nothing does.
     pub troubles: Vec<String>,
-    pub memory_pressure: bool,
-    pub disk_pressure: bool,
-    pub pid_pressure: bool,
+    pub pressure: Pressure,
     pub images: Vec<ContainerImage>,
 }
 
@@ -165,19 +164,19 @@ fn conditions(health: &Health, last: Option<&NodeStatus>, now: Timestamp) -> Vec
     let all = [
         pressure(
             "MemoryPressure",
-            health.memory_pressure,
+            health.pressure.memory,
             ("KubeletHasInsufficientMemory", "kubelet has insufficient memory available"),
             ("KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
         ),
         pressure(
             "DiskPressure",
-            health.disk_pressure,
+            health.pressure.disk,
             ("KubeletHasDiskPressure", "kubelet has disk pressure"),
             ("KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
         ),
         pressure(
             "PIDPressure",
-            health.pid_pressure,
+            health.pressure.pid,
             ("KubeletHasInsufficientPID", "kubelet has insufficient PID available"),
             ("KubeletHasSufficientPID", "kubelet has sufficient PID available"),
         ),

@@ -3,7 +3,6 @@
 //! While the node is not Ready the runtime is asked often, so that Ready follows within a moment of the network's; after
 //! that now and then.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -16,7 +15,6 @@ use kube::api::{Api, Patch, PatchParams, PostParams};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::capacity::disk;
 use super::status::{self, Health, Identity};
 use crate::cgroups::PodCgroups;
 use crate::objects::Delays;
@@ -31,7 +29,6 @@ const EAGER_FOR: Duration = Duration::from_secs(60);
 const LEASE_NAMESPACE: &str = "kube-node-lease";
 /// Images are listed again after this many calm rounds.
 const IMAGE_ROUNDS: u32 = 6;
-const MEMORY_FLOOR_BYTES: i64 = 100 << 20;
 
 /// The keeper of the node object.
 pub(crate) struct NodeSync {
@@ -93,6 +90,7 @@ impl NodeSync {
             };
             tokio::select! {
                 () = shutdown.cancelled() => return,
+                () = self.shared.node_changed.notified() => {}
                 () = tokio::time::sleep(pause) => {}
             }
         }
@@ -128,9 +126,7 @@ impl NodeSync {
             }
         }
         health.images = self.images.clone();
-        let data_dir = shared.config.data_dir.clone();
-        let pressures = tokio::task::spawn_blocking(move || pressures(&data_dir)).await.unwrap_or_default();
-        (health.memory_pressure, health.disk_pressure, health.pid_pressure) = pressures;
+        health.pressure = shared.pressure();
         health
     }
 
@@ -257,26 +253,6 @@ async fn bounded<T>(call: impl Future<Output = Result<T, kube::Error>>) -> Resul
         Ok(answer) => answer,
         Err(elapsed) => Err(kube::Error::Service(Box::new(elapsed))),
     }
-}
-
-/// Memory, disk and PID pressure.
-fn pressures(data_dir: &Path) -> (bool, bool, bool) {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let available = available.and_then(|rest| rest.split_whitespace().next()?.parse::<i64>().ok());
-    let memory = available.is_some_and(|kib| kib * 1024 < MEMORY_FLOOR_BYTES);
-    let disk = disk(data_dir).is_some_and(|disk| {
-        let few = |free: i64, total: i64, percent: i64| total > 0 && free < total / 100 * percent;
-        few(disk.available_bytes, disk.total_bytes, 10) || few(disk.inodes_free, disk.inodes, 5)
-    });
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<i64>().ok();
-    let running = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let processes = running.split_whitespace().nth(3).and_then(|text| text.split('/').nth(1)?.parse::<i64>().ok());
-    let pids = match (processes, number("/proc/sys/kernel/pid_max")) {
-        (Some(processes), Some(most)) => processes > most / 10 * 9,
-        _ => false,
-    };
-    (memory, disk, pids)
 }
 
 /// Renews the node's lease until `shutdown`.

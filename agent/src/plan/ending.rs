@@ -25,7 +25,7 @@ impl Planner<'_> {
         if !self.state.cgroup_removed && self.free(&Key::Cgroup) {
             self.push(Action::RemoveCgroup);
         }
-        if self.state.gone {
+        if self.state.gone || self.state.reclaim {
             self.remove_everything(observed);
         } else if self.state.deletion.is_some()
             && self.state.status_sent
@@ -94,7 +94,7 @@ impl Planner<'_> {
             if self.free(&Key::Sandbox) {
                 self.push(Action::RemoveSandbox { id: sandbox.id.clone() });
             }
-        } else if self.state.busy.is_empty() && self.state.cgroup_removed {
+        } else if self.state.gone && self.state.busy.is_empty() && self.state.cgroup_removed {
             self.push(Action::Forget);
         }
     }

@@ -101,6 +101,8 @@ pub(crate) struct State {
     /// Whether the API has the status as it stands now.
     pub status_sent: bool,
     pub deletion_finished: bool,
+    /// Room is needed: containers of a pod that is over go although its object stays.
+    pub reclaim: bool,
 }
 
 impl State {

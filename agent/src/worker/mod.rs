@@ -53,6 +53,14 @@ pub(crate) enum Event {
         reason: String,
         message: String,
     },
+    /// The node needs the pod to end: reason and message of its Failed status.
+    End {
+        reason: String,
+        message: String,
+        grace: Duration,
+    },
+    /// Containers of a pod that is over are to go.
+    Reclaim,
     /// Something happened in the runtime.
     RuntimeChanged,
     Probe(Update),
@@ -100,7 +108,9 @@ impl Worker {
                 state.known_restarts.insert(known.name.clone(), u32::try_from(known.restart_count).unwrap_or(0));
             }
         }
-        if matches!(last.phase.as_deref(), Some("Failed" | "Succeeded")) {
+        // What the agent had begun to end, it ends.
+        let ended_by_us = matches!(last.reason.as_deref(), Some("Evicted" | "DeadlineExceeded" | "Terminated"));
+        if ended_by_us || matches!(last.phase.as_deref(), Some("Failed" | "Succeeded")) {
             let why = match (&last.reason, &last.message) {
                 (Some(reason), message) => {
                     Why::Failed { reason: reason.clone(), message: message.clone().unwrap_or_default() }
@@ -175,9 +185,14 @@ impl Worker {
                 self.state.finish_with(Why::Deleted, grace, now);
             }
             Event::Rejected { reason, message } => {
-                self.shared.recorder.pod(&self.pod, Level::Warning, "FailedAdmission", message.clone());
+                self.shared.recorder.pod(&self.pod, Level::Warning, reason.clone(), message.clone());
+                let message = format!("Pod was rejected: {message}");
                 self.state.finish_with(Why::Failed { reason, message }, Duration::from_secs(1), now);
             }
+            Event::End { reason, message, grace } => {
+                self.state.finish_with(Why::Failed { reason, message }, grace, now);
+            }
+            Event::Reclaim => self.state.reclaim |= self.state.end.is_some(),
             Event::RuntimeChanged => self.look(),
             Event::Probe(update) => self.probe(update),
         }

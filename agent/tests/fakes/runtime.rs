@@ -49,6 +49,10 @@ pub struct World {
     /// Calls that change something, in order.
     pub calls: Vec<String>,
     pub exec_exit_code: i32,
+    /// Working sets in bytes, by container name.
+    pub memory: HashMap<String, u64>,
+    /// What is stored, for listing and removal; apart from `images`, which are there to start containers from.
+    pub stored: Vec<cri::Image>,
     made: u64,
 }
 
@@ -175,6 +179,17 @@ fn container_status(c: &Container) -> cri::ContainerStatus {
         mounts: c.config.mounts.clone(),
         log_path: c.config.log_path.clone(),
         ..Default::default()
+    }
+}
+
+fn memory(bytes: u64) -> cri::MemoryUsage {
+    cri::MemoryUsage { working_set_bytes: Some(cri::UInt64Value { value: bytes }), ..Default::default() }
+}
+
+impl World {
+    fn memory_of(&self, container: &Container) -> u64 {
+        let name = container.config.metadata.clone().unwrap_or_default().name;
+        self.memory.get(&name).copied().unwrap_or(0)
     }
 }
 
@@ -367,6 +382,7 @@ impl RuntimeService for FakeRuntime {
             metadata: c.config.metadata.clone(),
             state: c.state as i32,
             created_at: c.created_at,
+            image_ref: "sha256:image".to_owned(),
             labels: c.config.labels.clone(),
             ..Default::default()
         });
@@ -450,7 +466,18 @@ impl RuntimeService for FakeRuntime {
         &self,
         _: Request<cri::ListContainerStatsRequest>,
     ) -> Answer<cri::ListContainerStatsResponse> {
-        none()
+        let world = self.world.lock().unwrap();
+        let stats = world.containers.iter().map(|container| cri::ContainerStats {
+            attributes: Some(cri::ContainerAttributes {
+                id: container.id.clone(),
+                metadata: container.config.metadata.clone(),
+                labels: container.config.labels.clone(),
+                ..Default::default()
+            }),
+            memory: Some(memory(world.memory_of(container))),
+            ..Default::default()
+        });
+        ok(cri::ListContainerStatsResponse { stats: stats.collect() })
     }
     async fn stream_container_stats(
         &self,
@@ -465,7 +492,23 @@ impl RuntimeService for FakeRuntime {
         &self,
         _: Request<cri::ListPodSandboxStatsRequest>,
     ) -> Answer<cri::ListPodSandboxStatsResponse> {
-        none()
+        let world = self.world.lock().unwrap();
+        let stats = world.sandboxes.iter().map(|sandbox| {
+            let inside = world.containers.iter().filter(|container| container.sandbox == sandbox.id);
+            cri::PodSandboxStats {
+                attributes: Some(cri::PodSandboxAttributes {
+                    id: sandbox.id.clone(),
+                    metadata: sandbox.config.metadata.clone(),
+                    ..Default::default()
+                }),
+                linux: Some(cri::LinuxPodSandboxStats {
+                    memory: Some(memory(inside.map(|container| world.memory_of(container)).sum())),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }
+        });
+        ok(cri::ListPodSandboxStatsResponse { stats: stats.collect() })
     }
     async fn stream_pod_sandbox_stats(
         &self,
@@ -522,7 +565,7 @@ impl ImageService for FakeRuntime {
     type StreamImagesStream = Flow<cri::StreamImagesResponse>;
 
     async fn list_images(&self, _: Request<cri::ListImagesRequest>) -> Answer<cri::ListImagesResponse> {
-        ok(cri::ListImagesResponse { images: vec![] })
+        ok(cri::ListImagesResponse { images: self.world.lock().unwrap().stored.clone() })
     }
 
     async fn stream_images(&self, _: Request<cri::StreamImagesRequest>) -> Answer<Self::StreamImagesStream> {
@@ -547,7 +590,9 @@ impl ImageService for FakeRuntime {
         ok(cri::PullImageResponse { image_ref: "sha256:image".into() })
     }
 
-    async fn remove_image(&self, _: Request<cri::RemoveImageRequest>) -> Answer<cri::RemoveImageResponse> {
+    async fn remove_image(&self, request: Request<cri::RemoveImageRequest>) -> Answer<cri::RemoveImageResponse> {
+        let id = request.into_inner().image.unwrap_or_default().image;
+        self.world.lock().unwrap().stored.retain(|image| image.id != id);
         ok(cri::RemoveImageResponse {})
     }
 

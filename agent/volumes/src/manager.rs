@@ -177,6 +177,21 @@ impl VolumeManager {
         Ok(())
     }
 
+    /// Names and paths of the pod's volumes that take room on the node's own disk.
+    pub fn disk_volumes(&self, pod: &Pod) -> Vec<(String, PathBuf)> {
+        let Ok(dir) = PodDir::of(&self.pods_root, pod) else { return Vec::new() };
+        let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+        let on_disk = volumes.filter_map(|volume| {
+            let kind = VolumeKind::of(volume).ok()?;
+            let disk = match kind {
+                VolumeKind::EmptyDir => !plan::empty_dir_in_memory(volume).ok()?,
+                kind => kind == VolumeKind::ConfigMap,
+            };
+            disk.then(|| Some((volume.name.clone(), dir.volume(kind, &volume.name).ok()?))).flatten()
+        });
+        on_disk.collect()
+    }
+
     /// UIDs that have a directory here and are not `known`.
     pub fn orphans(&self, known: &HashSet<String>) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(&self.pods_root) else { return Vec::new() };
