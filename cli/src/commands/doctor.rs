@@ -16,7 +16,7 @@ enum Finding {
 }
 
 pub(crate) fn run(settings: &Settings) -> anyhow::Result<ExitCode> {
-    let checks: [(&str, Finding); 9] = [
+    let checks: [(&str, Finding); 11] = [
         ("user", user()),
         ("kernel", kernel()),
         ("cgroups", cgroups()),
@@ -25,6 +25,8 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<ExitCode> {
         ("seccomp", seccomp()),
         ("oom scores", oom_scores()),
         ("forwarding", forwarding()),
+        ("default route", default_route(&fs::read_to_string("/proc/net/route").unwrap_or_default())),
+        ("link managers", link_managers()),
         ("disk", disk(settings)),
     ];
     let mut missing = 0;
@@ -76,6 +78,11 @@ fn filesystem(name: &str, without: &str) -> Finding {
     if known.split_whitespace().any(|word| word == name) {
         return Finding::Good("known to the kernel".to_owned());
     }
+    // A mount loads the module.
+    let module = Command::new("modprobe").args(["--dry-run", "--quiet", name]).status();
+    if module.is_ok_and(|status| status.success()) {
+        return Finding::Good("a module, loaded on use".to_owned());
+    }
     Finding::Missing(format!("the kernel does not know {name}: {without}; try `modprobe {name}`"))
 }
 
@@ -117,6 +124,39 @@ fn forwarding() -> Finding {
     }
 }
 
+/// `table` is the text of `/proc/net/route`: interface, destination and gateway in the first columns.
+fn default_route(table: &str) -> Finding {
+    let through = table.lines().skip(1).find_map(|line| {
+        let mut columns = line.split_whitespace();
+        let (interface, destination) = (columns.next()?, columns.next()?);
+        (destination == "00000000").then(|| interface.to_owned())
+    });
+    match through {
+        Some(interface) => Finding::Good(format!("through {interface}")),
+        None => Finding::Limited(
+            "none: this machine itself cannot reach Services by their cluster IPs (pods can); any default route will do"
+                .to_owned(),
+        ),
+    }
+}
+
+/// Programs that configure every new link would take the pods' links away from us.
+fn link_managers() -> Finding {
+    let states = Path::new("/run/systemd/netif/links");
+    for (index, name) in nix::net::if_::if_nameindex().iter().flatten().filter_map(|interface| {
+        let name = interface.name().to_string_lossy().into_owned();
+        (name.starts_with("veth") || name.starts_with("cni")).then_some((interface.index(), name))
+    }) {
+        let state = fs::read_to_string(states.join(index.to_string())).unwrap_or_default();
+        if state.lines().any(|line| line.starts_with("NETWORK_FILE=")) {
+            return Finding::Limited(format!(
+                "systemd-networkd configures {name}, which is ours: a [Match] in /etc/systemd/network is too wide, for example Type=ether; pods may be unreachable"
+            ));
+        }
+    }
+    Finding::Good("none takes the pods' links".to_owned())
+}
+
 fn disk(settings: &Settings) -> Finding {
     let mut directory = settings.layout.data_dir();
     while !directory.exists() {
@@ -126,12 +166,32 @@ fn disk(settings: &Settings) -> Finding {
     match nix::sys::statvfs::statvfs(directory) {
         Ok(stat) => {
             let free = stat.blocks_available() * stat.fragment_size() / (1 << 20);
-            if free >= 1024 {
+            let percent = stat.blocks_available() * 100 / stat.blocks().max(1);
+            if percent < 10 {
+                Finding::Limited(format!(
+                    "only {percent} % free ({free} MiB) at {}: below 10 % the node reports disk pressure and takes no pods",
+                    directory.display()
+                ))
+            } else if free >= 1024 {
                 Finding::Good(format!("{free} MiB free at {}", directory.display()))
             } else {
                 Finding::Limited(format!("only {free} MiB free at {}", directory.display()))
             }
         }
         Err(error) => Finding::Missing(format!("cannot look at {}: {error}", directory.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_route_is_found_by_its_destination() {
+        let header = "Iface\tDestination\tGateway\n";
+        let local = "eth0\t0002000A\t00000000\n";
+        assert!(matches!(default_route(&format!("{header}{local}")), Finding::Limited(_)));
+        let both = format!("{header}{local}eth0\t00000000\t0202000A\n");
+        assert!(matches!(default_route(&both), Finding::Good(text) if text == "through eth0"));
     }
 }
