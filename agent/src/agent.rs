@@ -11,7 +11,7 @@ use oarlock_node_api::NodeApi;
 use oarlock_probes::{ExecProbe, ProbeManager};
 use oarlock_supervise::Tasks;
 use oarlock_volumes::VolumeManager;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::cgroups::PodCgroups;
@@ -48,6 +48,12 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
         let io = |source| Error::Io { operation: "create directory", path: path.clone(), source };
         tokio::fs::create_dir_all(&path).await.map_err(io)?;
     }
+    if config.fail_swap_on && swap_is_on() {
+        return Err(Error::SwapOn);
+    }
+    for field in config.kubelet.without_effect() {
+        tracing::warn!(field, "this field of the kubelet's configuration has no effect here");
+    }
     let data_dir = config.data_dir.clone();
     let read = tokio::task::spawn_blocking(move || (Machine::read(&data_dir), identity::read())).await;
     let (machine, identity) = read.unwrap_or_default();
@@ -57,16 +63,18 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
     let (objects, service_watch) = Objects::new(client.clone());
     let (probe_updates, probe_receiver) = mpsc::channel(PROBE_UPDATES);
     let placeholder = status::new_node(&config, &identity, Default::default());
-    let cgroups = PodCgroups { root: config.cgroup_root.clone(), enabled: config.cgroups_per_qos, systemd: false };
+    let capacity = Capacity::of(&machine, &config);
+    let cgroups = PodCgroups::of(&config, &capacity);
     let shared = Arc::new(Shared {
         volumes: VolumeManager::new(config.pods_root(), objects.clone()),
         probes: ProbeManager::new(Arc::new(RuntimeExec(runtime.clone())), probe_updates),
-        capacity: Capacity::of(&machine, &config),
+        capacity,
         cgroups: ArcSwap::from_pointee(cgroups),
         table: PodTable::default(),
         id_scheme: ArcSwap::from_pointee("oarlock://".to_owned()),
         node: ArcSwap::from_pointee(placeholder),
         runtime_ok: AtomicBool::new(true),
+        pulls: Semaphore::new(config.max_parallel_image_pulls),
         pressure: Default::default(),
         node_changed: Default::default(),
         client: client.clone(),
@@ -81,11 +89,13 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
     let mut tasks = Tasks::new(shutdown);
     let token = tasks.token();
     let (news, news_receiver) = mpsc::channel(NEWS);
+    let mirror_touched = Arc::new(Notify::new());
     let mut known_sources = HashSet::from([Source::Api]);
     if let Some(directory) = config.static_pod_dir.clone() {
         known_sources.insert(Source::Files);
         let (node_name, news) = (config.node_name.clone(), news.clone());
-        let watch = sources::watch_directory(directory, client.clone(), node_name, news, token.clone());
+        let watch =
+            sources::watch_directory(directory, client.clone(), node_name, news, mirror_touched.clone(), token.clone());
         tasks.spawn("static pods", finished(watch));
     }
     let api = NodeApi::new(
@@ -112,7 +122,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
     tasks.spawn("evictions", finished(evictions));
     tasks.spawn("image collection", finished(images.run(token.clone())));
     tasks.spawn("logs", finished(logs::rotate(shared.clone(), token.clone())));
-    let watch = sources::watch_api(client, config.node_name.clone(), news, token.clone());
+    let watch = sources::watch_api(client, config.node_name.clone(), news, mirror_touched, token.clone());
     tasks.spawn("pod watch", finished(watch));
     tasks.spawn("node API", api.run(token));
     tasks.join(DRAIN).await.map_err(Error::from)
@@ -136,6 +146,11 @@ async fn meet_runtime(shared: &Shared) {
         let without = PodCgroups { enabled: false, ..(**shared.cgroups.load()).clone() };
         shared.cgroups.store(Arc::new(without));
     }
+}
+
+/// Whether the kernel swaps anywhere: `/proc/swaps` has a line under its heading.
+fn swap_is_on() -> bool {
+    std::fs::read_to_string("/proc/swaps").is_ok_and(|text| text.lines().count() > 1)
 }
 
 /// A task that ends without an error when it ends.

@@ -5,8 +5,9 @@
 use k8s_openapi::api::core::v1::Pod;
 use oarlock_cgroup::{Cgroup, CgroupError, Limits};
 
-use crate::spec;
+use crate::node::capacity::Capacity;
 use crate::spec::resources::{Qos, cpu_quota, cpu_shares, pod_limits, pod_requests, qos_of};
+use crate::{Config, spec};
 
 /// Names, makes and removes pod cgroups.
 #[derive(Debug, Clone)]
@@ -16,9 +17,32 @@ pub(crate) struct PodCgroups {
     /// False leaves cgroups to the runtime altogether.
     pub enabled: bool,
     pub systemd: bool,
+    /// What all pods together may use: CPU in thousandths, and memory in bytes where some is reserved for others.
+    pub all_cpu_milli: i64,
+    pub all_memory_bytes: Option<i64>,
+    /// The most processes of a pod.
+    pub pids_max: Option<i64>,
+    /// The period of CPU limits in microseconds; None when they are not enforced.
+    pub cpu_period_us: Option<u64>,
 }
 
 impl PodCgroups {
+    pub(crate) fn of(config: &Config, capacity: &Capacity) -> Self {
+        let whole = |name: &str| capacity.capacity.get(name).copied().unwrap_or(0);
+        let reserved = |amount: u64| i64::try_from(amount).unwrap_or(i64::MAX);
+        let memory = whole("memory") / 1000 - reserved(config.reserved_memory_bytes);
+        let period = u64::try_from(config.cpu_cfs_quota_period.as_micros()).unwrap_or(100_000);
+        Self {
+            root: config.cgroup_root.clone(),
+            enabled: config.cgroups_per_qos,
+            systemd: false,
+            all_cpu_milli: whole("cpu") - reserved(config.reserved_cpu_millis),
+            all_memory_bytes: Some(memory).filter(|bytes| config.reserved_memory_bytes > 0 && *bytes > 0),
+            pids_max: config.pod_pids_limit,
+            cpu_period_us: config.cpu_cfs_quota.then_some(period),
+        }
+    }
+
     fn path(&self, qos: Qos, uid: &str) -> String {
         let root = self.root.trim_matches('/');
         let base = if root.is_empty() { "kubepods".to_owned() } else { format!("{root}/kubepods") };
@@ -55,14 +79,30 @@ impl PodCgroups {
         if !self.enabled || self.systemd {
             return Ok(());
         }
-        for qos in [Qos::Burstable, Qos::BestEffort] {
-            let path = self.path(qos, "");
-            let group = path.trim_end_matches("/pod").to_owned();
-            Cgroup::new(&group)?.create()?;
+        for qos in [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort] {
+            Cgroup::new(&self.class(qos))?.create()?;
         }
-        let best_effort = self.path(Qos::BestEffort, "");
-        let limits = Limits { cpu_shares: Some(2), ..Default::default() };
-        Cgroup::new(best_effort.trim_end_matches("/pod"))?.set_limits(&limits)
+        let shares = |milli: i64| u64::try_from(cpu_shares(milli)).ok();
+        Cgroup::new(&self.class(Qos::Guaranteed))?.set_limits(&Limits {
+            cpu_shares: shares(self.all_cpu_milli),
+            memory_limit_bytes: Some(self.all_memory_bytes.unwrap_or(-1)),
+            ..Default::default()
+        })?;
+        Cgroup::new(&self.class(Qos::BestEffort))?.set_limits(&Limits { cpu_shares: Some(2), ..Default::default() })
+    }
+
+    /// The group that holds the pods of a class; that of Guaranteed ones holds the other two as well.
+    fn class(&self, qos: Qos) -> String {
+        self.path(qos, "").trim_end_matches("/pod").to_owned()
+    }
+
+    /// Gives burstable pods together the CPU weight of what they ask for.
+    pub(crate) fn weigh_burstable(&self, requested_milli: i64) -> Result<(), CgroupError> {
+        if !self.enabled || self.systemd {
+            return Ok(());
+        }
+        let cpu_shares = u64::try_from(cpu_shares(requested_milli)).ok();
+        Cgroup::new(&self.class(Qos::Burstable))?.set_limits(&Limits { cpu_shares, ..Default::default() })
     }
 
     /// Makes the pod's cgroup with its limits. Idempotent.
@@ -75,11 +115,12 @@ impl PodCgroups {
         group.create()?;
         let (requests, limits) = (pod_requests(pod), pod_limits(pod));
         let shares = cpu_shares(requests.get("cpu").copied().unwrap_or(0));
-        let cpu = limits.get("cpu").copied();
+        let cpu = limits.get("cpu").copied().zip(self.cpu_period_us);
         group.set_limits(&Limits {
             cpu_shares: u64::try_from(shares).ok(),
-            cpu_quota_us: cpu.map(cpu_quota),
-            cpu_period_us: cpu.map(|_| 100_000),
+            cpu_quota_us: cpu.map(|(milli, period)| cpu_quota(milli, period)),
+            cpu_period_us: cpu.map(|(_, period)| period),
+            pids_max: self.pids_max,
             memory_limit_bytes: limits.get("memory").map(|milli| milli / 1000).filter(|bytes| *bytes > 0),
             ..Default::default()
         })
@@ -110,7 +151,7 @@ mod tests {
         let pod: Pod = serde_json::from_value(serde_json::json!({"metadata": {"name": "p", "uid": "a-b"},
             "spec": {"containers": [{"name": "c", "resources": {"requests": {"cpu": "1"}}}]}}))
         .expect("a pod");
-        let mut cgroups = PodCgroups { root: String::new(), enabled: true, systemd: false };
+        let mut cgroups = PodCgroups::of(&Config::new("n", "127.0.0.1".parse().unwrap()), &Capacity::default());
         assert_eq!(cgroups.parent(&pod), "/kubepods/burstable/poda-b");
         cgroups.systemd = true;
         assert_eq!(cgroups.parent(&pod), "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-poda_b.slice");

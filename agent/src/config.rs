@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 
-use crate::{Error, EvictionConfig, ImageGcConfig};
+use crate::{Error, EvictionConfig, ImageGcConfig, KubeletConfiguration};
 
 /// Everything the agent needs to know. Start from [`Config::new`] and change what differs.
 #[derive(Debug, Clone)]
@@ -33,6 +33,8 @@ pub struct Config {
     /// The resolver configuration that pods with DNS policy Default inherit.
     pub resolv_conf: PathBuf,
     pub max_pods: u32,
+    /// At most so many pods for each processor; 0 is no such limit.
+    pub pods_per_core: u32,
     /// A directory of pod manifests to run without an API server.
     pub static_pod_dir: Option<PathBuf>,
     pub node_labels: BTreeMap<String, String>,
@@ -44,16 +46,38 @@ pub struct Config {
     /// Kept away from pods: capacity minus this is allocatable.
     pub reserved_cpu_millis: u64,
     pub reserved_memory_bytes: u64,
+    pub reserved_storage_bytes: u64,
+    /// The most processes of a pod; None is no limit.
+    pub pod_pids_limit: Option<i64>,
+    /// Whether CPU limits are enforced, and over which period.
+    pub cpu_cfs_quota: bool,
+    pub cpu_cfs_quota_period: Duration,
+    /// Refuses to start where swap is on.
+    pub fail_swap_on: bool,
+    /// Containers without a seccomp profile get the runtime's.
+    pub seccomp_default: bool,
+    /// The longest delay before a container that keeps ending is started again.
+    pub max_restart_delay: Duration,
+    pub max_parallel_image_pulls: usize,
     /// A container log is rotated past this size.
     pub container_log_max_bytes: u64,
     /// Rotated files kept, the current one included.
     pub container_log_max_files: usize,
+    /// How often log sizes are looked at.
+    pub container_log_period: Duration,
+    /// How often the node is looked at.
+    pub node_status_update_period: Duration,
+    /// The most images that the node's status lists.
+    pub node_status_max_images: usize,
+    pub provider_id: Option<String>,
     /// How often an unchanged node status is sent anyway.
     pub node_status_report_period: Duration,
     pub node_lease_duration: Duration,
     /// When pods are ended because the node runs short.
     pub eviction: EvictionConfig,
     pub image_gc: ImageGcConfig,
+    /// What was given as KubeletConfiguration, for `/configz`.
+    pub kubelet: KubeletConfiguration,
 }
 
 impl Config {
@@ -76,6 +100,7 @@ impl Config {
             cluster_domain: "cluster.local".to_owned(),
             resolv_conf: PathBuf::from("/etc/resolv.conf"),
             max_pods: 110,
+            pods_per_core: 0,
             static_pod_dir: None,
             node_labels: BTreeMap::new(),
             register_with_taints: Vec::new(),
@@ -83,12 +108,25 @@ impl Config {
             cgroups_per_qos: true,
             reserved_cpu_millis: 0,
             reserved_memory_bytes: 0,
+            reserved_storage_bytes: 0,
+            pod_pids_limit: None,
+            cpu_cfs_quota: true,
+            cpu_cfs_quota_period: Duration::from_millis(100),
+            fail_swap_on: false,
+            seccomp_default: false,
+            max_restart_delay: Duration::from_secs(300),
+            max_parallel_image_pulls: 10,
             container_log_max_bytes: 10 << 20,
             container_log_max_files: 5,
+            container_log_period: Duration::from_secs(10),
+            node_status_update_period: Duration::from_secs(10),
+            node_status_max_images: 50,
+            provider_id: None,
             node_status_report_period: Duration::from_secs(300),
             node_lease_duration: Duration::from_secs(40),
             eviction: EvictionConfig::default(),
             image_gc: ImageGcConfig::default(),
+            kubelet: KubeletConfiguration::default(),
         }
     }
 

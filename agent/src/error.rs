@@ -24,6 +24,8 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    #[error("running with swap on is not allowed: disable swap or set failSwapOn to false")]
+    SwapOn,
     #[error(transparent)]
     Task(#[from] oarlock_supervise::TaskError),
 }

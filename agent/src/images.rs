@@ -33,6 +33,13 @@ pub struct ImageGcConfig {
     pub max_age: Option<Duration>,
 }
 
+impl ImageGcConfig {
+    /// For a machine whose disk others fill too.
+    pub fn for_shared_machine() -> Self {
+        Self { high_percent: 95, low_percent: 90, ..Self::default() }
+    }
+}
+
 impl Default for ImageGcConfig {
     fn default() -> Self {
         Self { high_percent: 85, low_percent: 80, min_age: Duration::from_secs(120), max_age: None }

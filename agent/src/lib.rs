@@ -15,8 +15,10 @@ mod config;
 mod cri;
 mod error;
 mod eviction;
+mod go_duration;
 mod hooks;
 mod images;
+mod kubelet_config;
 mod logs;
 mod model;
 mod node;
@@ -37,6 +39,7 @@ pub use config::Config;
 pub use error::Error;
 pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshold};
 pub use images::ImageGcConfig;
+pub use kubelet_config::{KubeletConfigError, KubeletConfiguration};
 
 use tokio_util::sync::CancellationToken;
 

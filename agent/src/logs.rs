@@ -3,7 +3,6 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -11,14 +10,12 @@ use tokio_util::sync::CancellationToken;
 use crate::model::RunState;
 use crate::shared::Shared;
 
-const PERIOD: Duration = Duration::from_secs(10);
-
 /// Looks at the logs of running containers until `shutdown`.
 pub(crate) async fn rotate(shared: Arc<Shared>, shutdown: CancellationToken) {
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
-            () = tokio::time::sleep(PERIOD) => {}
+            () = tokio::time::sleep(shared.config.container_log_period) => {}
         }
         for entry in shared.table.all() {
             let running = entry.observed.containers.iter().filter(|c| c.state == RunState::Running);

@@ -18,7 +18,8 @@ use crate::admission;
 use crate::cri::{Found, found_pods};
 use crate::model::PodUid;
 use crate::shared::Shared;
-use crate::spec;
+use crate::spec::resources::{Qos, pod_requests, qos_of};
+use crate::spec::{self, names};
 use crate::worker::{self, Event, Worker, unknown_pod};
 
 /// What the sources and the runtime tell.
@@ -68,6 +69,11 @@ pub(crate) struct Pods {
     told: HashMap<Source, HashSet<PodUid>>,
     ready: HashSet<Source>,
     sources: HashSet<Source>,
+    /// The CPU that burstable pods ask for, as their cgroup was last told.
+    burstable_milli: i64,
+    weights_stale: bool,
+    /// Static pods that wait until the pod of their name that ran before is gone, the newest of each name.
+    queued: HashMap<(String, String), Arc<Pod>>,
     shutdown: CancellationToken,
 }
 
@@ -80,6 +86,9 @@ impl Pods {
             told: HashMap::new(),
             ready: HashSet::new(),
             sources,
+            burstable_milli: -1,
+            weights_stale: true,
+            queued: HashMap::new(),
             shutdown,
         }
     }
@@ -94,16 +103,39 @@ impl Pods {
                     let uid = PodUid::from(update.pod_uid.as_str());
                     self.send(&uid, Event::Probe(update)).await;
                 }
-                Some(ended) = self.workers.join_next(), if !self.workers.is_empty() => self.ended(ended),
+                Some(ended) = self.workers.join_next(), if !self.workers.is_empty() => self.ended(ended).await,
+            }
+            if std::mem::take(&mut self.weights_stale) {
+                self.weigh_burstable();
             }
         }
         while self.workers.join_next().await.is_some() {}
     }
 
-    fn ended(&mut self, ended: Result<(PodUid, bool), tokio::task::JoinError>) {
+    /// Keeps the weight of burstable pods among all at what they ask for.
+    fn weigh_burstable(&mut self) {
+        let admitted = self.known.values().filter(|known| known.admitted && qos_of(&known.pod) == Qos::Burstable);
+        let requested = admitted.map(|known| pod_requests(&known.pod).get("cpu").copied().unwrap_or(0)).sum();
+        if self.burstable_milli == requested {
+            return;
+        }
+        self.burstable_milli = requested;
+        let cgroups = self.shared.cgroups.load_full();
+        tokio::task::spawn_blocking(move || {
+            if let Err(error) = cgroups.weigh_burstable(requested) {
+                tracing::debug!(%error, "the weight of burstable pods could not be set");
+            }
+        });
+    }
+
+    async fn ended(&mut self, ended: Result<(PodUid, bool), tokio::task::JoinError>) {
         match ended {
             Ok((uid, true)) => {
-                self.known.remove(&uid);
+                self.weights_stale = true;
+                let ended = self.known.remove(&uid);
+                if let Some(next) = ended.and_then(|ended| self.queued.remove(&full_name(&ended.pod))) {
+                    self.desired(Source::Files, next).await;
+                }
             }
             Ok((_, false)) => {}
             Err(error) => {
@@ -166,6 +198,7 @@ impl Pods {
 
     async fn desired(&mut self, source: Source, pod: Arc<Pod>) {
         if spec::is_mirror(&pod) && source == Source::Api {
+            self.mirror(pod).await;
             return;
         }
         let uid = PodUid::from(spec::pod_uid(&pod));
@@ -173,6 +206,15 @@ impl Pods {
             return;
         }
         self.told.entry(source).or_default().insert(uid.clone());
+        let name = full_name(&pod);
+        if source == Source::Files
+            && !self.known.contains_key(&uid)
+            && self.known.values().any(|k| full_name(&k.pod) == name)
+        {
+            // A changed manifest is a new pod; it starts when the old one has let go of ports and files.
+            self.queued.insert(name, pod);
+            return;
+        }
         let terminal = |pod: &Pod| {
             let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
             matches!(phase, Some("Succeeded" | "Failed"))
@@ -203,11 +245,25 @@ impl Pods {
         }
     }
 
+    /// The object of a static pod: its owner compares what it shows with what is so.
+    async fn mirror(&self, mirror: Arc<Pod>) {
+        let shown = |known: &Known| {
+            known.source == Some(Source::Files)
+                && full_name(&known.pod) == full_name(&mirror)
+                && spec::annotation(&mirror, names::CONFIG_MIRROR) == spec::annotation(&known.pod, names::CONFIG_HASH)
+        };
+        if let Some((uid, _)) = self.known.iter().find(|(_, known)| shown(known)) {
+            let uid = uid.clone();
+            self.send(&uid, Event::Mirror(mirror)).await;
+        }
+    }
+
     fn start_worker(&mut self, uid: PodUid, pod: Arc<Pod>, source: Option<Source>, admitted: bool) {
         let (mailbox, receiver) = mpsc::channel(worker::MAILBOX);
         let worker = Worker::new(self.shared.clone(), pod.clone(), receiver);
         let shutdown = self.shutdown.clone();
         self.known.insert(uid.clone(), Known { mailbox, pod, source, admitted });
+        self.weights_stale = true;
         self.workers.spawn(async move {
             let forgotten = worker.run(shutdown).await;
             (uid, forgotten)
@@ -218,6 +274,7 @@ impl Pods {
     async fn source_ready(&mut self, source: Source) {
         self.ready.insert(source);
         let told = self.told.remove(&source).unwrap_or_default();
+        self.queued.retain(|_, pod| source != Source::Files || told.contains(&PodUid::from(spec::pod_uid(pod))));
         let known = self.known.iter().filter(|(uid, known)| known.source == Some(source) && !told.contains(*uid));
         let missing: Vec<PodUid> = known.map(|(uid, _)| uid.clone()).collect();
         for uid in missing {
@@ -258,4 +315,9 @@ impl Pods {
             self.send(&found.uid, Event::Gone).await;
         }
     }
+}
+
+/// Namespace and name.
+fn full_name(pod: &Pod) -> (String, String) {
+    (spec::pod_namespace(pod).to_owned(), spec::pod_name(pod).to_owned())
 }

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::{Node, Pod, PodStatus};
 use oarlock_probes::ProbeManager;
 use oarlock_volumes::{Allocatable, PodFacts, VolumeManager};
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::Config;
 use crate::cgroups::PodCgroups;
@@ -22,6 +22,7 @@ use crate::node::capacity::Capacity;
 use crate::objects::Objects;
 use crate::recorder::Recorder;
 use crate::spec;
+use crate::spec::resources::NodeLimits;
 
 /// What every part of the agent works with.
 pub(crate) struct Shared {
@@ -41,6 +42,8 @@ pub(crate) struct Shared {
     pub node: ArcSwap<Node>,
     /// Whether the runtime was reached when last tried.
     pub runtime_ok: AtomicBool,
+    /// Image pulls under way.
+    pub pulls: Semaphore,
     /// What the node is short of.
     pub pressure: Mutex<Pressure>,
     /// Something that the node's status shows has changed.
@@ -75,6 +78,11 @@ impl Shared {
                 ephemeral_storage_bytes: milli("ephemeral-storage") / 1000,
             },
         }
+    }
+
+    /// What of the node bears on a container's cgroup values.
+    pub(crate) fn node_limits(&self) -> NodeLimits {
+        NodeLimits { memory_bytes: self.capacity.memory_bytes(), cpu_period_us: self.cgroups.load().cpu_period_us }
     }
 
     pub(crate) fn pressure(&self) -> Pressure {

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, PostParams};
 use kube::runtime::watcher;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::model::PodUid;
@@ -18,15 +18,20 @@ use crate::objects::Delays;
 use crate::pods::{News, Source};
 use crate::spec::{self, names};
 
-const DIRECTORY_PERIOD: Duration = Duration::from_secs(10);
+/// With the directory watched, it is read this often anyway; and when it cannot be watched, or a mirror is not made yet.
+const DIRECTORY_PERIOD: Duration = Duration::from_secs(60);
+const DIRECTORY_RETRY: Duration = Duration::from_secs(10);
+/// A file that is being written gets this long to be whole.
+const SETTLE: Duration = Duration::from_millis(50);
 const MAX_MANIFEST_BYTES: u64 = 1 << 20;
 const CALL: Duration = Duration::from_secs(10);
 
-/// Watches the pods bound to the node until `shutdown`.
+/// Watches the pods bound to the node until `shutdown`. `mirror_touched` is told when the object of a static pod goes.
 pub(crate) async fn watch_api(
     client: kube::Client,
     node_name: String,
     news: mpsc::Sender<News>,
+    mirror_touched: Arc<Notify>,
     shutdown: CancellationToken,
 ) {
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node_name}"));
@@ -52,6 +57,12 @@ pub(crate) async fn watch_api(
         };
         delays.reset();
         told_trouble = false;
+        if let watcher::Event::Delete(pod) | watcher::Event::Apply(pod) = &event
+            && spec::is_mirror(pod)
+            && (pod.metadata.deletion_timestamp.is_some() || matches!(event, watcher::Event::Delete(_)))
+        {
+            mirror_touched.notify_one();
+        }
         let told = match event {
             watcher::Event::Init => News::SourceInit(Source::Api),
             watcher::Event::InitApply(pod) | watcher::Event::Apply(pod) => News::Pod(Source::Api, Arc::new(pod)),
@@ -64,18 +75,25 @@ pub(crate) async fn watch_api(
     }
 }
 
-/// Reads a directory of manifests again and again until `shutdown`. A bad manifest is reported and left out.
+/// Reads a directory of manifests whenever something happens in it, until `shutdown`. A bad manifest is reported and left out.
 pub(crate) async fn watch_directory(
     directory: PathBuf,
     client: kube::Client,
     node_name: String,
     news: mpsc::Sender<News>,
+    mirror_touched: Arc<Notify>,
     shutdown: CancellationToken,
 ) {
     let mut bad: HashMap<PathBuf, String> = HashMap::new();
     let mut mirrored: HashMap<PodUid, Arc<Pod>> = HashMap::new();
     let mut searched = false;
+    let mut watch = None;
     loop {
+        // Watched before it is read, so that nothing is missed in between.
+        if watch.is_none() {
+            watch = directory_events(&directory);
+        }
+        let mut whole = watch.is_some();
         let (dir, node) = (directory.clone(), node_name.clone());
         let read = tokio::task::spawn_blocking(move || read_directory(&dir, &node)).await;
         if let Ok((pods, errors)) = read {
@@ -90,14 +108,57 @@ pub(crate) async fn watch_directory(
                 let _ = news.send(News::Pod(Source::Files, pod.clone())).await;
             }
             let _ = news.send(News::SourceReady(Source::Files)).await;
-            mirror(&client, &pods, &mut mirrored).await;
+            whole &= mirror(&client, &pods, &mut mirrored).await;
             searched = searched || remove_stale_mirrors(&client, &node_name, &pods).await;
+            whole &= searched;
         }
         tokio::select! {
             () = shutdown.cancelled() => return,
-            () = tokio::time::sleep(DIRECTORY_PERIOD) => {}
+            () = tokio::time::sleep(if whole { DIRECTORY_PERIOD } else { DIRECTORY_RETRY }) => {}
+            () = mirror_touched.notified() => {}
+            happened = next_event(&mut watch) => if !happened {
+                watch = None;
+            }
         }
     }
+}
+
+type Events = inotify::EventStream<[u8; 4096]>;
+
+/// What happens in a directory; None while it cannot be watched, as when it is not there.
+fn directory_events(directory: &Path) -> Option<Events> {
+    use inotify::WatchMask;
+    let inotify = inotify::Inotify::init().ok()?;
+    let mask = WatchMask::CREATE
+        | WatchMask::CLOSE_WRITE
+        | WatchMask::DELETE
+        | WatchMask::MOVED_FROM
+        | WatchMask::MOVED_TO
+        | WatchMask::DELETE_SELF
+        | WatchMask::MOVE_SELF
+        | WatchMask::ONLYDIR;
+    inotify.watches().add(directory, mask).ok()?;
+    inotify.into_event_stream([0; 4096]).ok()
+}
+
+/// Waits for something to happen and then for it to be over; false when the directory can no longer be watched.
+async fn next_event(watch: &mut Option<Events>) -> bool {
+    use inotify::EventMask;
+    let Some(events) = watch else { return std::future::pending().await };
+    let gone = |event: &inotify::Event<_>| {
+        event.mask.intersects(EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED)
+    };
+    match events.next().await {
+        Some(Ok(event)) if !gone(&event) => {}
+        _ => return false,
+    }
+    while let Ok(event) = tokio::time::timeout(SETTLE, events.next()).await {
+        match event {
+            Some(Ok(event)) if !gone(&event) => {}
+            _ => return false,
+        }
+    }
+    true
 }
 
 type ReadOut = (Vec<Arc<Pod>>, HashMap<PathBuf, String>);
@@ -168,8 +229,9 @@ pub(crate) fn static_pod(text: &str, node_name: &str) -> Result<Pod, String> {
     Ok(pod)
 }
 
-/// Keeps one API object for each static pod, so that it can be seen; removes those of manifests that went.
-async fn mirror(client: &kube::Client, pods: &[Arc<Pod>], mirrored: &mut HashMap<PodUid, Arc<Pod>>) {
+/// Keeps one API object for each static pod, so that it can be seen; removes those of manifests that went. False when some
+/// object is not there yet.
+async fn mirror(client: &kube::Client, pods: &[Arc<Pod>], mirrored: &mut HashMap<PodUid, Arc<Pod>>) -> bool {
     let current: HashMap<PodUid, Arc<Pod>> =
         pods.iter().map(|pod| (PodUid::from(spec::pod_uid(pod)), pod.clone())).collect();
     for (uid, pod) in mirrored.iter().filter(|(uid, _)| !current.contains_key(*uid)) {
@@ -182,7 +244,9 @@ async fn mirror(client: &kube::Client, pods: &[Arc<Pod>], mirrored: &mut HashMap
             kept.insert(uid, pod);
         }
     }
+    let all = kept.len() == pods.len();
     *mirrored = kept;
+    all
 }
 
 /// Removes mirrors of manifests that went while the agent was away; true once the API could be asked.

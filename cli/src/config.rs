@@ -10,6 +10,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
+use oarlock_agent::KubeletConfiguration;
 use serde::Deserialize;
 
 use crate::layout::Layout;
@@ -53,6 +54,8 @@ pub(crate) struct ConfigFile {
     pub(crate) proxy_health_port: Option<u16>,
     /// A directory of manifests that the agent runs without the API.
     pub(crate) static_pod_dir: Option<PathBuf>,
+    /// Fields of KubeletConfiguration, which win over what is set above.
+    pub(crate) kubelet: Option<KubeletConfiguration>,
     /// Log filter, for example `info` or `info,oarlock_agent=debug`.
     pub(crate) log: Option<String>,
     /// Where CNI network configuration is.
@@ -98,6 +101,7 @@ pub(crate) struct Settings {
     pub(crate) agent_port: u16,
     pub(crate) proxy_health_port: u16,
     pub(crate) static_pod_dir: PathBuf,
+    pub(crate) kubelet: KubeletConfiguration,
     pub(crate) log: String,
     pub(crate) cni_conf_dir: PathBuf,
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
@@ -184,6 +188,11 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         None => host_name()?,
     };
     check_node_name(&node_name)?;
+    let kubelet = file.kubelet.unwrap_or_default();
+    // Found out now, so that a wrong field ends with the code for bad configuration.
+    kubelet
+        .apply(&mut oarlock_agent::Config::new(node_name.clone(), Ipv4Addr::LOCALHOST.into()))
+        .map_err(|error| field("kubelet", error.to_string()))?;
     let node_ip = match file.node_ip {
         Some(address) => address,
         None => crate::host::default_address(),
@@ -202,6 +211,7 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         agent_port: file.agent_port.unwrap_or(10250),
         proxy_health_port: file.proxy_health_port.unwrap_or(10256),
         static_pod_dir: file.static_pod_dir.unwrap_or_else(|| layout.static_pods()),
+        kubelet,
         log: file.log.unwrap_or_else(|| "info".to_owned()),
         cni_conf_dir: file.cni.conf_dir.unwrap_or_else(|| layout.cni_conf_dir()),
         cni_bin_dirs: if file.cni.bin_dirs.is_empty() { layout.cni_bin_dirs() } else { file.cni.bin_dirs },
@@ -283,6 +293,9 @@ mod tests {
             ("nodeName: Bad_Name", "nodeName"),
             ("dataDir: relative", "absolute"),
             ("maxPods: many", "maxPods"),
+            ("kubelet: {evictionHrad: {}}", "evictionHrad"),
+            ("kubelet: {evictionHard: {memory: 1Gi}}", "kubelet: unknown eviction signal memory"),
+            ("kubelet: {staticPodURL: x}", "staticPodURL: this agent does not implement"),
         ];
         for (text, expected) in cases {
             let error = parse(text).expect_err(text);

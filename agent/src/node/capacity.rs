@@ -31,7 +31,7 @@ impl Capacity {
             ("cpu".to_owned(), machine.cpus * 1000),
             ("memory".to_owned(), machine.memory_bytes.saturating_mul(1000)),
             ("ephemeral-storage".to_owned(), machine.storage_bytes.saturating_mul(1000)),
-            ("pods".to_owned(), i64::from(config.max_pods) * 1000),
+            ("pods".to_owned(), max_pods(machine, config) * 1000),
         ]);
         for (name, bytes) in &machine.hugepages {
             capacity.insert(name.clone(), bytes.saturating_mul(1000));
@@ -50,12 +50,21 @@ impl Capacity {
         let kept =
             as_milli(config.reserved_memory_bytes).saturating_add(floor(Signal::MemoryAvailable, machine.memory_bytes));
         take("memory", kept.saturating_add(pages).saturating_mul(1000));
-        take("ephemeral-storage", floor(Signal::NodefsAvailable, machine.storage_bytes).saturating_mul(1000));
+        let kept = floor(Signal::NodefsAvailable, machine.storage_bytes);
+        let kept = kept.saturating_add(as_milli(config.reserved_storage_bytes));
+        take("ephemeral-storage", kept.saturating_mul(1000));
         Self { capacity, allocatable }
     }
 
     pub(crate) fn memory_bytes(&self) -> i64 {
         self.capacity.get("memory").copied().unwrap_or(0) / 1000
+    }
+}
+
+fn max_pods(machine: &Machine, config: &Config) -> i64 {
+    match i64::from(config.pods_per_core) {
+        0 => i64::from(config.max_pods),
+        each => i64::from(config.max_pods).min(each * machine.cpus),
     }
 }
 

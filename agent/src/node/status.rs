@@ -14,9 +14,6 @@ use super::capacity::{Capacity, quantities};
 use crate::eviction::Pressure;
 use crate::{Config, VERSION};
 
-/// At most this many images are listed.
-const MAX_IMAGES: usize = 50;
-
 /// Who the machine is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Identity {
@@ -60,12 +57,12 @@ pub(crate) fn runtime_troubles(status: &Result<cri::StatusResponse, String>) -> 
     troubles
 }
 
-/// The runtime's images as the node lists them: the largest ones.
-pub(crate) fn listed_images(mut images: Vec<cri::Image>) -> Vec<ContainerImage> {
+/// The runtime's images as the node lists them: the largest ones, at most `most`.
+pub(crate) fn listed_images(mut images: Vec<cri::Image>, most: usize) -> Vec<ContainerImage> {
     images.sort_by_key(|image| std::cmp::Reverse(image.size));
     images
         .into_iter()
-        .take(MAX_IMAGES)
+        .take(most)
         .map(|image| {
             let names: Vec<String> = image.repo_digests.into_iter().chain(image.repo_tags).collect();
             ContainerImage { names: Some(names), size_bytes: i64::try_from(image.size).ok() }
@@ -101,7 +98,7 @@ pub(crate) fn new_node(config: &Config, identity: &Identity, status: NodeStatus)
             )])),
             ..Default::default()
         },
-        spec: Some(NodeSpec { taints, ..Default::default() }),
+        spec: Some(NodeSpec { taints, provider_id: config.provider_id.clone(), ..Default::default() }),
         status: Some(status),
     }
 }

@@ -22,9 +22,8 @@ use crate::recorder::Level;
 use crate::shared::Shared;
 
 const CALL: Duration = Duration::from_secs(10);
-/// How often a node that is not Ready is looked at; and one that is.
+/// How often a node that is not Ready is looked at.
 const EAGER: Duration = Duration::from_millis(100);
-const CALM: Duration = Duration::from_secs(10);
 const EAGER_FOR: Duration = Duration::from_secs(60);
 const LEASE_NAMESPACE: &str = "kube-node-lease";
 /// Images are listed again after this many calm rounds.
@@ -84,7 +83,7 @@ impl NodeSync {
             let pause = if eager {
                 EAGER
             } else if ready {
-                CALM
+                self.shared.config.node_status_update_period
             } else {
                 Duration::from_secs(1)
             };
@@ -113,7 +112,7 @@ impl NodeSync {
             if self.rounds.is_multiple_of(IMAGE_ROUNDS)
                 && let Ok(images) = shared.runtime.list_images().await
             {
-                self.images = status::listed_images(images);
+                self.images = status::listed_images(images, shared.config.node_status_max_images);
             }
         }
         if reached && !self.driver_known {

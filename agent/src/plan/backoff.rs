@@ -23,12 +23,12 @@ impl Backoff {
     }
 
     /// The entry after one more start of what ended at `ended_at`.
-    pub(crate) fn next(current: Option<Backoff>, ended_at: Timestamp, now: Timestamp) -> Backoff {
+    pub(crate) fn next(current: Option<Backoff>, ended_at: Timestamp, now: Timestamp, longest: Duration) -> Backoff {
         match current {
             Some(backoff) if !backoff.expired(ended_at) => {
-                Backoff { delay: (backoff.delay * 2).min(LONGEST), updated_at: now }
+                Backoff { delay: (backoff.delay * 2).min(longest), updated_at: now }
             }
-            _ => Backoff { delay: INITIAL, updated_at: now },
+            _ => Backoff { delay: INITIAL.min(longest), updated_at: now },
         }
     }
 
@@ -73,7 +73,7 @@ mod tests {
         let mut delays = Vec::new();
         let mut now = 0;
         for _ in 0..8 {
-            let next = Backoff::next(entry, at(now), at(now));
+            let next = Backoff::next(entry, at(now), at(now), LONGEST);
             delays.push(next.delay.as_secs());
             now += i64::try_from(next.delay.as_secs()).unwrap();
             entry = Some(next);
@@ -86,6 +86,6 @@ mod tests {
         let entry = Backoff { delay: Duration::from_secs(160), updated_at: at(0) };
         assert_eq!(entry.ready_at(at(600)), Some(at(760)));
         assert_eq!(entry.ready_at(at(601)), None);
-        assert_eq!(Backoff::next(Some(entry), at(601), at(601)).delay, INITIAL);
+        assert_eq!(Backoff::next(Some(entry), at(601), at(601), LONGEST).delay, INITIAL);
     }
 }

@@ -101,6 +101,8 @@ pub(crate) struct State {
     /// Whether the API has the status as it stands now.
     pub status_sent: bool,
     pub deletion_finished: bool,
+    /// The longest delay between restarts, where it differs from the usual one.
+    pub longest_delay: Option<Duration>,
     /// Room is needed: containers of a pod that is over go although its object stays.
     pub reclaim: bool,
 }
@@ -149,10 +151,11 @@ impl State {
     /// Notes that an action begins.
     pub(crate) fn begin(&mut self, action: &Action, now: Timestamp) {
         if let Action::StartContainer { name, .. } = action {
+            let longest = self.longest_delay.unwrap_or(super::backoff::LONGEST);
             let ended = self.observed.as_ref().and_then(|observed| observed.latest(name));
             if let Some(ended) = ended.filter(|container| container.state == RunState::Exited) {
                 let ended_at = ended.finished_at.unwrap_or(ended.created_at);
-                let next = Backoff::next(self.backoff.get(name).copied(), ended_at, now);
+                let next = Backoff::next(self.backoff.get(name).copied(), ended_at, now, longest);
                 self.backoff.insert(name.clone(), next);
             }
         }
@@ -215,7 +218,12 @@ impl State {
                     "InvalidImageName" => None,
                     "ErrImageNeverPull" => Some(later(now, super::backoff::INITIAL)),
                     _ => {
-                        let next = Backoff::next(self.pull_backoff.get(&container).copied(), now, now);
+                        let next = Backoff::next(
+                            self.pull_backoff.get(&container).copied(),
+                            now,
+                            now,
+                            super::backoff::LONGEST,
+                        );
                         self.pull_backoff.insert(container.clone(), next);
                         Some(later(now, next.delay))
                     }

@@ -13,9 +13,11 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::stats;
+use crate::go_duration::show;
 use crate::model::{Container, ContainerId, PodUid, RunState};
 use crate::shared::{PodEntry, Shared};
 use crate::spec;
+use crate::{Amount, EvictionConfig};
 
 const RUN: Duration = Duration::from_secs(120);
 /// While a log is followed, the container is looked at this often.
@@ -169,7 +171,8 @@ impl NodeBackend for Backend {
 
     async fn configz(&self) -> Value {
         let config = &self.shared.config;
-        json!({ "kubeletconfig": {
+        let mut shown = config.kubelet.given();
+        let effective = json!({
             "kind": "KubeletConfiguration",
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "address": config.listen.ip().to_string(),
@@ -177,16 +180,33 @@ impl NodeBackend for Backend {
             "clusterDomain": config.cluster_domain,
             "clusterDNS": config.cluster_dns.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "maxPods": config.max_pods,
+            "podsPerCore": config.pods_per_core,
+            "podPidsLimit": config.pod_pids_limit.unwrap_or(-1),
             "cgroupsPerQOS": config.cgroups_per_qos,
             "cgroupDriver": if self.shared.cgroups.load().systemd { "systemd" } else { "cgroupfs" },
+            "cpuCFSQuota": config.cpu_cfs_quota,
+            "cpuCFSQuotaPeriod": show(config.cpu_cfs_quota_period),
             "containerRuntimeEndpoint": format!("unix://{}", config.runtime_endpoint.display()),
             "containerLogMaxSize": config.container_log_max_bytes.to_string(),
             "containerLogMaxFiles": config.container_log_max_files,
+            "containerLogMonitorInterval": show(config.container_log_period),
+            "evictionPressureTransitionPeriod": show(config.eviction.transition_period),
+            "evictionHard": hard_thresholds(&config.eviction),
+            "imageGCHighThresholdPercent": config.image_gc.high_percent,
+            "imageGCLowThresholdPercent": config.image_gc.low_percent,
+            "imageMinimumGCAge": show(config.image_gc.min_age),
+            "imageMaximumGCAge": show(config.image_gc.max_age.unwrap_or_default()),
             "nodeLeaseDurationSeconds": config.node_lease_duration.as_secs(),
-            "nodeStatusReportFrequency": format!("{}s", config.node_status_report_period.as_secs()),
+            "nodeStatusReportFrequency": show(config.node_status_report_period),
+            "nodeStatusUpdateFrequency": show(config.node_status_update_period),
             "staticPodPath": config.static_pod_dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default(),
             "resolvConf": config.resolv_conf.display().to_string(),
-        } })
+            "seccompDefault": config.seccomp_default,
+        });
+        if let (Value::Object(shown), Value::Object(effective)) = (&mut shown, effective) {
+            shown.extend(effective);
+        }
+        json!({ "kubeletconfig": shown })
     }
 
     async fn healthy(&self) -> Result<(), String> {
@@ -217,6 +237,19 @@ impl Backend {
         }
         receiver
     }
+}
+
+/// Hard eviction thresholds as they are configured.
+fn hard_thresholds(config: &EvictionConfig) -> Value {
+    let hard = config.thresholds.iter().filter(|threshold| threshold.grace.is_none());
+    let shown = hard.map(|threshold| {
+        let below = match threshold.below {
+            Amount::Absolute(units) => oarlock_quantity::Quantity::binary(units).to_string(),
+            Amount::Percent(percent) => format!("{percent}%"),
+        };
+        (threshold.signal.name().to_owned(), Value::from(below))
+    });
+    Value::Object(shown.collect())
 }
 
 fn waiting_reason(entry: &PodEntry, container: &str) -> String {

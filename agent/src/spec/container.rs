@@ -16,7 +16,9 @@ pub(crate) struct ContainerFacts {
     pub image_user: security::ImageUser,
     pub env: Vec<(String, String)>,
     pub mounts: Vec<cri::Mount>,
-    pub node_memory_bytes: i64,
+    pub node: resources::NodeLimits,
+    /// Containers without a seccomp profile get the runtime's.
+    pub seccomp_default: bool,
     /// The container whose processes an ephemeral container sees.
     pub target: Option<String>,
     pub seccomp_root: std::path::PathBuf,
@@ -33,8 +35,8 @@ pub(crate) fn container_config(
     let expanded = |list: &Option<Vec<String>>| -> Vec<String> {
         list.iter().flatten().map(|text| expand(text, lookup)).collect()
     };
-    let context =
-        security::container_context(pod, container, &facts.image_user, facts.target.as_deref(), &facts.seccomp_root)?;
+    let profiles = security::Profiles { root: &facts.seccomp_root, by_default: facts.seccomp_default };
+    let context = security::container_context(pod, container, &facts.image_user, facts.target.as_deref(), profiles)?;
     Ok(cri::ContainerConfig {
         metadata: Some(cri::ContainerMetadata { name: container.name.clone(), attempt: facts.restart_count }),
         image: Some(cri::ImageSpec {
@@ -60,7 +62,7 @@ pub(crate) fn container_config(
         stdin_once: container.stdin_once.unwrap_or(false),
         tty: container.tty.unwrap_or(false),
         linux: Some(cri::LinuxContainerConfig {
-            resources: Some(resources::linux_resources(pod, container, facts.node_memory_bytes)),
+            resources: Some(resources::linux_resources(pod, container, facts.node)),
             security_context: Some(context),
         }),
         windows: None,
@@ -133,7 +135,8 @@ mod tests {
             image_user: Default::default(),
             env: vec![("A".into(), "1".into())],
             mounts: Vec::new(),
-            node_memory_bytes: 1 << 30,
+            node: resources::NodeLimits { memory_bytes: 1 << 30, cpu_period_us: Some(100_000) },
+            seccomp_default: false,
             target: None,
             seccomp_root: "/s".into(),
             runtime_handler: String::new(),

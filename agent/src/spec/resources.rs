@@ -156,9 +156,10 @@ pub(crate) fn cpu_shares(milli: i64) -> i64 {
     if milli <= 0 { 2 } else { (milli.saturating_mul(1024) / 1000).clamp(2, 262_144) }
 }
 
-/// cpu.cfs_quota_us for a limit with a period of 100 ms; 0 is none.
-pub(crate) fn cpu_quota(milli: i64) -> i64 {
-    if milli <= 0 { 0 } else { (milli.saturating_mul(100_000) / 1000).max(1000) }
+/// cpu.cfs_quota_us for a limit and a period; 0 is none.
+pub(crate) fn cpu_quota(milli: i64, period_us: u64) -> i64 {
+    let period = i64::try_from(period_us).unwrap_or(100_000);
+    if milli <= 0 { 0 } else { (milli.saturating_mul(period) / 1000).max(1000) }
 }
 
 /// How readily the kernel kills a container for memory: never before system daemons, best effort first.
@@ -188,14 +189,19 @@ fn amount(container: &Container, name: &str) -> (Option<i64>, Option<i64>) {
     (of(resources.and_then(|r| r.requests.as_ref())).or(limit), limit)
 }
 
+/// What of the node bears on a container's cgroup values.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NodeLimits {
+    pub memory_bytes: i64,
+    /// The period of CPU limits in microseconds; None when they are not enforced.
+    pub cpu_period_us: Option<u64>,
+}
+
 /// The runtime's cgroup values of one container.
-pub(crate) fn linux_resources(
-    pod: &Pod,
-    container: &Container,
-    node_memory_bytes: i64,
-) -> cri::LinuxContainerResources {
+pub(crate) fn linux_resources(pod: &Pod, container: &Container, node: NodeLimits) -> cri::LinuxContainerResources {
     let (cpu_request, cpu_limit) = amount(container, "cpu");
     let (_, memory_limit) = amount(container, "memory");
+    let quota = cpu_limit.filter(|milli| *milli > 0).zip(node.cpu_period_us);
     let mut hugepage_limits: Vec<cri::HugepageLimit> = Vec::new();
     for (name, quantity) in container.resources.as_ref().and_then(|r| r.limits.as_ref()).into_iter().flatten() {
         if let Some(size) = name.strip_prefix("hugepages-") {
@@ -204,12 +210,12 @@ pub(crate) fn linux_resources(
         }
     }
     cri::LinuxContainerResources {
-        cpu_period: if cpu_limit.is_some() { 100_000 } else { 0 },
-        cpu_quota: cpu_quota(cpu_limit.unwrap_or(0)),
+        cpu_period: quota.map_or(0, |(_, period)| i64::try_from(period).unwrap_or(0)),
+        cpu_quota: quota.map_or(0, |(milli, period)| cpu_quota(milli, period)),
         cpu_shares: cpu_shares(cpu_request.unwrap_or(0)),
         memory_limit_in_bytes: memory_limit.unwrap_or(0),
         memory_swap_limit_in_bytes: memory_limit.unwrap_or(0),
-        oom_score_adj: oom_score_adj(pod, container, node_memory_bytes),
+        oom_score_adj: oom_score_adj(pod, container, node.memory_bytes),
         hugepage_limits,
         ..Default::default()
     }
@@ -274,7 +280,8 @@ mod tests {
             container(serde_json::json!({"cpu": "250m", "memory": "64Mi"}), serde_json::json!({"cpu": "500m", "memory": "128Mi"}))
         ]}));
         let first = &pod.spec.as_ref().unwrap().containers[0];
-        let resources = linux_resources(&pod, first, 1 << 30);
+        let resources =
+            linux_resources(&pod, first, NodeLimits { memory_bytes: 1 << 30, cpu_period_us: Some(100_000) });
         assert_eq!((resources.cpu_shares, resources.cpu_quota, resources.cpu_period), (256, 50_000, 100_000));
         assert_eq!(resources.memory_limit_in_bytes, 128 << 20);
         assert_eq!(resources.oom_score_adj, 1000 - 1000 * (64 << 20) / (1 << 30));

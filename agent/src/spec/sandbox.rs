@@ -59,7 +59,7 @@ fn pod_resources(pod: &Pod) -> cri::LinuxContainerResources {
     cri::LinuxContainerResources {
         cpu_shares: resources::cpu_shares(of(&requests, "cpu")),
         cpu_period: if limits.contains_key("cpu") { 100_000 } else { 0 },
-        cpu_quota: resources::cpu_quota(of(&limits, "cpu")),
+        cpu_quota: resources::cpu_quota(of(&limits, "cpu"), 100_000),
         memory_limit_in_bytes: of(&limits, "memory") / 1000,
         ..Default::default()
     }

@@ -85,14 +85,21 @@ fn selinux(options: Option<&SELinuxOptions>) -> Option<cri::SeLinuxOption> {
     })
 }
 
-/// `seccomp_root` is where Localhost profiles lie.
-fn seccomp(profile: Option<&SeccompProfile>, seccomp_root: &std::path::Path) -> cri::SecurityProfile {
+/// Where Localhost seccomp profiles lie, and whether a container without a profile gets the runtime's.
+#[derive(Clone, Copy)]
+pub(crate) struct Profiles<'a> {
+    pub root: &'a std::path::Path,
+    pub by_default: bool,
+}
+
+fn seccomp(profile: Option<&SeccompProfile>, profiles: Profiles<'_>) -> cri::SecurityProfile {
     use cri::security_profile::ProfileType;
     let (kind, localhost_ref) = match profile.map(|profile| (profile.type_.as_str(), &profile.localhost_profile)) {
         Some(("RuntimeDefault", _)) => (ProfileType::RuntimeDefault, String::new()),
         Some(("Localhost", Some(name))) => {
-            (ProfileType::Localhost, seccomp_root.join(name).to_string_lossy().into_owned())
+            (ProfileType::Localhost, profiles.root.join(name).to_string_lossy().into_owned())
         }
+        None if profiles.by_default => (ProfileType::RuntimeDefault, String::new()),
         _ => (ProfileType::Unconfined, String::new()),
     };
     cri::SecurityProfile { profile_type: kind as i32, localhost_ref }
@@ -137,7 +144,7 @@ pub(crate) fn container_context(
     container: &Container,
     image: &ImageUser,
     target: Option<&str>,
-    seccomp_root: &std::path::Path,
+    profiles: Profiles<'_>,
 ) -> Result<cri::LinuxContainerSecurityContext, String> {
     let pod_level = pod_context(pod);
     let own = container.security_context.clone().unwrap_or_default();
@@ -177,7 +184,7 @@ pub(crate) fn container_context(
         no_new_privs: own.allow_privilege_escalation == Some(false),
         masked_paths: paths(MASKED_PATHS),
         readonly_paths: paths(READ_ONLY_PATHS),
-        seccomp: Some(seccomp(own.seccomp_profile.as_ref().or(pod_level.seccomp_profile.as_ref()), seccomp_root)),
+        seccomp: Some(seccomp(own.seccomp_profile.as_ref().or(pod_level.seccomp_profile.as_ref()), profiles)),
         apparmor: apparmor(own.app_armor_profile.as_ref().or(pod_level.app_armor_profile.as_ref())),
         ..Default::default()
     })
@@ -212,7 +219,7 @@ mod tests {
             "spec": {"securityContext": pod_context, "containers": [{"name": "c", "securityContext": own}]}}))
             .expect("a pod");
         let container = pod.spec.as_ref().unwrap().containers[0].clone();
-        container_context(&pod, &container, &image, None, Path::new("/seccomp"))
+        container_context(&pod, &container, &image, None, Profiles { root: Path::new("/seccomp"), by_default: false })
     }
 
     #[test]

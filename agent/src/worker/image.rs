@@ -63,6 +63,8 @@ impl Job {
         if auths.is_empty() {
             auths.push(None);
         }
+        let _turn = self.shared.pulls.acquire().await;
+        let pulling_since = Instant::now();
         let mut last = String::new();
         for auth in auths {
             let spec = cri::ImageSpec { image: image.clone(), ..Default::default() };
@@ -71,9 +73,9 @@ impl Job {
             match self.shared.runtime.pull_image(request).await {
                 Ok(image_ref) => {
                     let size = self.shared.runtime.image_status(&image_ref).await.ok().flatten().map_or(0, |i| i.size);
-                    let took = began.elapsed();
+                    let (took, waited) = (pulling_since.elapsed(), began.elapsed());
                     let message = format!(
-                        "Successfully pulled image \"{asked}\" in {took:.0?} ({took:.0?} including waiting). Image size: {size} bytes."
+                        "Successfully pulled image \"{asked}\" in {took:.0?} ({waited:.0?} including waiting). Image size: {size} bytes."
                     );
                     recorder.container(&self.pod, name, Level::Normal, "Pulled", message);
                     return Outcome::ImageReady { image_ref };

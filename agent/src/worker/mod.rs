@@ -46,6 +46,8 @@ pub(crate) const MAILBOX: usize = 64;
 pub(crate) enum Event {
     /// A source has the pod, in this form.
     Desired(Arc<Pod>),
+    /// The API object that shows a static pod.
+    Mirror(Arc<Pod>),
     /// No source has the pod any more.
     Gone,
     /// The pod may not run here.
@@ -102,6 +104,7 @@ impl Worker {
         let saved = ledger::load(&shared.config.state_dir(), &uid);
         let mut state = State::default();
         state.backoff = saved.backoff.clone();
+        state.longest_delay = Some(shared.config.max_restart_delay);
         state.started_at = Some(last.start_time.as_ref().map_or(now, |at| at.0));
         for known in [&last.container_statuses, &last.init_container_statuses].into_iter().flatten().flatten() {
             if known.container_id.is_some() {
@@ -176,6 +179,7 @@ impl Worker {
         let now = Timestamp::now();
         match event {
             Event::Desired(pod) => self.desired(pod, now),
+            Event::Mirror(mirror) => self.report.seen(&mirror),
             Event::Gone => {
                 self.state.gone = true;
                 let grace = self

@@ -25,6 +25,8 @@ pub(super) struct Report {
     acknowledged: PodStatus,
     acknowledged_version: u64,
     under_way: bool,
+    /// What the watch delivered while a patch was under way.
+    seen_meanwhile: Option<Box<Pod>>,
     failures: u32,
     not_before: Option<Instant>,
 }
@@ -54,6 +56,7 @@ impl Report {
             acknowledged: last,
             acknowledged_version: 0,
             under_way: false,
+            seen_meanwhile: None,
             failures: 0,
             not_before: None,
         }
@@ -61,14 +64,19 @@ impl Report {
 
     /// Takes in an object that the watch delivered: others' conditions, and what someone may have overwritten.
     pub(super) fn seen(&mut self, pod: &Pod) {
-        let Some(status) = &pod.status else { return };
         let version = resource_version(pod);
-        if self.under_way || version < self.acknowledged_version {
+        if self.under_way {
+            // Judged once it is known which of the two came later.
+            self.seen_meanwhile = Some(Box::new(pod.clone()));
             return;
         }
-        self.acknowledged = status.clone();
+        if version < self.acknowledged_version {
+            return;
+        }
+        let status = pod.status.clone().unwrap_or_default();
         self.acknowledged_version = version;
-        self.adopt_foreign_conditions(status);
+        self.adopt_foreign_conditions(&status);
+        self.acknowledged = status;
     }
 
     fn adopt_foreign_conditions(&mut self, status: &PodStatus) {
@@ -119,6 +127,9 @@ impl Report {
                 self.failures += 1;
                 self.not_before = Some(Instant::now() + delay);
             }
+        }
+        if let Some(pod) = self.seen_meanwhile.take() {
+            self.seen(&pod);
         }
     }
 

@@ -140,7 +140,7 @@ impl FakeApi {
             self.objects.lock().unwrap().changes.push(format!("{method} {path}"));
         }
         Ok(match method {
-            Method::GET if query.contains("watch=true") => self.watch(&path),
+            Method::GET if query.contains("watch=true") => self.watch(&path, &query),
             Method::GET => self.read(&path),
             Method::POST => self.create(&path, body),
             Method::PATCH => self.patch(&path, &body),
@@ -170,9 +170,19 @@ impl FakeApi {
         not_found(path)
     }
 
-    fn watch(&self, path: &str) -> Answer {
+    fn watch(&self, path: &str, query: &str) -> Answer {
         let mut events = self.events.subscribe();
         let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Frame<Bytes>, Infallible>>(1024);
+        // What came after the list and before this.
+        let from: u64 =
+            query.split('&').find_map(|pair| pair.strip_prefix("resourceVersion=")?.parse().ok()).unwrap_or(u64::MAX);
+        let version = |value: &Value| value["metadata"]["resourceVersion"].as_str()?.parse::<u64>().ok();
+        for (key, value) in &self.objects.lock().unwrap().all {
+            if matches_collection(path, key) && version(value).is_some_and(|version| version > from) {
+                let event = json!({"type": "MODIFIED", "object": value});
+                let _ = sender.try_send(Ok(Frame::data(format!("{event}\n").into())));
+            }
+        }
         let (path, down) = (path.to_owned(), self.down.clone());
         tokio::spawn(async move {
             loop {

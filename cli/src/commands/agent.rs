@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use oarlock_agent::{Agent, Config};
+use oarlock_agent::{Agent, Config, EvictionConfig, ImageGcConfig};
 
 use super::daemon;
 use crate::config::Settings;
@@ -32,7 +32,10 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         config.max_pods = settings.max_pods;
         config.static_pod_dir = Some(settings.static_pod_dir.clone());
         config.node_labels = settings.node_labels.clone();
-        let port = settings.agent_port;
+        config.eviction = EvictionConfig::for_shared_machine();
+        config.image_gc = ImageGcConfig::for_shared_machine();
+        settings.kubelet.apply(&mut config)?;
+        let port = config.listen.port();
         let agent = Agent::new(config).await.context("cannot start the agent")?;
         tokio::spawn(daemon::announce_when("agent", shutdown.clone(), move || async move {
             tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_ok()

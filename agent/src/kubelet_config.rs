@@ -1,0 +1,505 @@
+//! KubeletConfiguration: its fields under their upstream names, read strictly and put into [`Config`]. Pure.
+//!
+//! A field that does not exist is refused, and so is one that exists upstream and would be promised but not kept here. Those
+//! that events or the runtime have made meaningless are taken and named in [`KubeletConfiguration::without_effect`].
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Taint;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
+
+use crate::{Config, EvictionConfig, EvictionConfigError, go_duration};
+
+/// Fields that are taken and change nothing.
+const WITHOUT_EFFECT: &[&str] = &[
+    "cgroupDriver",
+    "configMapAndSecretChangeDetectionStrategy",
+    "containerLogMaxWorkers",
+    "contentType",
+    "cpuManagerReconcilePeriod",
+    "enableContentionProfiling",
+    "enableControllerAttachDetach",
+    "enableDebugFlagsHandler",
+    "enableDebuggingHandlers",
+    "enableProfilingHandler",
+    "eventBurst",
+    "eventRecordQPS",
+    "failCgroupV1",
+    "featureGates",
+    "fileCheckFrequency",
+    "hairpinMode",
+    "healthzBindAddress",
+    "healthzPort",
+    "httpCheckFrequency",
+    "iptablesDropBit",
+    "iptablesMasqueradeBit",
+    "kernelMemcgNotification",
+    "kubeAPIBurst",
+    "kubeAPIQPS",
+    "kubeletCgroups",
+    "localStorageCapacityIsolation",
+    "logging",
+    "makeIPTablesUtilChains",
+    "maxOpenFiles",
+    "oomScoreAdj",
+    "registryBurst",
+    "registryPullQPS",
+    "runtimeRequestTimeout",
+    "streamingConnectionIdleTimeout",
+    "syncFrequency",
+    "volumeStatsAggPeriod",
+];
+
+/// Fields that exist and are refused, since nothing here would keep their promise.
+const UNSUPPORTED: &[&str] = &[
+    "allowedUnsafeSysctls",
+    "cpuManagerPolicyOptions",
+    "enableServer",
+    "enableSystemLogHandler",
+    "enableSystemLogQuery",
+    "imagePullCredentialsVerificationPolicy",
+    "kubeReservedCgroup",
+    "memoryThrottlingFactor",
+    "podCIDR",
+    "preloadedImagesVerificationAllowlist",
+    "protectKernelDefaults",
+    "qosReserved",
+    "reservedMemory",
+    "reservedSystemCPUs",
+    "rotateCertificates",
+    "runOnce",
+    "serverTLSBootstrap",
+    "showHiddenMetricsForVersion",
+    "shutdownGracePeriod",
+    "shutdownGracePeriodByPodPriority",
+    "shutdownGracePeriodCriticalPods",
+    "singleProcessOOMKill",
+    "staticPodURL",
+    "staticPodURLHeader",
+    "systemCgroups",
+    "systemReservedCgroup",
+    "tlsCipherSuites",
+    "tlsMinVersion",
+    "topologyManagerPolicyOptions",
+    "topologyManagerScope",
+    "tracing",
+    "userNamespaces",
+    "volumePluginDir",
+];
+
+/// The fields that have an effect. Absent ones keep what [`Config`] has.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Fields {
+    kind: Option<String>,
+    api_version: Option<String>,
+    static_pod_path: Option<PathBuf>,
+    pod_logs_dir: Option<PathBuf>,
+    address: Option<IpAddr>,
+    port: Option<u16>,
+    read_only_port: Option<u16>,
+    tls_cert_file: Option<PathBuf>,
+    tls_private_key_file: Option<PathBuf>,
+    authentication: Option<Authentication>,
+    authorization: Option<Authorization>,
+    cluster_domain: Option<String>,
+    #[serde(rename = "clusterDNS")]
+    cluster_dns: Option<Vec<IpAddr>>,
+    node_status_update_frequency: Option<GoDuration>,
+    node_status_report_frequency: Option<GoDuration>,
+    node_lease_duration_seconds: Option<u64>,
+    node_status_max_images: Option<i32>,
+    #[serde(rename = "imageMinimumGCAge")]
+    image_minimum_gc_age: Option<GoDuration>,
+    #[serde(rename = "imageMaximumGCAge")]
+    image_maximum_gc_age: Option<GoDuration>,
+    #[serde(rename = "imageGCHighThresholdPercent")]
+    image_gc_high_threshold_percent: Option<u8>,
+    #[serde(rename = "imageGCLowThresholdPercent")]
+    image_gc_low_threshold_percent: Option<u8>,
+    cgroup_root: Option<String>,
+    #[serde(rename = "cgroupsPerQOS")]
+    cgroups_per_qos: Option<bool>,
+    cpu_manager_policy: Option<String>,
+    memory_manager_policy: Option<String>,
+    topology_manager_policy: Option<String>,
+    max_pods: Option<u32>,
+    pods_per_core: Option<u32>,
+    pod_pids_limit: Option<i64>,
+    resolv_conf: Option<PathBuf>,
+    #[serde(rename = "cpuCFSQuota")]
+    cpu_cfs_quota: Option<bool>,
+    #[serde(rename = "cpuCFSQuotaPeriod")]
+    cpu_cfs_quota_period: Option<GoDuration>,
+    serialize_image_pulls: Option<bool>,
+    max_parallel_image_pulls: Option<usize>,
+    eviction_hard: Option<BTreeMap<String, String>>,
+    eviction_soft: Option<BTreeMap<String, String>>,
+    eviction_soft_grace_period: Option<BTreeMap<String, String>>,
+    eviction_pressure_transition_period: Option<GoDuration>,
+    eviction_max_pod_grace_period: Option<u64>,
+    eviction_minimum_reclaim: Option<BTreeMap<String, String>>,
+    merge_default_eviction_settings: Option<bool>,
+    fail_swap_on: Option<bool>,
+    memory_swap: Option<MemorySwap>,
+    container_log_max_size: Option<String>,
+    container_log_max_files: Option<usize>,
+    container_log_monitor_interval: Option<GoDuration>,
+    system_reserved: Option<BTreeMap<String, String>>,
+    kube_reserved: Option<BTreeMap<String, String>>,
+    enforce_node_allocatable: Option<Vec<String>>,
+    crash_loop_back_off: Option<CrashLoopBackOff>,
+    seccomp_default: Option<bool>,
+    register_with_taints: Option<Vec<Taint>>,
+    register_node: Option<bool>,
+    provider_id: Option<String>,
+    container_runtime_endpoint: Option<String>,
+    image_service_endpoint: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Authentication {
+    x509: Option<X509>,
+    webhook: Option<Webhook>,
+    anonymous: Option<Switch>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct X509 {
+    #[serde(rename = "clientCAFile")]
+    client_ca_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Webhook {
+    enabled: Option<bool>,
+    /// Verdicts are kept for upstream's default times.
+    #[serde(rename = "cacheTTL")]
+    cache_ttl: Option<GoDuration>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Switch {
+    enabled: Option<bool>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct Authorization {
+    mode: Option<String>,
+    webhook: Option<BTreeMap<String, Value>>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct MemorySwap {
+    swap_behavior: Option<String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+struct CrashLoopBackOff {
+    max_container_restart_period: Option<GoDuration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct GoDuration(Duration);
+
+impl<'de> Deserialize<'de> for GoDuration {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let duration = go_duration::parse(&text);
+        duration
+            .map(GoDuration)
+            .ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as 5m0s")))
+    }
+}
+
+impl Serialize for GoDuration {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(&go_duration::show(self.0))
+    }
+}
+
+/// A KubeletConfiguration as written.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct KubeletConfiguration {
+    fields: Fields,
+    without_effect: Vec<String>,
+}
+
+/// A KubeletConfiguration that cannot be used. Display names the field.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum KubeletConfigError {
+    #[error("{0}")]
+    Form(String),
+    #[error("{field}: this agent does not implement the field")]
+    Unsupported { field: String },
+    #[error("{field}: {problem}")]
+    Field { field: &'static str, problem: String },
+    #[error(transparent)]
+    Eviction(#[from] EvictionConfigError),
+}
+
+impl<'de> Deserialize<'de> for KubeletConfiguration {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Self::from_value(Value::deserialize(from)?).map_err(serde::de::Error::custom)
+    }
+}
+
+fn wrong(field: &'static str, problem: impl Into<String>) -> KubeletConfigError {
+    KubeletConfigError::Field { field, problem: problem.into() }
+}
+
+impl KubeletConfiguration {
+    fn from_value(mut value: Value) -> Result<Self, KubeletConfigError> {
+        let mut without_effect = Vec::new();
+        if let Value::Object(map) = &mut value {
+            if let Some(field) = map.keys().find(|name| UNSUPPORTED.contains(&name.as_str())) {
+                return Err(KubeletConfigError::Unsupported { field: field.clone() });
+            }
+            without_effect = map.keys().filter(|name| WITHOUT_EFFECT.contains(&name.as_str())).cloned().collect();
+            map.retain(|name, _| !WITHOUT_EFFECT.contains(&name.as_str()));
+        }
+        let fields: Fields =
+            serde_json::from_value(value).map_err(|error| KubeletConfigError::Form(error.to_string()))?;
+        if fields.kind.as_deref().is_some_and(|kind| kind != "KubeletConfiguration") {
+            return Err(wrong("kind", "must be KubeletConfiguration"));
+        }
+        if fields.api_version.as_deref().is_some_and(|version| version != "kubelet.config.k8s.io/v1beta1") {
+            return Err(wrong("apiVersion", "must be kubelet.config.k8s.io/v1beta1"));
+        }
+        Ok(Self { fields, without_effect })
+    }
+
+    /// Fields that were given and change nothing here.
+    pub fn without_effect(&self) -> &[String] {
+        &self.without_effect
+    }
+
+    /// The fields as given, for `/configz`.
+    pub(crate) fn given(&self) -> Value {
+        let mut value = serde_json::to_value(&self.fields).unwrap_or_default();
+        if let Value::Object(map) = &mut value {
+            map.retain(|_, value| !value.is_null());
+        }
+        value
+    }
+
+    /// Checks the fields and puts them into `config`.
+    pub fn apply(&self, config: &mut Config) -> Result<(), KubeletConfigError> {
+        let fields = self.fields.clone();
+        fields.check_fixed()?;
+        fields.eviction(&mut config.eviction)?;
+        fields.images_and_logs(config)?;
+        fields.resources(config)?;
+        fields.plain(config)?;
+        config.kubelet = self.clone();
+        Ok(())
+    }
+}
+
+impl Fields {
+    /// Fields that may only say what is so anyway.
+    fn check_fixed(&self) -> Result<(), KubeletConfigError> {
+        let only = |ok: bool, field: &'static str, problem: &str| if ok { Ok(()) } else { Err(wrong(field, problem)) };
+        let off = "only \"none\" is implemented";
+        let is_none =
+            |policy: &Option<String>| policy.as_deref().is_none_or(|p| p.is_empty() || p.eq_ignore_ascii_case("none"));
+        only(is_none(&self.cpu_manager_policy), "cpuManagerPolicy", off)?;
+        only(is_none(&self.memory_manager_policy), "memoryManagerPolicy", off)?;
+        only(is_none(&self.topology_manager_policy), "topologyManagerPolicy", off)?;
+        only(self.read_only_port.unwrap_or(0) == 0, "readOnlyPort", "nothing is served without authentication")?;
+        only(self.register_node != Some(false), "registerNode", "the node registers itself")?;
+        let swap = self.memory_swap.as_ref().and_then(|swap| swap.swap_behavior.as_deref()).unwrap_or_default();
+        only(matches!(swap, "" | "NoSwap"), "memorySwap.swapBehavior", "only NoSwap is implemented")?;
+        let authentication = self.authentication.clone().unwrap_or_default();
+        let anonymous = authentication.anonymous.unwrap_or_default().enabled;
+        only(anonymous != Some(true), "authentication.anonymous.enabled", "nobody is served without authentication")?;
+        let mode = self.authorization.clone().unwrap_or_default().mode;
+        only(
+            mode.as_deref().is_none_or(|mode| mode == "Webhook"),
+            "authorization.mode",
+            "only Webhook is implemented",
+        )?;
+        for part in self.enforce_node_allocatable.iter().flatten() {
+            let problem = format!("{part:?} is not implemented, only pods and none");
+            only(matches!(part.as_str(), "pods" | "none" | ""), "enforceNodeAllocatable", &problem)?;
+        }
+        let same =
+            self.image_service_endpoint.is_none() || self.image_service_endpoint == self.container_runtime_endpoint;
+        only(same, "imageServiceEndpoint", "images come from containerRuntimeEndpoint")
+    }
+
+    fn eviction(&self, eviction: &mut EvictionConfig) -> Result<(), KubeletConfigError> {
+        let merge = self.merge_default_eviction_settings.unwrap_or(false);
+        let defaults = eviction.thresholds.clone();
+        let texts = |map: &Option<BTreeMap<String, String>>| map.clone().unwrap_or_default();
+        eviction.set(
+            self.eviction_hard.as_ref(),
+            &texts(&self.eviction_soft),
+            &texts(&self.eviction_soft_grace_period),
+            &texts(&self.eviction_minimum_reclaim),
+            go_duration::parse,
+        )?;
+        if merge && let Some(hard) = &self.eviction_hard {
+            let missing = defaults.into_iter().filter(|threshold| !hard.contains_key(threshold.signal.name()));
+            eviction.thresholds.extend(missing);
+        }
+        if let Some(GoDuration(period)) = self.eviction_pressure_transition_period {
+            eviction.transition_period = period;
+        }
+        if let Some(seconds) = self.eviction_max_pod_grace_period {
+            eviction.max_pod_grace = Duration::from_secs(seconds);
+        }
+        Ok(())
+    }
+
+    fn images_and_logs(&self, config: &mut Config) -> Result<(), KubeletConfigError> {
+        let gc = &mut config.image_gc;
+        gc.high_percent = self.image_gc_high_threshold_percent.unwrap_or(gc.high_percent);
+        gc.low_percent = self.image_gc_low_threshold_percent.unwrap_or(gc.low_percent);
+        if gc.high_percent > 100 {
+            return Err(wrong("imageGCHighThresholdPercent", "must be between 0 and 100"));
+        }
+        if gc.low_percent >= gc.high_percent {
+            return Err(wrong("imageGCLowThresholdPercent", "must be less than imageGCHighThresholdPercent"));
+        }
+        gc.min_age = self.image_minimum_gc_age.map_or(gc.min_age, |age| age.0);
+        gc.max_age = self.image_maximum_gc_age.map_or(gc.max_age, |age| Some(age.0).filter(|age| !age.is_zero()));
+        if gc.max_age.is_some_and(|age| age <= gc.min_age) {
+            return Err(wrong("imageMaximumGCAge", "must be greater than imageMinimumGCAge"));
+        }
+        if let Some(text) = &self.container_log_max_size {
+            let bytes =
+                oarlock_quantity::units(text).and_then(|bytes| u64::try_from(bytes).ok()).filter(|bytes| *bytes > 0);
+            let bad = || wrong("containerLogMaxSize", format!("{text:?} is not a positive quantity"));
+            config.container_log_max_bytes = bytes.ok_or_else(bad)?;
+        }
+        if let Some(files) = self.container_log_max_files {
+            if files <= 1 {
+                return Err(wrong("containerLogMaxFiles", "must be greater than 1"));
+            }
+            config.container_log_max_files = files;
+        }
+        if let Some(GoDuration(interval)) = self.container_log_monitor_interval {
+            if interval < Duration::from_secs(3) {
+                return Err(wrong("containerLogMonitorInterval", "must be at least 3s"));
+            }
+            config.container_log_period = interval;
+        }
+        match (self.serialize_image_pulls, self.max_parallel_image_pulls) {
+            (Some(true), Some(pulls)) if pulls > 1 => {
+                return Err(wrong(
+                    "maxParallelImagePulls",
+                    "cannot be larger than 1 unless serializeImagePulls is false",
+                ));
+            }
+            (_, Some(0)) => return Err(wrong("maxParallelImagePulls", "must be a positive number")),
+            (Some(true), _) => config.max_parallel_image_pulls = 1,
+            (_, Some(pulls)) => config.max_parallel_image_pulls = pulls,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn resources(&self, config: &mut Config) -> Result<(), KubeletConfigError> {
+        for (field, map) in [("kubeReserved", &self.kube_reserved), ("systemReserved", &self.system_reserved)] {
+            for (name, text) in map.iter().flatten() {
+                let bad = || wrong(field, format!("{name}: {text:?} is not a quantity"));
+                let amount = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).ok_or_else(bad);
+                match name.as_str() {
+                    "cpu" => config.reserved_cpu_millis += amount(oarlock_quantity::milli(text))?,
+                    "memory" => config.reserved_memory_bytes += amount(oarlock_quantity::units(text))?,
+                    "ephemeral-storage" => config.reserved_storage_bytes += amount(oarlock_quantity::units(text))?,
+                    other => return Err(wrong(field, format!("{other} cannot be reserved"))),
+                }
+            }
+        }
+        if let Some(limit) = self.pod_pids_limit {
+            config.pod_pids_limit = Some(limit).filter(|limit| *limit > 0);
+        }
+        config.cpu_cfs_quota = self.cpu_cfs_quota.unwrap_or(config.cpu_cfs_quota);
+        if let Some(GoDuration(period)) = self.cpu_cfs_quota_period {
+            if !(Duration::from_millis(1)..=Duration::from_secs(1)).contains(&period) {
+                return Err(wrong("cpuCFSQuotaPeriod", "must be between 1ms and 1s, inclusive"));
+            }
+            config.cpu_cfs_quota_period = period;
+        }
+        if let Some(GoDuration(longest)) =
+            self.crash_loop_back_off.as_ref().and_then(|c| c.max_container_restart_period)
+        {
+            if !(Duration::from_secs(1)..=Duration::from_secs(300)).contains(&longest) {
+                return Err(wrong(
+                    "crashLoopBackOff.maxContainerRestartPeriod",
+                    "must be between 1s and 300s, inclusive",
+                ));
+            }
+            config.max_restart_delay = longest;
+        }
+        config.max_pods = self.max_pods.unwrap_or(config.max_pods);
+        config.pods_per_core = self.pods_per_core.unwrap_or(config.pods_per_core);
+        config.fail_swap_on = self.fail_swap_on.unwrap_or(config.fail_swap_on);
+        config.seccomp_default = self.seccomp_default.unwrap_or(config.seccomp_default);
+        Ok(())
+    }
+
+    fn plain(self, config: &mut Config) -> Result<(), KubeletConfigError> {
+        fn set<T>(target: &mut T, value: Option<T>) {
+            if let Some(value) = value {
+                *target = value;
+            }
+        }
+        if let Some(endpoint) = self.container_runtime_endpoint {
+            let path = endpoint.strip_prefix("unix://").filter(|path| path.starts_with('/'));
+            let bad = || wrong("containerRuntimeEndpoint", format!("{endpoint:?} is not unix:// and an absolute path"));
+            config.runtime_endpoint = path.ok_or_else(bad)?.into();
+        }
+        if let Some(dir) = self.static_pod_path {
+            config.static_pod_dir = Some(dir).filter(|dir| !dir.as_os_str().is_empty());
+        }
+        set(&mut config.pod_logs_dir, self.pod_logs_dir);
+        if let Some(address) = self.address {
+            config.listen.set_ip(address);
+        }
+        if let Some(port) = self.port {
+            config.listen.set_port(port);
+        }
+        set(&mut config.cert_file, self.tls_cert_file);
+        set(&mut config.key_file, self.tls_private_key_file);
+        set(&mut config.client_ca_file, self.authentication.and_then(|a| a.x509).and_then(|x509| x509.client_ca_file));
+        set(&mut config.cluster_domain, self.cluster_domain);
+        set(&mut config.cluster_dns, self.cluster_dns);
+        set(&mut config.node_status_update_period, self.node_status_update_frequency.map(|period| period.0));
+        set(&mut config.node_status_report_period, self.node_status_report_frequency.map(|period| period.0));
+        if let Some(seconds) = self.node_lease_duration_seconds {
+            if seconds == 0 {
+                return Err(wrong("nodeLeaseDurationSeconds", "must be greater than 0"));
+            }
+            config.node_lease_duration = Duration::from_secs(seconds);
+        }
+        if let Some(most) = self.node_status_max_images {
+            config.node_status_max_images = usize::try_from(most).unwrap_or(usize::MAX);
+        }
+        set(&mut config.cgroup_root, self.cgroup_root);
+        set(&mut config.cgroups_per_qos, self.cgroups_per_qos);
+        set(&mut config.resolv_conf, self.resolv_conf);
+        set(&mut config.register_with_taints, self.register_with_taints);
+        if self.provider_id.is_some() {
+            config.provider_id = self.provider_id;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "kubelet_config_tests.rs"]
+mod tests;

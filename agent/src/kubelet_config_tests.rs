@@ -1,0 +1,98 @@
+//! Tests of reading a KubeletConfiguration: what is taken, what is refused, and with which words.
+
+use super::*;
+use crate::{Amount, Signal};
+
+fn read(text: &str) -> Result<Config, String> {
+    let given: KubeletConfiguration = serde_yaml_ng::from_str(text).map_err(|error| error.to_string())?;
+    let mut config = Config::new("n", "127.0.0.1".parse().unwrap());
+    given.apply(&mut config).map_err(|error| error.to_string())?;
+    Ok(config)
+}
+
+#[test]
+fn fields_are_taken_under_their_upstream_names() {
+    let config = read(
+        "kind: KubeletConfiguration
+apiVersion: kubelet.config.k8s.io/v1beta1
+maxPods: 250
+clusterDNS: [10.0.0.10]
+evictionHard: {memory.available: 1Gi, nodefs.available: 5%}
+evictionSoft: {memory.available: 2Gi}
+evictionSoftGracePeriod: {memory.available: 1m30s}
+evictionPressureTransitionPeriod: 30s
+imageGCHighThresholdPercent: 70
+imageGCLowThresholdPercent: 60
+containerLogMaxSize: 50Mi
+kubeReserved: {cpu: 200m, memory: 256Mi}
+systemReserved: {cpu: 100m}
+podPidsLimit: 1024
+cpuCFSQuotaPeriod: 50ms
+crashLoopBackOff: {maxContainerRestartPeriod: 20s}
+nodeStatusReportFrequency: 1m
+registerWithTaints: [{key: a, effect: NoSchedule}]
+containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
+",
+    )
+    .expect("valid");
+    assert_eq!((config.max_pods, config.pod_pids_limit), (250, Some(1024)));
+    assert_eq!((config.reserved_cpu_millis, config.reserved_memory_bytes), (300, 256 << 20));
+    assert_eq!(config.eviction.hard(Signal::MemoryAvailable), Some(Amount::Absolute(1 << 30)));
+    assert_eq!(config.eviction.thresholds.len(), 3);
+    assert_eq!(config.eviction.transition_period, Duration::from_secs(30));
+    assert_eq!((config.image_gc.high_percent, config.image_gc.low_percent), (70, 60));
+    assert_eq!(config.container_log_max_bytes, 50 << 20);
+    assert_eq!(config.max_restart_delay, Duration::from_secs(20));
+    assert_eq!(config.cpu_cfs_quota_period, Duration::from_millis(50));
+    assert_eq!(config.runtime_endpoint, PathBuf::from("/run/containerd/containerd.sock"));
+    assert_eq!(config.register_with_taints[0].key, "a");
+}
+
+#[test]
+fn what_is_wrong_is_refused_and_named() {
+    for (text, expected) in [
+        ("evictionHrad: {}", "unknown field `evictionHrad`"),
+        ("shutdownGracePeriod: 30s", "shutdownGracePeriod: this agent does not implement the field"),
+        ("kind: Pod", "kind: must be KubeletConfiguration"),
+        ("apiVersion: v1", "apiVersion: must be"),
+        ("maxPods: many", "invalid type"),
+        ("imageMinimumGCAge: 5", "invalid type"),
+        ("imageMinimumGCAge: 5 minutes", "is not a duration"),
+        ("evictionHard: {disk: 1Gi}", "unknown eviction signal disk"),
+        ("imageGCLowThresholdPercent: 90", "must be less than"),
+        ("containerLogMaxFiles: 1", "must be greater than 1"),
+        ("readOnlyPort: 10255", "readOnlyPort"),
+        ("authentication: {anonymous: {enabled: true}}", "authentication.anonymous.enabled"),
+        ("authentication: {anonymus: {}}", "unknown field `anonymus`"),
+        ("cpuManagerPolicy: static", "cpuManagerPolicy"),
+        ("kubeReserved: {memory: lots}", "kubeReserved: memory"),
+        ("cpuCFSQuotaPeriod: 2s", "cpuCFSQuotaPeriod"),
+        ("containerRuntimeEndpoint: tcp://1.2.3.4:1", "containerRuntimeEndpoint"),
+    ] {
+        let error = read(text).expect_err(text);
+        assert!(error.contains(expected), "{text}: {error}");
+    }
+}
+
+#[test]
+fn what_changes_nothing_is_named_and_what_was_given_is_shown() {
+    let given: KubeletConfiguration = serde_yaml_ng::from_str("syncFrequency: 1m\nmaxPods: 5\n").expect("valid");
+    assert_eq!(given.without_effect(), ["syncFrequency"]);
+    assert_eq!(given.given(), serde_json::json!({"maxPods": 5}));
+}
+
+#[test]
+fn default_thresholds_can_be_kept_beside_own_ones() {
+    let config = read("evictionHard: {memory.available: 1Gi}\nmergeDefaultEvictionSettings: true\n").expect("valid");
+    assert_eq!(config.eviction.hard(Signal::MemoryAvailable), Some(Amount::Absolute(1 << 30)));
+    assert_eq!(config.eviction.hard(Signal::NodefsAvailable), Some(Amount::Percent(10.0)));
+}
+
+#[test]
+fn no_field_is_in_two_lists() {
+    let known = serde_json::to_value(Fields::default()).expect("JSON");
+    for name in WITHOUT_EFFECT.iter().chain(UNSUPPORTED) {
+        assert!(known.get(*name).is_none(), "{name}");
+        assert!(!(WITHOUT_EFFECT.contains(name) && UNSUPPORTED.contains(name)), "{name}");
+    }
+}

@@ -1,0 +1,82 @@
+//! Pods of manifests on the node: run without an API object, shown by one, and changed with their file.
+
+mod fakes;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use fakes::node::{Node, ready};
+use serde_json::Value;
+
+const MIRROR: &str = "/api/v1/namespaces/default/pods/web-node-1";
+
+async fn node() -> Node {
+    Node::start_with(&["app:1", "app:2"], |config| {
+        let manifests = config.data_dir.join("manifests");
+        std::fs::create_dir_all(&manifests).expect("a directory");
+        config.static_pod_dir = Some(manifests);
+    })
+    .await
+}
+
+fn manifest(node: &Node) -> PathBuf {
+    node.dir.path().join("data/manifests/web.yaml")
+}
+
+fn write(path: &Path, image: &str) {
+    let text = format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: web}}\nspec:\n  terminationGracePeriodSeconds: 1\n  containers: [{{name: app, image: \"{image}\"}}]\n"
+    );
+    std::fs::write(path, text).expect("a manifest");
+}
+
+/// Waits for something of the fake runtime, for longer than an event takes and shorter than the next look would.
+async fn soon(what: &str, mut so: impl FnMut() -> bool) {
+    let reached = tokio::time::timeout(Duration::from_secs(5), async {
+        while !so() {
+            tokio::task::yield_now().await;
+        }
+    });
+    assert!(reached.await.is_ok(), "not within 5 s: {what}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_manifest_runs_is_mirrored_and_is_followed() {
+    let node = node().await;
+    write(&manifest(&node), "app:1");
+    let mirror = node.api.wait(MIRROR, "Ready", ready).await;
+    let annotations = &mirror["metadata"]["annotations"];
+    assert_eq!(annotations["kubernetes.io/config.source"], "file");
+    let first = annotations["kubernetes.io/config.mirror"].clone();
+    assert_eq!(node.runtime.running(), ["app"]);
+
+    // Somebody deletes the mirror: the pod runs on and is shown again.
+    node.api.remove(MIRROR);
+    let again = node.api.wait(MIRROR, "back and Ready", |pod| !pod.is_null() && ready(pod)).await;
+    assert_ne!(again["metadata"]["uid"], mirror["metadata"]["uid"]);
+    assert!(!node.runtime.calls().iter().any(|call| call == "stop"), "{:?}", node.runtime.calls());
+
+    // Another manifest is another pod, which starts when the first has ended.
+    write(&manifest(&node), "app:2");
+    let changed = |pod: &Value| pod["spec"]["containers"][0]["image"] == "app:2" && ready(pod);
+    let mirror = node.api.wait(MIRROR, "of the new manifest", changed).await;
+    assert_ne!(mirror["metadata"]["annotations"]["kubernetes.io/config.mirror"], first);
+    let calls = node.runtime.calls();
+    let removed = calls.iter().position(|call| call == "remove sandbox").expect("the first pod goes");
+    let second = calls.iter().rposition(|call| call == "run").expect("the second pod");
+    assert!(removed < second, "{calls:?}");
+
+    std::fs::remove_file(manifest(&node)).expect("the manifest goes");
+    node.api.wait(MIRROR, "gone", Value::is_null).await;
+    soon("the pod is gone", || node.runtime.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bad_manifest_harms_nobody() {
+    let node = node().await;
+    std::fs::write(node.dir.path().join("data/manifests/bad.yaml"), "{").expect("a file");
+    std::fs::write(node.dir.path().join("data/manifests/.hidden"), "{").expect("a file");
+    write(&manifest(&node), "app:1");
+    node.api.wait(MIRROR, "Ready", ready).await;
+    assert_eq!(node.runtime.running(), ["app"]);
+}
