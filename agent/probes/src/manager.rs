@@ -17,9 +17,11 @@ use crate::http::HttpProber;
 use crate::model::{ExecProbe, Kind, Outcome, Target, Update};
 use crate::worker::{Counts, Timing, Worker};
 
-/// More containers than this started within [`CROWD_WINDOW`] get their first probes spread out.
+/// More containers than this taken up within [`CROWD_WINDOW`] get their first probes spread out, unless they are fresh:
+/// someone waits for those.
 const CROWD: usize = 20;
 const CROWD_WINDOW: Duration = Duration::from_secs(1);
+const FRESH: Duration = Duration::from_secs(5);
 
 /// Runs one task for each probe of each started container.
 pub struct ProbeManager {
@@ -67,7 +69,9 @@ impl ProbeManager {
             (Kind::Readiness, container.readiness_probe.clone()),
             (Kind::Liveness, container.liveness_probe.clone()),
         ];
-        let crowded = self.note_start();
+        let age = jiff::Timestamp::now().duration_since(target.started_at);
+        let fresh = Duration::try_from(age).is_ok_and(|age| age < FRESH);
+        let crowded = self.note_start() && !fresh;
         let target = Arc::new(target);
         let mut counts = Vec::new();
         let mut tasks = Vec::new();

@@ -194,11 +194,54 @@ async fn stopped_probes_stay_silent() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_starting_container_is_asked_again_soon_and_its_failures_are_told_once_a_period() {
+    let mut bench = bench(&[Ok(1), Ok(1), Ok(1), Ok(1), Ok(0)], Duration::ZERO);
+    bench.manager.start(target(json!({"readinessProbe": probe("r", json!({}))}), "id"));
+    let mut at = Vec::new();
+    for _ in 0..6 {
+        at.push(bench.asked.recv().await.expect("an attempt").1.as_millis());
+    }
+    // Ready after three quarters of a second; from then on each period.
+    assert_eq!(at, [0, 50, 150, 350, 750, 10_750]);
+    let first = bench.next().await;
+    assert_eq!((first.outcome, first.probe_failed.is_some()), (Outcome::Unknown, true));
+    let failed = bench.next().await;
+    assert_eq!((failed.outcome, failed.probe_failed), (Outcome::Failure, None));
+    assert_eq!(bench.next().await.outcome, Outcome::Success);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_container_that_stays_unready_is_asked_each_period_again() {
+    let mut bench = bench(&[Ok(1)], Duration::ZERO);
+    bench.manager.start(target(json!({"readinessProbe": probe("r", json!({"periodSeconds": 2}))}), "id"));
+    let mut at = Vec::new();
+    for _ in 0..8 {
+        at.push(bench.asked.recv().await.expect("an attempt").1.as_millis());
+    }
+    assert_eq!(at, [0, 50, 150, 350, 750, 1550, 2000, 4000]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn fresh_containers_are_asked_at_once_however_many() {
+    let mut bench = bench(&[Ok(0)], Duration::ZERO);
+    for number in 0..100 {
+        let mut one = target(json!({"readinessProbe": probe("r", json!({}))}), "id");
+        one.pod_uid = format!("u{number}");
+        bench.manager.start(one);
+    }
+    for _ in 0..100 {
+        assert_eq!(bench.asked_at().await.1, 0);
+        let _ = bench.updates.try_recv();
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_crowd_is_spread_over_the_period() {
     let mut bench = bench(&[Ok(0)], Duration::ZERO);
     for number in 0..200 {
         let mut one = target(json!({"readinessProbe": probe("r", json!({}))}), "id");
         one.pod_uid = format!("u{number}");
+        one.started_at = Timestamp::now() - jiff::SignedDuration::from_secs(60);
         bench.manager.start(one);
     }
     let mut at_once = 0;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! wait for start-up gate ─▶ initial delay ─▶ attempt ─▶ period ─▶ attempt …
+//!                                              │ readiness, not yet passed ─▶ again within the period, ever less often
 //!                                              │ startup: Success             ─▶ opens the gate, ends
 //!                                              └ startup, liveness: Failure   ─▶ ends (the container will be replaced)
 //! ```
@@ -17,6 +18,17 @@ use tokio::time::{Instant, sleep_until};
 use crate::action::{self, Action, Attempt, Prober};
 use crate::model::{Kind, Outcome, Target, Update};
 use crate::standing::Standing;
+
+/// The first pause after a readiness probe that failed while its container was starting.
+const SOON: Duration = Duration::from_millis(50);
+
+/// What of an attempt is passed on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Told {
+    All,
+    /// A failure that changes nothing is not worth an event.
+    Changes,
+}
 
 /// Attempts by result.
 #[derive(Debug, Default)]
@@ -86,22 +98,51 @@ impl Worker {
         let mut standing =
             Standing::new(timing.success_threshold, timing.failure_threshold, carried.unwrap_or(Outcome::Unknown));
         let mut due = Instant::now() + self.remaining_delay(timing.initial_delay).max(self.stagger);
+        let mut starting = self.kind == Kind::Readiness && carried.is_none();
         loop {
             sleep_until(due).await;
             due += timing.period;
-            let attempt = match &action {
-                Ok(action) => self.attempt(action, timing.timeout).await,
-                Err(message) => Attempt::Error(message.clone()),
-            };
+            let attempt = self.attempt(&action, timing.timeout).await;
             due = due.max(Instant::now());
-            if self.judge(attempt, &mut standing).await.is_break() {
+            if self.judge(attempt, &mut standing, Told::All).await.is_break() {
                 return;
+            }
+            if std::mem::take(&mut starting) {
+                let Some(next) = self.ask_soon(&action, timing, &mut standing, due).await else { return };
+                due = next;
             }
         }
     }
 
-    async fn attempt(&self, action: &Action, timeout: Duration) -> Attempt {
-        self.prober.attempt(action, &self.target.container_id, timeout).await
+    /// A container that is just starting is not left waiting for a whole period: it is asked again soon and then ever less
+    /// often, until it is ready or the next attempt is due. Gives the time of that; None to end.
+    async fn ask_soon(
+        &self,
+        action: &Result<Action, String>,
+        timing: Timing,
+        standing: &mut Standing,
+        due: Instant,
+    ) -> Option<Instant> {
+        let mut pause = SOON;
+        while standing.outcome() != Outcome::Success && Instant::now() + pause < due {
+            tokio::time::sleep(pause).await;
+            pause *= 2;
+            let attempt = self.attempt(action, timing.timeout).await;
+            if self.judge(attempt, standing, Told::Changes).await.is_break() {
+                return None;
+            }
+            if standing.outcome() == Outcome::Success {
+                return Some(Instant::now() + timing.period);
+            }
+        }
+        Some(due.max(Instant::now()))
+    }
+
+    async fn attempt(&self, action: &Result<Action, String>, timeout: Duration) -> Attempt {
+        match action {
+            Ok(action) => self.prober.attempt(action, &self.target.container_id, timeout).await,
+            Err(message) => Attempt::Error(message.clone()),
+        }
     }
 
     /// What is left of the initial delay, counted from the container's start.
@@ -111,7 +152,7 @@ impl Worker {
     }
 
     /// Counts an attempt and tells about it. Breaks when this probe has nothing more to find out.
-    async fn judge(&self, attempt: Attempt, standing: &mut Standing) -> std::ops::ControlFlow<()> {
+    async fn judge(&self, attempt: Attempt, standing: &mut Standing, told: Told) -> std::ops::ControlFlow<()> {
         let kind = self.kind.as_str();
         let (counter, changed, message, probe_failed) = match attempt {
             Attempt::Success(message) => (&self.counts.successful, standing.record(true), message, None),
@@ -124,6 +165,7 @@ impl Worker {
                 (&self.counts.unknown, false, message, Some(text))
             }
         };
+        let probe_failed = probe_failed.filter(|_| told == Told::All);
         counter.fetch_add(1, Ordering::Relaxed);
         let outcome = standing.outcome();
         if changed || probe_failed.is_some() {
