@@ -21,7 +21,11 @@ async fn main() {
     };
     // Every registry is looked for there first, such as http://127.0.0.1:5000.
     let mirror = std::env::var("OARLOCK_MIRROR").into_iter().map(|mirror| ("*".to_owned(), vec![mirror]));
+    // Such as crun=/usr/bin/crun,runc=/usr/sbin/runc.
+    let handlers = std::env::var("OARLOCK_HANDLERS").unwrap_or_default();
+    let handlers = handlers.split(',').filter_map(|pair| pair.split_once('='));
     let config = Config {
+        handlers: handlers.map(|(name, path)| (name.to_owned(), path.into())).collect(),
         registries: Registries { mirrors: mirror.collect(), ..Registries::default() },
         shim_binary: shim_binary.clone(),
         cni_conf_dir: cni_conf_dir.clone(),

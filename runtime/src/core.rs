@@ -43,6 +43,9 @@ impl Core {
     /// The OCI runtime binary of a handler; None is the built-in engine.
     pub(crate) fn handler(&self, name: &str) -> Result<Option<std::path::PathBuf>, Error> {
         match (name, self.config.handlers.get(name)) {
+            (_, Some(binary)) if !binary.is_file() => {
+                Err(Error::Invalid(format!("runtime_handler: {} of handler {name:?} does not exist", binary.display())))
+            }
             (_, Some(binary)) => Ok(Some(binary.clone())),
             ("" | "oarlock", None) => Ok(None),
             (unknown, None) => {

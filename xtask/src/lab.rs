@@ -230,7 +230,8 @@ impl Guest {
     /// Boots it, shows what it says, and returns once it has powered off. It is ended when it takes too long.
     fn run(&self, kvm: bool) -> anyhow::Result<(Counts, bool)> {
         println!("==> tests in the guest");
-        let accelerator: &[&str] = if kvm { &["-accel", "kvm", "-cpu", "host"] } else { &["-accel", "tcg", "-cpu", "max"] };
+        let accelerator: &[&str] =
+            if kvm { &["-accel", "kvm", "-cpu", "host"] } else { &["-accel", "tcg", "-cpu", "max"] };
         let child = Command::new("qemu-system-x86_64")
             .args(["-machine", "q35", "-smp", "2", "-nographic", "-no-reboot"])
             .args(["-m", &MEMORY_MEGABYTES.to_string()])

@@ -135,7 +135,8 @@ mod tests {
 
     #[test]
     fn result_lines_are_added_up() {
-        let counts = Counts::parse("FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s");
+        let counts =
+            Counts::parse("FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s");
         assert_eq!((counts.passed, counts.failed, counts.not_run), (12, 3, 1));
     }
 }

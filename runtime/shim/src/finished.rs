@@ -160,7 +160,7 @@ impl Server {
             let _ = signal_process(&process.handle, Signal::SIGKILL as i32);
         }
         let (id, external) = (container.id.clone(), container.oci_runtime.clone());
-        let job = self.remove_job(&id);
+        let job = engine::RemoveJob { hooks_done: external.is_some(), ..self.remove_job(&id) };
         let spawned = self.spawn(move || {
             if let Some(binary) = external {
                 External::new(&binary, &job.container_root).delete(&job.state_dir, &job.container_id)?;

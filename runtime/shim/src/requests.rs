@@ -218,6 +218,7 @@ impl Server {
             container_id: id.to_owned(),
             state_dir: self.config.state_dir.clone(),
             container_root: self.config.container_root.clone(),
+            hooks_done: false,
         }
     }
 
@@ -228,7 +229,7 @@ impl Server {
             let _ = signal_process(&process.handle, Signal::SIGKILL as i32);
         }
         let (id, external) = (container.id.clone(), container.oci_runtime.clone());
-        let job = self.remove_job(&id);
+        let job = RemoveJob { hooks_done: external.is_some(), ..self.remove_job(&id) };
         let spawned = self.spawn(move || {
             let root = job.container_root.clone();
             let by_runtime =

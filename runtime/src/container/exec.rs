@@ -79,9 +79,8 @@ async fn own_process(core: &Arc<Core>, container: &Arc<Container>) -> Result<Arc
 fn process_for(mut process: Process, command: Vec<String>, terminal: Option<Option<TerminalSize>>) -> Process {
     process.set_args(Some(command)).set_terminal(Some(terminal.is_some()));
     if let Some(size) = terminal {
-        let console = size.and_then(|TerminalSize { width, height }| {
-            BoxBuilder::default().width(width).height(height).build().ok()
-        });
+        let console = size
+            .and_then(|TerminalSize { width, height }| BoxBuilder::default().width(width).height(height).build().ok());
         process.set_console_size(console);
         let mut env = process.env().clone().unwrap_or_default();
         if !env.iter().any(|variable| variable.starts_with("TERM=")) {

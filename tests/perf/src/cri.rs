@@ -57,10 +57,7 @@ pub(crate) fn run(flags: &CriFlags) -> anyhow::Result<()> {
         let name = runtime.name();
         let (samples, density) = threads.block_on(measure(&*runtime, flags)).with_context(|| name.clone())?;
         rows.extend(
-            CALLS
-                .iter()
-                .zip(samples)
-                .map(|(call, samples)| (*call, Row { name: format!("{call} / {name}"), samples })),
+            CALLS.iter().zip(samples).map(|(call, samples)| (*call, Row { name: format!("{call} / {name}"), samples })),
         );
         densities.push((name, density));
         Ok(())

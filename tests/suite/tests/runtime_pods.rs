@@ -1,4 +1,5 @@
-//! What pods ask of the runtime beyond the plain case: host ports on loopback, user namespaces. Needs root.
+//! What pods ask of the runtime beyond the plain case: host ports on loopback, user namespaces, other OCI runtimes.
+//! Needs root, and crun and runc of the distribution.
 
 #[allow(dead_code, reason = "shared with the tests of other files, which use the rest")]
 mod runtime_daemon;
@@ -239,6 +240,80 @@ fn a_user_namespace_goes_with_shared_processes_image_volumes_and_a_restarted_dae
             ..cri::Mount::default()
         }];
         assert!(daemon.create(&sandbox, shared_up).await.is_err());
+        daemon
+    });
+}
+
+#[test]
+fn containers_of_other_runtimes_are_run_watched_and_removed_like_our_own() {
+    with_daemon("handlers", |mut daemon| async move {
+        let request = cri::RunPodSandboxRequest {
+            config: Some(sandbox_config("gone", &daemon.log_directory("gone"))),
+            runtime_handler: "gone".to_owned(),
+        };
+        let refused = daemon.runtime.run_pod_sandbox(request).await.unwrap_err();
+        assert!(refused.message().contains("/no/such/runtime"), "{refused}");
+        for handler in ["crun", "runc"] {
+            let mut config = sandbox_config(handler, &daemon.log_directory(handler));
+            config.hostname = "other".to_owned();
+            let request = cri::RunPodSandboxRequest { config: Some(config), runtime_handler: handler.to_owned() };
+            let sandbox = daemon.runtime.run_pod_sandbox(request).await.unwrap().into_inner().pod_sandbox_id;
+
+            let ends = daemon.container(&sandbox, container_config("ends", &["exit", "7"])).await;
+            assert_eq!(daemon.exited(&ends).await.exit_code, 7, "{handler}");
+            let talks = daemon.container(&sandbox, container_config("talks", &["log", "20"])).await;
+            daemon.exited(&talks).await;
+            assert_eq!(daemon.log(&talks).await.len(), 20, "{handler}");
+
+            let main = daemon.container(&sandbox, container_config("main", &["sleep"])).await;
+            assert_eq!(daemon.output(&main, &["hostname"]).await.trim(), "other");
+            let identity = daemon.output(&main, &["id"]).await;
+            assert!(identity.contains("uid=0") && identity.contains("Seccomp:\t2"), "{handler}: {identity}");
+            assert_eq!(daemon.exec(&main, &["exit", "3"]).await.unwrap().exit_code, 3);
+            let groups = daemon.output(&main, &["cat", "/proc/self/cgroup"]).await;
+            assert!(groups.lines().all(|line| line.ends_with(&main) || line.ends_with(":/")), "{handler}: {groups}");
+            let request = cri::ContainerStatsRequest { container_id: main.clone() };
+            let stats = daemon.runtime.container_stats(request).await.unwrap().into_inner().stats.unwrap();
+            assert!(stats.memory.unwrap().usage_bytes.unwrap().value > 0, "{handler}");
+            let update = cri::UpdateContainerResourcesRequest {
+                container_id: main.clone(),
+                linux: Some(cri::LinuxContainerResources {
+                    memory_limit_in_bytes: 64 << 20,
+                    ..cri::LinuxContainerResources::default()
+                }),
+                ..cri::UpdateContainerResourcesRequest::default()
+            };
+            daemon.runtime.update_container_resources(update).await.unwrap();
+
+            let mut terminal = container_config("terminal", &["tty-size"]);
+            terminal.tty = true;
+            let terminal = daemon.container(&sandbox, terminal).await;
+            assert_eq!(daemon.exited(&terminal).await.exit_code, 0, "{handler}");
+
+            let mut hungry = container_config("hungry", &["oom"]);
+            hungry.linux.as_mut().unwrap().resources = Some(cri::LinuxContainerResources {
+                memory_limit_in_bytes: 16 << 20,
+                memory_swap_limit_in_bytes: 16 << 20,
+                ..cri::LinuxContainerResources::default()
+            });
+            let hungry = daemon.container(&sandbox, hungry).await;
+            let status = daemon.exited(&hungry).await;
+            assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{handler}");
+
+            let missing = daemon.create(&sandbox, container_config("missing", &["no-such-program"])).await.unwrap();
+            let error = daemon.start_container(&missing).await.unwrap_err();
+            assert!(error.message().contains("no-such-program"), "{handler}: {error}");
+            assert_eq!(daemon.status(&missing).await.exit_code, 128, "{handler}");
+
+            daemon.crash().await;
+            daemon.open().await;
+            assert_eq!(daemon.output(&main, &["echo", "still", "here"]).await, "still here\n");
+            let stop = cri::StopContainerRequest { container_id: main.clone(), timeout: 10 };
+            daemon.runtime.stop_container(stop).await.unwrap();
+            assert_eq!(daemon.status(&main).await.exit_code, 0, "{handler}");
+            let remove = cri::RemoveContainerRequest { container_id: main };
+            daemon.runtime.remove_container(remove).await.unwrap();
+        }
         daemon
     });
 }

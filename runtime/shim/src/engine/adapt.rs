@@ -22,8 +22,6 @@ pub(super) struct Facts {
     /// What `process.oomScoreAdj` asked for.
     pub(super) oom_score: Option<i32>,
     pub(super) terminal: bool,
-    /// Owner of the standard streams.
-    pub(super) user: (u32, u32),
 }
 
 /// Why a specification cannot be used.
@@ -53,13 +51,17 @@ pub(super) fn locate(spec: &mut Spec, bundle: &Path, container_id: &str) -> Resu
     Ok(cgroup)
 }
 
+/// Whether the container has a PID namespace that dies with its first process.
+pub(super) fn has_private_pids(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Pid && namespace.path().is_none())
+}
+
 /// Rewrites in place.
 pub(super) fn adapt(spec: &mut Spec, bundle: &Path, container_id: &str, layout: &Layout) -> Result<Facts, AdaptError> {
     let cgroup = locate(spec, bundle, container_id)?;
     let linux = spec.linux().as_ref().ok_or(AdaptError::Missing("linux section"))?;
-    let namespaces = linux.namespaces().clone().unwrap_or_default();
-    let of = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
-    let private_pid_namespace = of(LinuxNamespaceType::Pid).is_some_and(|pid| pid.path().is_none());
+    let private_pid_namespace = has_private_pids(spec);
     let has_seccomp = linux.seccomp().is_some();
 
     let mut process = spec.process().clone().ok_or(AdaptError::Missing("process"))?;
@@ -69,7 +71,6 @@ pub(super) fn adapt(spec: &mut Spec, bundle: &Path, container_id: &str, layout: 
     let oom_score = process.oom_score_adj();
     process.set_oom_score_adj(None);
     let terminal = process.terminal().unwrap_or(false);
-    let user = (process.user().uid(), process.user().gid());
     spec.set_process(Some(process));
 
     if !layout.is_v2() {
@@ -79,7 +80,7 @@ pub(super) fn adapt(spec: &mut Spec, bundle: &Path, container_id: &str, layout: 
     let some =
         |hooks: &Option<Vec<_>>| hooks.as_ref().is_some_and(|hooks: &Vec<oci_spec::runtime::Hook>| !hooks.is_empty());
     let start_hooks = hooks.is_some_and(|hooks| some(hooks.poststart()));
-    Ok(Facts { cgroup, private_pid_namespace, start_hooks, oom_score, terminal, user })
+    Ok(Facts { cgroup, private_pid_namespace, start_hooks, oom_score, terminal })
 }
 
 fn replace_cgroup_mounts(spec: &mut Spec, layout: &Layout, cgroup: &str) -> Result<(), AdaptError> {
@@ -146,7 +147,7 @@ mod tests {
         let facts = adapt(&mut spec, Path::new("/b"), "c1", layout).unwrap();
         assert_eq!(facts.cgroup, "pods.slice/cri-c1.scope");
         assert!(facts.private_pid_namespace && !facts.start_hooks && !facts.terminal);
-        assert_eq!((facts.oom_score, facts.user), (Some(-998), (5, 6)));
+        assert_eq!(facts.oom_score, Some(-998));
         assert_eq!(spec.root().as_ref().unwrap().path(), Path::new("/b/rootfs"));
         let process = spec.process().as_ref().unwrap();
         assert_eq!((process.no_new_privileges(), process.oom_score_adj()), (None, None));

@@ -56,7 +56,7 @@ pub(crate) fn create(job: CreateJob) -> Finished {
 
     prepare_process(layout, &facts, &job.container_id)?;
     confine_devices(layout, &facts.cgroup, &spec)?;
-    own_streams(&job.ends, &spec, facts.user);
+    own_streams(&job.ends, &spec);
     let console = if job.terminal { Some(listen(&adapted)?) } else { None };
     let container = build(job, &adapted, program)?;
     let pid = container
@@ -117,7 +117,9 @@ fn join_session_keyring(container_id: &str) {
 }
 
 /// A program that does not run as root can open `/dev/stdout` only if the pipe is its own.
-fn own_streams(ends: &ContainerEnds, spec: &Spec, (uid, gid): (u32, u32)) {
+pub(super) fn own_streams(ends: &ContainerEnds, spec: &Spec) {
+    let Some(user) = spec.process().as_ref().map(oci_spec::runtime::Process::user) else { return };
+    let (uid, gid) = (user.uid(), user.gid());
     let linux = spec.linux().as_ref();
     let uid = on_host(uid, linux.and_then(|linux| linux.uid_mappings().as_deref()).unwrap_or_default());
     let gid = on_host(gid, linux.and_then(|linux| linux.gid_mappings().as_deref()).unwrap_or_default());

@@ -1,11 +1,22 @@
 //! Other OCI runtimes (crun, runc) by their command line, and hooks: programs run in a helper child.
+//!
+//! They make, start and delete; everything else is the shim's own as for the built-in engine: execs, signals, freezing,
+//! limits, statistics and the watch for lack of memory go by process handles and cgroups.
+#![allow(unsafe_code, reason = "a runtime that outlives its helper is killed with it")]
 
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::libc;
+use nix::mount::{MntFlags, MsFlags};
+use nix::sched::CloneFlags;
+use oarlock_cgroup::{Cgroup, Layout};
 use oarlock_shim_api::{ErrorKind, RemoteError};
 use oci_spec::runtime::{Hook, Spec};
 
@@ -14,42 +25,70 @@ use super::{adapted_bundle, failed, io_failed};
 use crate::forked::{Finished, Report};
 
 const HOOK_LIMIT: Duration = Duration::from_secs(30);
+/// Nothing in our specifications is younger, and releases still in use refuse what they do not know.
+const VERSION: &str = "1.0.2";
 const POLL: Duration = Duration::from_millis(5);
 
 /// An OCI runtime binary with its state directory.
 pub(crate) struct External {
     pub(crate) binary: PathBuf,
     pub(crate) root: PathBuf,
+    /// A mount that it is not to see.
+    hidden: Option<CString>,
 }
 
 impl External {
     /// State of other runtimes is kept apart from the built-in engine's.
     pub(crate) fn new(binary: &Path, container_root: &Path) -> External {
         let name = binary.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        External { binary: binary.into(), root: container_root.join(format!(".{name}")) }
+        let root = container_root.join(format!(".{name}"));
+        External { binary: binary.into(), root, hidden: unified_beside_version_1() }
     }
 
     fn command(&self, log: &Path, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
+        let hidden = self.hidden.clone();
+        // SAFETY: system calls on memory that was ready before the fork. What the runtime leaves behind does not inherit
+        // the signal.
+        unsafe {
+            command.pre_exec(move || {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+                hidden.as_deref().map_or(Ok(()), hide)
+            });
+        }
         command.arg("--root").arg(&self.root).arg("--log").arg(log).args(["--log-format", "json"]).args(arguments);
         command.stdin(Stdio::null());
         command
     }
 
     /// `create`: the runtime leaves the container's first process behind, which the shim adopts.
-    pub(crate) fn create(&self, job: CreateJob) -> Finished {
+    pub(crate) fn create(mut self, job: CreateJob) -> Finished {
         let directory = adapted_bundle(&job.state_dir, &job.container_id);
         let mut spec =
             Spec::load(job.bundle.join("config.json")).map_err(|error| failed("load config.json", &error))?;
         let cgroup = super::adapt::locate(&mut spec, &job.bundle, &job.container_id)
             .map_err(|error| RemoteError::new(ErrorKind::Invalid, super::chain(&error)))?;
+        // Its mounts are to reach the host, so it has to see the host's.
+        if spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().as_deref()) == Some("shared") {
+            self.hidden = None;
+        }
+        let private_pid_namespace = super::adapt::has_private_pids(&spec);
+        spec.set_version(VERSION.to_owned());
         spec.save(directory.join("config.json")).map_err(|error| failed("save the specification", &error))?;
+        // Bound into the container before the runtime may have made them; and in hierarchies that it does not know.
+        let group = Cgroup::new(&cgroup).map_err(|error| failed("name the cgroup", &error))?;
+        group.create().map_err(|error| failed("create the cgroup", &error))?;
+        let own = std::process::id() as i32;
+        group.attach_without_controllers(own).map_err(|error| failed("join the cgroup", &error))?;
+        super::create::own_streams(&job.ends, &spec);
         let (log, pid_file) = (directory.join("runtime.log"), directory.join("pid"));
         let mut command = self.command(&log, &["create", "--bundle"]);
         command.arg(&directory).arg("--pid-file").arg(&pid_file);
         let console = if job.terminal { Some(listen(&directory)?) } else { None };
+        let place = fs::File::open(&directory).map_err(io_failed("open the container's directory"))?;
         if console.is_some() {
-            command.arg("--console-socket").arg(directory.join("console.sock"));
+            // A socket address holds 107 bytes, the path may be longer.
+            command.arg("--console-socket").arg(format!("/proc/{own}/fd/{}/console.sock", place.as_raw_fd()));
         }
         command.arg(&job.container_id);
         command.stdin(job.ends.stdin.map_or_else(Stdio::null, Stdio::from));
@@ -59,7 +98,7 @@ impl External {
         let text = fs::read_to_string(&pid_file).map_err(io_failed("read the container's pid"))?;
         let pid = text.trim().parse().map_err(|error| failed("read the container's pid", &error))?;
         let fds = console.map(|console| receive_master(&console)).transpose()?.into_iter().collect();
-        Ok((Report { pid, cgroup: Some(cgroup), private_pid_namespace: true, start_hooks: true }, fds))
+        Ok((Report { pid, cgroup: Some(cgroup), private_pid_namespace, start_hooks: true }, fds))
     }
 
     /// A command that takes only the container's id, such as `start`, `pause` and `resume`.
@@ -87,18 +126,42 @@ impl External {
     }
 }
 
+/// The version 2 hierarchy of a host that has both and gives it controllers: crun refuses such a host, though all that our
+/// containers use is on version 1.
+fn unified_beside_version_1() -> Option<CString> {
+    let layout = Layout::host().ok().filter(|layout| !layout.is_v2())?;
+    let has_controllers =
+        |path: &&PathBuf| fs::read_to_string(path.join("cgroup.controllers")).is_ok_and(|list| !list.trim().is_empty());
+    CString::new(layout.hierarchies().iter().find(has_controllers)?.as_os_str().as_encoded_bytes()).ok()
+}
+
+/// Takes a mount out of this process's sight, and nobody else's.
+fn hide(mount: &CStr) -> std::io::Result<()> {
+    nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
+    nix::mount::mount(None::<&CStr>, c"/", None::<&CStr>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&CStr>)?;
+    Ok(nix::mount::umount2(mount, MntFlags::MNT_DETACH)?)
+}
+
 fn run(mut command: Command, verb: &str, log: &Path) -> Result<(), RemoteError> {
     let status = command.status().map_err(io_failed("run the OCI runtime"))?;
     if status.success() {
         return Ok(());
     }
     let message = last_message(log).unwrap_or_else(|| status.to_string());
-    let kind = if message.contains("executable file not found") || message.contains("no such file or directory") {
+    Err(RemoteError::new(kind_of(&message), format!("OCI runtime {verb} failed: {message}")))
+}
+
+/// What runc and crun say of a program that cannot be run.
+fn kind_of(message: &str) -> ErrorKind {
+    let message = message.to_ascii_lowercase();
+    let of_program = message.contains("exec") || message.contains("$path");
+    if of_program && (message.contains("not found") || message.contains("no such file or directory")) {
         ErrorKind::ExecutableNotFound
+    } else if of_program && (message.contains("permission denied") || message.contains("is a directory")) {
+        ErrorKind::NotExecutable
     } else {
         ErrorKind::Engine
-    };
-    Err(RemoteError::new(kind, format!("OCI runtime {verb} failed: {message}")))
+    }
 }
 
 /// The last error in a log of JSON lines.
@@ -146,4 +209,25 @@ fn wait_hook(mut child: Child, limit: Duration) -> Result<(), RemoteError> {
         let _ = stderr.take(1024).read_to_string(&mut text);
     }
     Err(RemoteError::new(ErrorKind::Engine, format!("a hook failed ({status}): {}", text.trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_other_runtimes_say_of_programs_is_understood() {
+        let missing =
+            r#"runc create failed: unable to start container process: exec: "x": executable file not found in $PATH"#;
+        assert_eq!(kind_of(missing), ErrorKind::ExecutableNotFound);
+        assert_eq!(
+            kind_of("executable file `x` not found in $PATH: No such file or directory"),
+            ErrorKind::ExecutableNotFound
+        );
+        assert_eq!(
+            kind_of("unable to start container process: exec: \"/x\": permission denied"),
+            ErrorKind::NotExecutable
+        );
+        assert_eq!(kind_of("mount `/a` to `b`: No such file or directory"), ErrorKind::Engine);
+    }
 }

@@ -19,6 +19,8 @@ pub(crate) struct RemoveJob {
     pub(crate) container_id: String,
     pub(crate) state_dir: PathBuf,
     pub(crate) container_root: PathBuf,
+    /// Another runtime has run its hooks.
+    pub(crate) hooks_done: bool,
 }
 
 /// Kills what is left of a container and removes its cgroups and files. Every step is taken even if one fails, and
@@ -30,7 +32,9 @@ pub(crate) fn remove(job: &RemoveJob) -> Finished {
     match Spec::load(directory.join("config.json")) {
         Ok(spec) => {
             note(remove_cgroup(&spec));
-            note(run_poststop(&spec, &job.container_root.join(&job.container_id)));
+            if !job.hooks_done {
+                note(run_poststop(&spec, &job.container_root.join(&job.container_id)));
+            }
         }
         // Creation did not get as far as to make anything.
         Err(_) if !directory.join("config.json").exists() => {}

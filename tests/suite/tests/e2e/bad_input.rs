@@ -6,8 +6,8 @@ use std::process::Command;
 use oarlock_testkit::{Snapshot, binary};
 
 use super::cluster::{Cluster, oarlock, text};
-use super::{Case, LoneCase};
 use super::kubectl::pod;
+use super::{Case, LoneCase};
 
 pub(crate) const CASES: &[Case] = &[
     ("malformed_yaml_is_named", malformed),

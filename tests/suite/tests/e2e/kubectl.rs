@@ -146,7 +146,12 @@ fn edit(cluster: &Cluster) {
     cluster.apply(CONFIG_MAP);
     let edit = |change: &str| {
         let editor = format!("sed -i {change}");
-        cluster.kubectl_command().env("KUBE_EDITOR", editor).args(["edit", "configmap", "pruned"]).output().expect("edit")
+        cluster
+            .kubectl_command()
+            .env("KUBE_EDITOR", editor)
+            .args(["edit", "configmap", "pruned"])
+            .output()
+            .expect("edit")
     };
     let changed = edit("s/one/three/");
     assert!(changed.status.success(), "{}", text(&changed.stderr));

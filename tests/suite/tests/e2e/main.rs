@@ -27,18 +27,17 @@ type LoneCase = (&'static str, fn());
 fn main() -> ExitCode {
     let filters: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
-    let cases: Vec<Case> = [kubectl::CASES, network::CASES, limits::CASES, registry::CASES, bad_input::CASES, crash::CASES]
-        .concat()
-        .into_iter()
-        .filter(|(name, _)| wanted(name))
-        .collect();
+    let cases: Vec<Case> =
+        [kubectl::CASES, network::CASES, limits::CASES, registry::CASES, bad_input::CASES, crash::CASES]
+            .concat()
+            .into_iter()
+            .filter(|(name, _)| wanted(name))
+            .collect();
     let oldest = std::env::var_os("KUBECTL_OLDEST");
-    let again: Vec<Case> = kubectl::CASES.iter().copied().filter(|(name, _)| oldest.is_some() && wanted(name)).collect();
-    let lone: Vec<LoneCase> = [bad_input::LONE_CASES, small_disk::LONE_CASES]
-        .concat()
-        .into_iter()
-        .filter(|(name, _)| wanted(name))
-        .collect();
+    let again: Vec<Case> =
+        kubectl::CASES.iter().copied().filter(|(name, _)| oldest.is_some() && wanted(name)).collect();
+    let lone: Vec<LoneCase> =
+        [bad_input::LONE_CASES, small_disk::LONE_CASES].concat().into_iter().filter(|(name, _)| wanted(name)).collect();
     println!("\nrunning {} tests", cases.len() + again.len() + lone.len() + 2);
     become_node();
     let mut tally = Tally::default();

@@ -111,6 +111,9 @@ impl Daemon {
             cni_conf_dir: self.path().join("cni-conf"),
             cni_bin_dirs: vec![self.path().join("cni-bin")],
             cgroup_root: self.cgroup_root.clone(),
+            handlers: [("crun", "/usr/bin/crun"), ("runc", "/usr/sbin/runc"), ("gone", "/no/such/runtime")]
+                .map(|(name, path)| (name.to_owned(), path.into()))
+                .into(),
             ..Config::in_dirs(&self.path().join("data"), &self.path().join("run"))
         }
     }
