@@ -17,6 +17,7 @@ use crate::idmap::{self, Owner};
 
 /// Longest option string mount(2) takes: one page, with its end.
 const OPTIONS_MAX: usize = 4095;
+const REMOVAL_TRIES: usize = 8;
 
 /// Mounts a container's root file system. In a user namespace everything in it belongs to whom it belongs to there.
 pub(crate) fn overlay(rootfs: &Rootfs, target: &Path, owner: Option<&Owner>) -> Result<(), Error> {
@@ -132,10 +133,15 @@ pub(crate) fn remove_tree(root: &Path) -> Result<(), Error> {
         let source = io::Error::from(io::ErrorKind::ResourceBusy);
         return Err(Error::Io { operation: "unmount", path: left.clone(), source });
     }
-    match fs::remove_dir_all(root) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", root)(error)),
-        _ => Ok(()),
+    for _ in 0..REMOVAL_TRIES {
+        match fs::remove_dir_all(root) {
+            // A shim that a dead daemon had just started may still be putting files there: it ends when it notices.
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", root)(error)),
+            _ => return Ok(()),
+        }
     }
+    Err(Error::io("remove", root)(io::ErrorKind::DirectoryNotEmpty.into()))
 }
 
 /// The mount points at and below `root` in this thread's mount namespace.

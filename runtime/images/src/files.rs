@@ -7,6 +7,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use oarlock_failpoint::step;
+
 use crate::{ImageError, Usage};
 
 /// Replaces a file so that after a power cut the old or the new content is there whole.
@@ -14,7 +16,9 @@ pub(crate) fn write_atomically(path: &Path, content: &[u8]) -> Result<(), ImageE
     let temporary = path.with_extension("tmp");
     let mut file = File::create(&temporary).map_err(ImageError::io("create", &temporary))?;
     file.write_all(content).and_then(|()| file.sync_all()).map_err(ImageError::io("write", &temporary))?;
+    step("an image file's temporary is written");
     fs::rename(&temporary, path).map_err(ImageError::io("rename", &temporary))?;
+    step("an image file is in place");
     sync_parent(path)
 }
 

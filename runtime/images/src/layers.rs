@@ -8,6 +8,7 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use oarlock_failpoint::step;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -75,6 +76,7 @@ impl Layers {
                 return Err(ImageError::DigestMismatch { expected: expected.clone(), actual: actual.clone() });
             }
         }
+        step("a layer is unpacked");
         let usage = files::usage(&tree);
         let description = Description { bytes: usage.bytes, inodes: usage.inodes };
         let content =
@@ -91,6 +93,7 @@ impl Layers {
         }
         files::sync_file_system(&self.scratch)?;
         for layer in pending {
+            step("before a layer is put in place");
             let home = self.home(&layer.chain_id);
             match fs::rename(layer.scratch.path(), &home) {
                 Ok(()) => {}
@@ -124,6 +127,7 @@ impl Layers {
             let doomed = Scratch::new(&self.scratch)?;
             let home = self.dir.join(&name);
             fs::rename(&home, doomed.path().join("doomed")).map_err(ImageError::io("move away", &home))?;
+            step("a layer nobody needs is moved away");
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use oarlock_failpoint::step;
 use serde::{Deserialize, Serialize};
 
 use crate::layers::Layers;
@@ -49,6 +50,7 @@ impl Containers {
         let content = serde_json::to_vec(&prepared).map_err(|error| ImageError::Damaged { what: error.to_string() })?;
         let record = home.join("record.json");
         fs::write(&record, content).map_err(ImageError::io("write", &record))?;
+        step("a container's layer is on record");
         let (upper, work) = (home.join("upper"), home.join("work"));
         for dir in [&upper, &work] {
             fs::create_dir_all(dir).map_err(ImageError::io("create", dir))?;

@@ -17,9 +17,6 @@ use nix::unistd::{ForkResult, Gid, Pid, Uid, fork, pipe};
 
 /// Makes the namespace, belonging to the user namespace at `user` if there is one, and pins it at `path`.
 pub(crate) fn create(path: &Path, user: Option<&Path>) -> io::Result<Pid> {
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
-    }
     fs::File::create(path)?;
     let user = user.map(fs::File::open).transpose()?;
     let init = spawn_init(user.as_ref())?;

@@ -321,7 +321,8 @@ impl Server {
         self.stopping && self.helpers.iter().all(Option::is_none) && self.containers.iter().all(Option::is_none)
     }
 
-    fn finish(&mut self) {
+    /// Leaves no trace of itself; tells whoever asked for its end.
+    pub(crate) fn finish(mut self) {
         if let (Some(path), Some(init)) = (&self.config.pid_namespace, self.pid_namespace_init) {
             crate::pidns::remove(path, init);
         }

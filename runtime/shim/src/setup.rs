@@ -80,10 +80,16 @@ pub(crate) fn run(config: Config) -> ExitCode {
     let ready = take_ready_pipe();
     let outcome = prepare(&config);
     let text = outcome.as_ref().map_or_else(|error| error.to_string(), |_| "ready".to_owned());
-    if let Some(ready) = ready {
-        let _ = fs::File::from(ready).write_all(text.as_bytes());
-    }
-    match outcome.and_then(Server::serve) {
+    let heard = ready.is_none_or(|ready| fs::File::from(ready).write_all(text.as_bytes()).is_ok());
+    let served = outcome.and_then(|server| match heard {
+        true => server.serve(),
+        // The daemon died meanwhile, and its successor may have looked for this shim before there was a trace of it.
+        false => {
+            server.finish();
+            Ok(())
+        }
+    });
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("oarlock-shim {}: {error}", config.sandbox_id);
@@ -111,7 +117,7 @@ fn prepare(config: &Config) -> io::Result<Server> {
     chdir("/")?;
     // Specifications hold secrets. Containers and logs set the mode they need.
     nix::sys::stat::umask(Mode::from_bits_truncate(0o027));
-    fs::create_dir_all(&config.state_dir)?;
+    // The daemon has made the state directory. One that is gone again says that nobody wants this shim any more.
     fs::create_dir_all(&config.container_root)?;
     open_log(&config.state_dir.join("shim.log"))?;
     crate::memory::tune();

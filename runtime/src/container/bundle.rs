@@ -7,6 +7,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use oarlock_failpoint::step;
 use oarlock_images::Image;
 use oci_spec::runtime::LinuxSeccomp;
 
@@ -35,15 +36,18 @@ pub(super) async fn make(
 ) -> Result<Identity, Error> {
     let image = image_of(core, record)?;
     let rootfs = core.images.prepare_rootfs(&image.id, &record.id).await?;
+    step("the container's layer is made");
     let images = volumes::prepare_images(core, record).await?;
     let (core, record, sandbox) = (core.clone(), record.clone(), sandbox.clone());
     blocking("a bundle", move || {
         let paths = core.paths.bundle(&record.id);
         let owner = owner_of(&core, &sandbox)?;
         mounts::overlay(&rootfs, &paths.rootfs(), owner.as_ref())?;
+        step("the root file system is mounted");
         volumes::mount_images(&core, &record, &images, owner.as_ref())?;
         let identity = ids::look_up(&paths.rootfs(), &record.config, &Defaults::of(&image.config).user)?;
         write(&core, &record, &sandbox, &Defaults::of(&image.config), &identity)?;
+        step("the specification is written");
         Ok(identity)
     })
     .await

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use oarlock_failpoint::step;
 use oarlock_proto::cri;
 
 use super::stop::{delete_in_engine, stop};
@@ -44,6 +45,7 @@ async fn take_away(core: &Arc<Core>, container: &Container, record: &ContainerRe
     let id = record.id.clone();
     let mut failures: Vec<String> =
         delete_in_engine(core, container).await.err().map(|error| error.full_message()).into_iter().collect();
+    step("the engine has forgotten the container");
     let (group, bundle, volumes) =
         (record.cgroup.clone(), core.paths.bundle(&id).root, core.paths.container_volumes(&id));
     let local = blocking("removing a container", move || {
@@ -51,10 +53,12 @@ async fn take_away(core: &Arc<Core>, container: &Container, record: &ContainerRe
         Ok(steps.into_iter().filter_map(Result::err).map(|error| error.full_message()).collect::<Vec<_>>())
     });
     failures.extend(local.await?);
+    step("the container's bundle is gone");
     let images = record.config.mounts.iter().enumerate().filter(|(_, mount)| mount.image.is_some());
     let keys = images.map(|(index, _)| image_key(&id, index)).chain([id.clone()]);
     for key in keys {
         failures.extend(core.images.release_rootfs(&key).await.err().map(|error| Error::from(error).full_message()));
+        step("the container's layer is gone");
     }
     if !failures.is_empty() {
         return Err(Error::Teardown { operation: format!("remove container {id}"), failures });

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
+use oarlock_failpoint::step;
 use oarlock_proto::cri;
 use oarlock_shim_api::{CreateRequest, ErrorKind, Shim, ShimError};
 
@@ -84,7 +85,9 @@ async fn in_engine(
     let limit = core.config.shim_timeout;
     let engine = async {
         let created = shim.create(request).await?;
+        step("the engine has made the container");
         shim.start(&record.id).await?;
+        step("the engine has started the container");
         Ok(created.pid)
     };
     match tokio::time::timeout(limit, engine).await {

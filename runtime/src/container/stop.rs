@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use oarlock_failpoint::step;
 use oarlock_proto::cri;
 use oarlock_shim_api::{ExitRecord, Shim, read_exit_record};
 
@@ -38,12 +39,14 @@ pub(crate) async fn stop(core: Arc<Core>, container: Arc<Container>, grace: Dura
     };
     if !grace.is_zero() {
         signal(&shim, &core, &container, record.stop_signal, false).await?;
+        step("the container has its stop signal");
         if tokio::time::timeout(grace, container.ended()).await.is_ok() {
             return Ok(());
         }
         tracing::info!(container.id = %id, ?grace, "container did not end in its grace period and is killed");
     }
     signal(&shim, &core, &container, libc::SIGKILL, true).await?;
+    step("the container is killed");
     let limit = KILL_LIMIT;
     tokio::time::timeout(limit, container.ended())
         .await

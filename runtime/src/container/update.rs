@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use oarlock_cgroup::{Cgroup, Limits};
+use oarlock_failpoint::step;
 use oarlock_proto::cri;
 
 use super::{bundle, state_error};
@@ -32,6 +33,7 @@ pub(crate) async fn update(
         ContainerPhase::Running => {
             let (group, limits) = (record.cgroup.clone(), limits(&merged, update, &core.host));
             blocking("a control group", move || apply(&group, &limits)).await?;
+            step("limits are written");
             container.change(&core.records, move |record| record.resources = merged).await.map(drop)
         }
         _ => Err(state_error(&record, "change its limits")),

@@ -12,6 +12,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use oarlock_failpoint::step;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -79,10 +80,12 @@ impl Store {
         let path = self.path(kind, id);
         let bytes = serde_json::to_vec(record).map_err(|source| RecordError::Encode { path: path.clone(), source })?;
         let temporary = path.with_extension("tmp");
+        step("before a record is written");
         let written = (|| {
             // Environments hold secrets.
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
             file.write_all(&bytes)?;
+            step("a record's temporary file is written");
             fs::rename(&temporary, &path)
         })();
         if let Err(source) = written {
@@ -90,17 +93,22 @@ impl Store {
             return Err(RecordError::Io { operation: "write", path, source });
         }
         let _ = self.flush.try_send(path);
+        step("a record is written");
         Ok(())
     }
 
     /// Removes a record; one that is gone counts as removed.
     pub(crate) fn remove(&self, kind: Kind, id: &str) -> Result<(), RecordError> {
         let path = self.path(kind, id);
+        step("before a record is removed");
         match fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
                 Err(RecordError::Io { operation: "remove", path, source })
             }
-            _ => Ok(()),
+            _ => {
+                step("a record is removed");
+                Ok(())
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use oarlock_cgroup::Cgroup;
+use oarlock_failpoint::step;
 use oarlock_netns::{PinOptions, Pins};
 use oarlock_shim_api::Shim;
 
@@ -30,9 +31,11 @@ pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &De
     blocking("the sandbox directory", move || {
         fs::create_dir_all(&root).map_err(Error::io("create", &root))?;
         // The shim and every container go below it, so it comes before both.
+        step("the sandbox's directory is made");
         create_group(&group)
     })
     .await?;
+    step("the sandbox's control group is made");
     // A shared PID namespace belongs to the sandbox's user namespace, so the shim has to wait for that.
     let pinned_first = decision.modes.user.is_some();
     if pinned_first {
@@ -75,14 +78,18 @@ async fn pin_namespaces(decision: &Decision, sandbox: &Arc<Sandbox>, paths: &San
             source,
         })
     })
-    .await
+    .await?;
+    step("namespaces are pinned");
+    Ok(())
 }
 
 async fn make_network(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<Joined, Error> {
     if decision.modes.host_network {
         return Ok(Joined::default());
     }
-    network::attach(core, &sandbox.record(), decision).await
+    let joined = network::attach(core, &sandbox.record(), decision).await?;
+    step("the network is joined");
+    Ok(joined)
 }
 
 async fn make_shim(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<(), Error> {
@@ -94,6 +101,7 @@ async fn make_shim(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision
         .map_err(|_| Error::TimedOut { operation: format!("starting the shim of sandbox {id}"), limit })?
         .map_err(Error::shim(format!("start the shim of sandbox {id}")))?;
     sandbox.set_shim(Some(shim));
+    step("the shim runs");
     Ok(())
 }
 
@@ -110,6 +118,7 @@ async fn make_files(decision: &Decision, sandbox: &Arc<Sandbox>, paths: &Sandbox
         write_readable(&paths.hostname(), format!("{}\n", decision.hostname).as_bytes(), owner)?;
         if !decision.modes.host_ipc {
             mounts::shm(&paths.shm(), SHM_BYTES, owner)?;
+            step("shared memory is mounted");
         }
         let logs = Path::new(&record.config.log_directory);
         if logs.is_absolute() {

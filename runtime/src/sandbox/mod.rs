@@ -10,6 +10,7 @@ mod watch;
 
 use std::sync::Arc;
 
+use oarlock_failpoint::step;
 use oarlock_proto::cri;
 
 use crate::core::Core;
@@ -84,6 +85,7 @@ async fn bring_up(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &spec::san
     sandbox.change(&core.records, |_| {}).await?;
     let joined = make::make(core, sandbox, decision).await?;
     loopback::forward(sandbox, &decision.port_mappings, &joined.ips).await;
+    step("host ports are forwarded");
     sandbox
         .change(&core.records, move |record| {
             record.phase = SandboxPhase::Ready;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use oarlock_cni::{Attachment, PortMapping};
+use oarlock_failpoint::step;
 use serde_json::{Value, json};
 
 use crate::core::Core;
@@ -81,7 +82,9 @@ pub(super) async fn detach(core: &Arc<Core>, record: &SandboxRecord) -> Result<(
     tokio::time::timeout(limit, core.cni.del(&attachment))
         .await
         .map_err(|_| Error::TimedOut { operation: format!("CNI DEL for sandbox {}", record.id), limit })?
-        .map_err(|source| Error::Network { sandbox: record.id.clone(), source: Box::new(source) })
+        .map_err(|source| Error::Network { sandbox: record.id.clone(), source: Box::new(source) })?;
+    step("the network is left");
+    Ok(())
 }
 
 fn bandwidth(record: &SandboxRecord) -> Result<Option<Value>, Error> {

@@ -7,6 +7,7 @@ use futures::future::join_all;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use oarlock_cgroup::Cgroup;
+use oarlock_failpoint::step;
 use oarlock_netns::{Pins, remove_pinned};
 use oarlock_proto::cri;
 use oarlock_shim_api::{Shim, ShimError, read_shim_record};
@@ -37,6 +38,7 @@ async fn stop_locked(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(), Err
     sandbox.change(&core.records, |record| record.phase = SandboxPhase::Stopping).await?;
     let id = sandbox.id();
     let mut failures = stop_containers(core, &id).await;
+    step("the sandbox's containers are stopped");
     let left = tear_down(core, sandbox).await;
     failures.extend(left.network.into_iter().chain(left.local));
     if !failures.is_empty() {
@@ -97,10 +99,12 @@ pub(super) async fn tear_down(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Failu
     let group = record.owns_cgroup_parent.then(|| record.cgroup_parent.clone());
     let ended = async {
         let shim = end_shim(core, &record.id, held).await;
+        step("the shim has ended");
         shim.err().map(|error| error.full_message())
     };
     let (local, network) = if network::is_own(&record) {
         let unpinned = unpin(core, &record.id).await.err().map(|error| error.full_message());
+        step("the network namespace is gone");
         let local = async {
             let mut local: Vec<String> = unpinned.into_iter().chain(ended.await).collect();
             local.extend(clear_away(core, &record.id, group).await);
@@ -113,6 +117,7 @@ pub(super) async fn tear_down(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Failu
         local.extend(clear_away(core, &record.id, group).await);
         (local, network)
     };
+    step("the sandbox is taken down");
     Failures { network: network.err().map(|error| error.full_message()), local }
 }
 
@@ -168,6 +173,7 @@ pub(crate) async fn clear_away(core: &Arc<Core>, id: &str, group: Option<String>
 
 fn clear_mounts(paths: &SandboxPaths, id: &str) -> Vec<String> {
     let unpin = |source| Error::Namespaces { sandbox: id.to_owned(), operation: "remove", source };
+    step("before mounts are cleared away");
     let steps = [
         Pins::remove(&paths.namespaces()).map_err(unpin),
         remove_pinned(&paths.pid_namespace()).map_err(unpin),
@@ -184,5 +190,6 @@ pub(crate) fn remove_group(group: &str) -> Result<(), Error> {
         return Ok(());
     }
     cgroup.kill().map_err(failed("kill"))?;
+    step("what was left in a control group is killed");
     cgroup.remove().map_err(failed("remove"))
 }

@@ -265,7 +265,9 @@ impl CniClient {
     ) -> Result<Vec<u8>, CniError> {
         let extra =
             PluginExtra { capability_args: attachment.capability_args.clone(), prev_result, valid_attachments: None };
-        self.invoke(network, index, command, &attachment.environment(), &extra).await
+        let output = self.invoke(network, index, command, &attachment.environment(), &extra).await?;
+        oarlock_failpoint::step(&format!("{} has done {command}", network.plugin_type(index)));
+        Ok(output)
     }
 
     async fn invoke(

@@ -461,6 +461,37 @@ async fn a_killed_shim_is_noticed_and_a_new_one_clears_away_its_containers() {
 }
 
 #[tokio::test]
+async fn a_helper_that_is_killed_fails_its_call_and_leaves_nothing() {
+    let mut pod = Pod::start("helper").await;
+    // Holds the helper up after everything of the container but its program has been made.
+    let held = |spec: &mut serde_json::Value| {
+        spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "2"]}]});
+    };
+    let shim = pod.shim.record().pid;
+    let killer = tokio::task::spawn_blocking(move || {
+        let hook = |pid: &str| {
+            let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+            children
+                .split_whitespace()
+                .any(|child| fs::read_to_string(format!("/proc/{child}/comm")).is_ok_and(|name| name.trim() == "sleep"))
+        };
+        let helper = wait_for("the helper to wait for its hook", LIMIT, || {
+            let children = fs::read_to_string(format!("/proc/{shim}/task/{shim}/children")).ok()?;
+            children.split_whitespace().find(|pid| hook(pid)).map(|pid| pid.parse::<i32>().unwrap())
+        });
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(helper), nix::sys::signal::Signal::SIGKILL).unwrap();
+    });
+    let error = pod.create("c", &Wish { patch: held, ..Wish::new(&["sleep"]) }).await.unwrap_err();
+    killer.await.unwrap();
+    assert_eq!(error.kind(), Some(ErrorKind::HelperDied), "{error}");
+    assert!(pod.shim.state().await.unwrap().containers.is_empty());
+    assert!(!oarlock_cgroup::Cgroup::new(&pod.cgroup_of("c")).unwrap().exists());
+    pod.run("c", &Wish::new(&["exit", "6"])).await;
+    assert_eq!(pod.exited("c").await.exit_code, 6);
+    pod.finish().await;
+}
+
+#[tokio::test]
 async fn a_container_cannot_change_its_own_limits() {
     let mut pod = Pod::start("limits").await;
     let patch = |spec: &mut serde_json::Value| {

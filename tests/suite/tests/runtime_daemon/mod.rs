@@ -73,14 +73,7 @@ impl Daemon {
         let directory = tempfile::Builder::new().prefix(&format!("oarlock-runtime-{name}-")).tempdir().unwrap();
         // As the directories of a real node: root of a user namespace has to get through.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o711)).unwrap();
-        let plugins = directory.path().join("cni-bin");
-        fs::create_dir(&plugins).unwrap();
-        for plugin in ["bridge", "host-local", "portmap", "loopback"] {
-            std::os::unix::fs::symlink(binary("oarlock-cni-plugins"), plugins.join(plugin)).unwrap();
-        }
-        let data = directory.path().join("ipam").display().to_string();
-        fs::create_dir(directory.path().join("cni-conf")).unwrap();
-        fs::write(directory.path().join("cni-conf/10-pods.conflist"), CONFLIST.replace("@DATA@", &data)).unwrap();
+        lay_out(directory.path());
         let cgroup_root = format!("oarlock-test-{name}-{}", std::process::id());
         let (runtime, images) = clients(&directory.path().join("run/runtime.sock"));
         let mut daemon = Daemon { directory, cgroup_root, running: None, runtime, images };
@@ -101,21 +94,12 @@ impl Daemon {
         self.directory.path()
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.path().join("run/runtime.sock")
     }
 
     pub fn config(&self) -> Config {
-        Config {
-            shim_binary: binary("oarlock-shim"),
-            cni_conf_dir: self.path().join("cni-conf"),
-            cni_bin_dirs: vec![self.path().join("cni-bin")],
-            cgroup_root: self.cgroup_root.clone(),
-            handlers: [("crun", "/usr/bin/crun"), ("runc", "/usr/sbin/runc"), ("gone", "/no/such/runtime")]
-                .map(|(name, path)| (name.to_owned(), path.into()))
-                .into(),
-            ..Config::in_dirs(&self.path().join("data"), &self.path().join("run"))
-        }
+        config_in(self.path(), &self.cgroup_root)
     }
 
     /// Opens the daemon and serves.
@@ -244,7 +228,33 @@ impl Daemon {
     }
 }
 
-fn channel(socket: &Path) -> Channel {
+/// The plugins and the network's configuration.
+pub fn lay_out(directory: &Path) {
+    let plugins = directory.join("cni-bin");
+    fs::create_dir(&plugins).unwrap();
+    for plugin in ["bridge", "host-local", "portmap", "loopback"] {
+        std::os::unix::fs::symlink(binary("oarlock-cni-plugins"), plugins.join(plugin)).unwrap();
+    }
+    let data = directory.join("ipam").display().to_string();
+    fs::create_dir(directory.join("cni-conf")).unwrap();
+    fs::write(directory.join("cni-conf/10-pods.conflist"), CONFLIST.replace("@DATA@", &data)).unwrap();
+}
+
+/// A daemon's configuration with everything below one directory.
+pub fn config_in(directory: &Path, cgroup_root: &str) -> Config {
+    Config {
+        shim_binary: binary("oarlock-shim"),
+        cni_conf_dir: directory.join("cni-conf"),
+        cni_bin_dirs: vec![directory.join("cni-bin")],
+        cgroup_root: cgroup_root.to_owned(),
+        handlers: [("crun", "/usr/bin/crun"), ("runc", "/usr/sbin/runc"), ("gone", "/no/such/runtime")]
+            .map(|(name, path)| (name.to_owned(), path.into()))
+            .into(),
+        ..Config::in_dirs(&directory.join("data"), &directory.join("run"))
+    }
+}
+
+pub fn channel(socket: &Path) -> Channel {
     let socket = socket.to_owned();
     Endpoint::from_static("http://runtime").connect_with_connector_lazy(tower::service_fn(move |_| {
         let socket = socket.clone();
@@ -252,7 +262,7 @@ fn channel(socket: &Path) -> Channel {
     }))
 }
 
-fn clients(socket: &Path) -> (RuntimeServiceClient<Channel>, ImageServiceClient<Channel>) {
+pub fn clients(socket: &Path) -> (RuntimeServiceClient<Channel>, ImageServiceClient<Channel>) {
     let channel = channel(socket);
     (RuntimeServiceClient::new(channel.clone()), ImageServiceClient::new(channel))
 }

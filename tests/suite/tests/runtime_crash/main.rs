@@ -1,0 +1,93 @@
+//! The runtime daemon killed with SIGKILL between any two things that it does, one after another, and started again. Needs
+//! root.
+//!
+//! A pod is taken from its image to its removal by a client that repeats a call whose daemon died. The daemon is this
+//! program once more (`--daemon`), told at which step to die. The steps are gone through by number until the whole life
+//! passes without a death; after each life nothing of the pod may be left. Prints what `cargo test` prints.
+
+mod daemon;
+mod life;
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use daemon::Daemon;
+use oarlock_testkit::in_fresh_namespaces;
+
+#[allow(dead_code, reason = "shared with the tests of other files, which use the rest")]
+#[path = "../runtime_daemon/mod.rs"]
+mod runtime_daemon;
+
+const NAME: &str = "a_daemon_killed_at_any_step_is_started_again_and_nothing_is_lost_or_left";
+/// There are far fewer; a life that never passes is a mistake of the test.
+const STEPS_MAX: u64 = 1000;
+/// Some that must be among those it died at, one of each kind.
+const MUST_DIE_AT: [&str; 10] = [
+    "a record is written",
+    "namespaces are pinned",
+    "bridge has done ADD",
+    "the shim runs",
+    "the root file system is mounted",
+    "the engine has made the container",
+    "limits are written",
+    "the container is killed",
+    "the sandbox is taken down",
+    "an image file is in place",
+];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let [flag, directory, cgroup_root] = arguments.as_slice()
+        && flag == "--daemon"
+    {
+        return daemon::serve(directory.as_ref(), cgroup_root);
+    }
+    let wanted = arguments.iter().filter(|argument| !argument.starts_with("--")).all(|filter| NAME.contains(filter));
+    let start = Instant::now();
+    println!("\nrunning {} tests", u8::from(wanted));
+    let failed = wanted && catch_unwind(AssertUnwindSafe(|| in_fresh_namespaces(every_step))).is_err();
+    if wanted {
+        println!("test {NAME} ... {}", if failed { "FAILED" } else { "ok" });
+    }
+    let (verdict, passed) = if failed { ("FAILED", 0) } else { ("ok", u8::from(wanted)) };
+    let seconds = start.elapsed().as_secs_f64();
+    println!(
+        "\ntest result: {verdict}. {passed} passed; {} failed; 0 ignored; 0 measured; 0 filtered out; finished in {seconds:.2}s\n",
+        u8::from(failed)
+    );
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn every_step() {
+    oarlock_netns::bring_loopback_up().expect("loopback");
+    let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("an event loop");
+    let _context = threads.enter();
+    let mut daemon = Daemon::new();
+    let mut died_at = BTreeSet::new();
+    let mut number = 0;
+    threads.block_on(async {
+        // The first life makes what outlives pods: the bridge, the plugins' table, the cgroup of shims.
+        daemon.start(None).await;
+        life::live(&mut daemon, "first").await;
+        daemon.stop();
+        let before = daemon.traces();
+        loop {
+            number += 1;
+            assert!(number < STEPS_MAX, "there is no end to the steps");
+            daemon.start(Some(number)).await;
+            life::live(&mut daemon, &format!("at-{number}")).await;
+            let Some(step) = daemon.death() else { break };
+            let left = daemon.traces().difference(&before).cloned().collect::<Vec<_>>();
+            assert!(left.is_empty(), "left by a daemon that died when \"{step}\" ({number}):\n{}", left.join("\n"));
+            died_at.insert(step);
+            daemon.stop();
+        }
+        daemon.finish();
+    });
+    println!("died {} times, at {} kinds of steps", number - 1, died_at.len());
+    for step in MUST_DIE_AT {
+        assert!(died_at.contains(step), "never died when {step:?}; only at {died_at:#?}");
+    }
+}
