@@ -184,6 +184,8 @@ fn registries(config: &Config) -> RegistryConfig {
             .map(|(registry, endpoints)| MirrorRule { registry: registry.clone(), endpoints: endpoints.clone() })
             .collect(),
         plain_http: config.registries.plain_http.clone(),
+        // No registry may have it: what was brought by hand is not collected to save space.
+        pin_imported: true,
         pinned: Some(config.pause_image.clone()).filter(|image| !image.is_empty()).into_iter().collect(),
         ..RegistryConfig::default()
     }

@@ -167,9 +167,9 @@ fn disk(settings: &Settings) -> Finding {
         Ok(stat) => {
             let free = stat.blocks_available() * stat.fragment_size() / (1 << 20);
             let percent = stat.blocks_available() * 100 / stat.blocks().max(1);
-            if percent < 10 {
+            if percent < 5 {
                 Finding::Limited(format!(
-                    "only {percent} % free ({free} MiB) at {}: below 10 % the node reports disk pressure and takes no pods",
+                    "only {percent} % free ({free} MiB) at {}: below 5 % the node reports disk pressure and takes no pods",
                     directory.display()
                 ))
             } else if free >= 1024 {

@@ -1,4 +1,5 @@
-//! RemoveImage: an image that does not exist has been removed; one that a container uses stays.
+//! RemoveImage: an image that does not exist has been removed; one that a container uses stays. A pin keeps collection away;
+//! it does not withstand being named here, but for the image that the runtime itself needs.
 
 use std::sync::Arc;
 
@@ -21,6 +22,9 @@ pub(super) async fn remove_image(
         if let Some(user) = user.filter(|_| last) {
             let id = image.id.clone();
             tracing::debug!(image.id = %id, container.id = %user.id(), "image in use loses its names only");
+        }
+        if last && image.pinned && !image.repo_tags.contains(&core.config.pause_image) {
+            core.images.set_pinned(reference, false).await.map_err(Error::from)?;
         }
     }
     core.images.remove(reference).await.map_err(Error::from)?;

@@ -86,6 +86,10 @@ fn full_disk() {
     disk.make_room();
     let imported = import();
     assert!(imported.status.success(), "{}", text(&imported.stderr));
+    let removed = oarlock(&data_dir, &["images", "rm", "oarlock.local/testimage:1"]);
+    assert!(removed.status.success(), "{}", text(&removed.stderr));
+    let listed = oarlock(&data_dir, &["images", "ls"]);
+    assert!(!text(&listed.stdout).contains("testimage"), "{}", text(&listed.stdout));
     wait_for("the API to store again", PATIENCE, || create().status.success().then_some(()));
 
     drop(reset);
