@@ -67,7 +67,8 @@ fn tolerates_memory_pressure(pod: &Pod) -> bool {
     })
 }
 
-fn resources_free(pod: &Pod, capacity: &Capacity, others: &[&Pod]) -> Result<(), Refusal> {
+/// Whether what the pod asks for is free beside the others.
+pub(crate) fn resources_free(pod: &Pod, capacity: &Capacity, others: &[&Pod]) -> Result<(), Refusal> {
     let mut used = Amounts::new();
     for other in others {
         for (name, amount) in pod_requests(other) {

@@ -23,6 +23,7 @@ use crate::objects::Objects;
 use crate::pods::{Pods, Source};
 use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
+use crate::watched::Watched;
 use crate::{Config, Error, eviction, logs, pleg, recorder, sources};
 
 const NEWS: usize = 1024;
@@ -61,6 +62,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
     let runtime = Runtime::new(&config.runtime_endpoint);
     let (recorder, event_sender) = recorder::recorder(client.clone(), config.node_name.clone());
     let (objects, service_watch) = Objects::new(client.clone());
+    let (news, news_receiver) = mpsc::channel(NEWS);
     let (probe_updates, probe_receiver) = mpsc::channel(PROBE_UPDATES);
     let placeholder = status::new_node(&config, &identity, Default::default());
     let capacity = Capacity::of(&machine, &config);
@@ -80,6 +82,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
         client: client.clone(),
         runtime,
         recorder,
+        watched: Watched::new(client.clone(), news.clone()),
         objects,
         config,
     });
@@ -88,7 +91,6 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
     let config = &shared.config;
     let mut tasks = Tasks::new(shutdown);
     let token = tasks.token();
-    let (news, news_receiver) = mpsc::channel(NEWS);
     let mirror_touched = Arc::new(Notify::new());
     let mut known_sources = HashSet::from([Source::Api]);
     if let Some(directory) = config.static_pod_dir.clone() {

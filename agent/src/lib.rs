@@ -27,12 +27,14 @@ mod plan;
 mod pleg;
 mod pods;
 mod recorder;
+mod resize;
 mod server;
 mod shared;
 mod sources;
 mod spec;
 mod status;
 mod termination;
+mod watched;
 mod worker;
 
 pub use config::Config;

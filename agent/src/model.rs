@@ -111,6 +111,8 @@ pub(crate) struct Container {
     pub message: String,
     /// The hash annotation of the definition it was made from.
     pub hash: String,
+    /// The resources it was made with, as the agent notes them; empty where it did not.
+    pub resources: String,
     /// The image as it was asked for.
     pub image: String,
     /// The image as the runtime resolved it.

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admission;
 use crate::cri::{Found, found_pods};
 use crate::model::PodUid;
+use crate::resize;
 use crate::shared::Shared;
 use crate::spec::resources::{Qos, pod_requests, qos_of};
 use crate::spec::{self, names};
@@ -37,6 +38,8 @@ pub(crate) enum News {
     Runtime(PodUid),
     /// Events of the runtime may have been missed.
     RuntimeAll,
+    /// Something that the pod's volumes show has changed.
+    ContentChanged(PodUid),
     /// The node needs this pod to end.
     End { uid: PodUid, reason: String, message: String, grace: Duration },
     /// Containers of pods that are over are to go.
@@ -54,6 +57,9 @@ pub(crate) enum Source {
 
 struct Known {
     mailbox: mpsc::Sender<Event>,
+    /// As the source has it.
+    desired: Arc<Pod>,
+    /// With the resources that it has been given.
     pod: Arc<Pod>,
     source: Option<Source>,
     /// Counts towards what is taken of the node.
@@ -106,6 +112,7 @@ impl Pods {
                 Some(ended) = self.workers.join_next(), if !self.workers.is_empty() => self.ended(ended).await,
             }
             if std::mem::take(&mut self.weights_stale) {
+                self.allocate_waiting().await;
                 self.weigh_burstable();
             }
         }
@@ -172,6 +179,7 @@ impl Pods {
                     self.send(&uid, Event::RuntimeChanged).await;
                 }
             }
+            News::ContentChanged(uid) => self.send(&uid, Event::ContentChanged).await,
             News::End { uid, reason, message, grace } => {
                 if let Some(known) = self.known.get_mut(&uid) {
                     known.admitted = false;
@@ -221,9 +229,9 @@ impl Pods {
         };
         if let Some(known) = self.known.get_mut(&uid) {
             known.source = Some(source);
-            known.pod = pod.clone();
+            known.desired = pod.clone();
             known.admitted &= !terminal(&pod);
-            self.send(&uid, Event::Desired(pod)).await;
+            self.allocate(&uid).await;
             return;
         }
         // Taken up before the agent last started: judged then.
@@ -238,10 +246,41 @@ impl Pods {
             admission::admit(&pod, &place, &others)
         };
         let admitted = judged.is_ok() && !terminal(&pod);
-        self.start_worker(uid.clone(), pod.clone(), Some(source), admitted);
-        self.send(&uid, Event::Desired(pod)).await;
+        self.start_worker(uid.clone(), pod, Some(source), admitted);
+        self.allocate(&uid).await;
         if let Err(refusal) = judged {
             self.send(&uid, Event::Rejected { reason: refusal.reason, message: refusal.message }).await;
+        }
+    }
+
+    /// Gives a pod the resources that its object asks for, if the node has them, and hands it on.
+    async fn allocate(&mut self, uid: &PodUid) {
+        let Some(known) = self.known.get(uid) else { return };
+        let desired = known.desired.clone();
+        let mut pending = None;
+        let mut pod = desired.clone();
+        if resize::differs(&desired, &known.pod) {
+            let others = self.known.iter().filter(|(other, known)| known.admitted && *other != uid);
+            let others: Vec<&Pod> = others.map(|(_, known)| &*known.pod).collect();
+            pending = resize::judge(&desired, &self.shared.capacity, &others).err();
+            if pending.is_some() {
+                pod = Arc::new(resize::with_resources_of(&desired, &known.pod));
+            } else {
+                self.weights_stale = true;
+            }
+        }
+        if let Some(known) = self.known.get_mut(uid) {
+            known.pod = pod.clone();
+        }
+        self.send(uid, Event::Desired(pod, pending)).await;
+    }
+
+    /// Room may have become free: resizes that wait are judged again.
+    async fn allocate_waiting(&mut self) {
+        let waiting = self.known.iter().filter(|(_, known)| resize::differs(&known.desired, &known.pod));
+        let waiting: Vec<PodUid> = waiting.map(|(uid, _)| uid.clone()).collect();
+        for uid in waiting {
+            self.allocate(&uid).await;
         }
     }
 
@@ -260,9 +299,11 @@ impl Pods {
 
     fn start_worker(&mut self, uid: PodUid, pod: Arc<Pod>, source: Option<Source>, admitted: bool) {
         let (mailbox, receiver) = mpsc::channel(worker::MAILBOX);
+        let desired = pod;
+        let pod = Arc::new(resize::as_last_told(&desired));
         let worker = Worker::new(self.shared.clone(), pod.clone(), receiver);
         let shutdown = self.shutdown.clone();
-        self.known.insert(uid.clone(), Known { mailbox, pod, source, admitted });
+        self.known.insert(uid.clone(), Known { mailbox, desired, pod, source, admitted });
         self.weights_stale = true;
         self.workers.spawn(async move {
             let forgotten = worker.run(shutdown).await;

@@ -23,6 +23,7 @@ use crate::objects::Objects;
 use crate::recorder::Recorder;
 use crate::spec;
 use crate::spec::resources::NodeLimits;
+use crate::watched::Watched;
 
 /// What every part of the agent works with.
 pub(crate) struct Shared {
@@ -33,6 +34,7 @@ pub(crate) struct Shared {
     pub probes: ProbeManager,
     pub recorder: Recorder,
     pub objects: Arc<Objects>,
+    pub watched: Arc<Watched>,
     pub cgroups: ArcSwap<PodCgroups>,
     pub capacity: Capacity,
     pub table: PodTable,

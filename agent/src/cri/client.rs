@@ -182,6 +182,21 @@ impl Runtime {
         gone_is_fine(bounded("RemoveContainer", SLOW_CALL, self.runtime.clone().remove_container(request)).await)
     }
 
+    /// Changes the cgroup values of a running container.
+    pub(crate) async fn update_resources(
+        &self,
+        id: &str,
+        resources: cri::LinuxContainerResources,
+    ) -> Result<(), CriError> {
+        let request = cri::UpdateContainerResourcesRequest {
+            container_id: id.to_owned(),
+            linux: Some(resources),
+            ..Default::default()
+        };
+        let mut client = self.runtime.clone();
+        bounded("UpdateContainerResources", CALL, client.update_container_resources(request)).await.map(drop)
+    }
+
     pub(crate) async fn container_status(&self, id: &str) -> Result<cri::ContainerStatus, CriError> {
         let request = cri::ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
         let response = bounded("ContainerStatus", CALL, self.runtime.clone().container_status(request)).await?;

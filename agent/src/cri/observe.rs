@@ -126,6 +126,7 @@ fn container(status: &cri::ContainerStatus, sandbox: &str) -> Container {
         reason: status.reason.clone(),
         message: status.message.clone(),
         hash: annotation(names::HASH),
+        resources: annotation(names::RESOURCES),
         image,
         image_id: image_ref_shown(&status.image_ref, image_id),
         log_path: status.log_path.clone(),

@@ -46,6 +46,7 @@ pub(crate) enum Key {
     Deletion,
     Image(String),
     Container(String),
+    Resize(String),
 }
 
 /// Why a container is killed.
@@ -54,6 +55,7 @@ pub(crate) enum KillReason {
     PodEnding,
     SandboxChanged,
     DefinitionChanged,
+    Resized,
     LivenessProbe,
     StartupProbe,
     StateUnknown,
@@ -85,6 +87,12 @@ pub(crate) enum Action {
         id: ContainerId,
         name: String,
     },
+    /// Give a running container the resources that are allocated to it.
+    ResizeContainer {
+        id: ContainerId,
+        name: String,
+        resources: String,
+    },
     StopSandbox {
         id: SandboxId,
     },
@@ -111,6 +119,7 @@ impl Action {
             Action::StartContainer { name, .. }
             | Action::KillContainer { name, .. }
             | Action::RemoveContainer { name, .. } => Key::Container(name.clone()),
+            Action::ResizeContainer { name, .. } => Key::Resize(name.clone()),
             Action::RemoveCgroup => Key::Cgroup,
             Action::FinishDeletion => Key::Deletion,
             Action::Forget | Action::Cancel(_) => return None,

@@ -6,6 +6,7 @@ use oarlock_probes::Outcome;
 
 use super::{Action, ContainerView, ImageState, Key, KillReason, Planner, PodView, Role};
 use crate::model::{Container, Observed, RunState, Sandbox};
+use crate::resize::{self, Step};
 
 /// How far a container that is to start has come.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -212,6 +213,8 @@ impl Planner<'_> {
             (KillReason::StateUnknown, spec.grace)
         } else if container.role != Role::Init && !record.hash.is_empty() && record.hash != container.hash {
             (KillReason::DefinitionChanged, spec.grace)
+        } else if container.role != Role::Init && self.resize(container, record) {
+            (KillReason::Resized, spec.grace)
         } else if probes.startup == Some(Outcome::Failure) {
             (KillReason::StartupProbe, container.startup_grace.unwrap_or(spec.grace))
         } else if probes.liveness == Some(Outcome::Failure) {
@@ -221,6 +224,25 @@ impl Planner<'_> {
         };
         self.kill(record, grace.max(Duration::from_secs(1)), why);
         true
+    }
+
+    /// Brings a running container's resources to what is allocated; true when that takes a restart.
+    fn resize(&mut self, container: &ContainerView, record: &Container) -> bool {
+        let actuated = self.state.actuated(container, record).to_owned();
+        match resize::step(&actuated, &container.resources, container.restarts_on) {
+            Step::Nothing => false,
+            Step::Restart => true,
+            Step::Update => {
+                if !self.state.starting(&container.name) && self.free(&Key::Resize(container.name.clone())) {
+                    self.push(Action::ResizeContainer {
+                        id: record.id.clone(),
+                        name: container.name.clone(),
+                        resources: container.resources.clone(),
+                    });
+                }
+                false
+            }
+        }
     }
 
     /// A container that was created and never started, left by a crash or a failed start.

@@ -7,9 +7,10 @@ use jiff::Timestamp;
 use oarlock_probes::Outcome as ProbeOutcome;
 
 use super::backoff::{Backoff, Retry, later};
-use super::view::{PodView, Role};
+use super::view::{ContainerView, PodView, Role};
 use super::{Action, Key};
 use crate::model::{Container, ContainerId, Observed, RunState, SandboxId};
+use crate::resize::Pending;
 
 /// Why a pod ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -98,6 +99,12 @@ pub(crate) struct State {
     pub probes: BTreeMap<ContainerId, ProbeView>,
     /// Restarts that the API knows of, for containers whose records the runtime has lost.
     pub known_restarts: BTreeMap<String, u32>,
+    /// Resources that running containers were given since they were made.
+    resized: BTreeMap<ContainerId, String>,
+    /// Why a container's last resize failed.
+    pub resize_errors: BTreeMap<String, String>,
+    /// Why the size that the API object asks for is not allocated.
+    pub resize_pending: Option<Pending>,
     /// Whether the API has the status as it stands now.
     pub status_sent: bool,
     pub deletion_finished: bool,
@@ -144,6 +151,7 @@ impl State {
         self.unsettled.retain(|_, needed| *needed > ticket);
         let alive: BTreeSet<ContainerId> = observed.containers.iter().map(|container| container.id.clone()).collect();
         self.probes.retain(|id, _| alive.contains(id));
+        self.resized.retain(|id, _| alive.contains(id));
         self.stopped_sandboxes.retain(|id| observed.sandboxes.iter().any(|sandbox| sandbox.id == *id));
         self.observed = Some(observed);
     }
@@ -196,6 +204,13 @@ impl State {
                 self.stopped_sandboxes.insert(id);
             }
             (Action::EnsureImage { container }, outcome) => self.image_checked(container, outcome, now),
+            (Action::ResizeContainer { id, name, resources }, Outcome::Done) => {
+                self.resize_errors.remove(&name);
+                self.resized.insert(id, resources);
+            }
+            (Action::ResizeContainer { name, .. }, Outcome::Failed { message, .. }) => {
+                self.resize_errors.insert(name, message);
+            }
             (Action::StartContainer { name, .. }, Outcome::Failed { reason, message }) => {
                 self.images.remove(&name);
                 self.start_errors.insert(name, (reason, message));
@@ -280,6 +295,12 @@ impl State {
                     .latest(&main.name)
                     .is_some_and(|record| record.state == RunState::Exited && !main.restarts_after(record.exit_code))
         })
+    }
+
+    /// The resources that a container runs with. One that was made without a note has what is allocated.
+    pub(crate) fn actuated<'a>(&'a self, container: &'a ContainerView, record: &'a Container) -> &'a str {
+        let noted = Some(record.resources.as_str()).filter(|noted| !noted.is_empty());
+        self.resized.get(&record.id).map(String::as_str).or(noted).unwrap_or(&container.resources)
     }
 
     /// Whether an action for the key is under way or not yet seen.

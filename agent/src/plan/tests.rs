@@ -51,6 +51,7 @@ pub(super) fn container(id: &str, name: &str, state: RunState) -> Container {
         reason: String::new(),
         message: String::new(),
         hash,
+        resources: String::new(),
         image: "i".to_owned(),
         image_id: "sha256:i".to_owned(),
         log_path: String::new(),

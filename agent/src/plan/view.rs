@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 
+use crate::resize::{self, RestartsOn};
 use crate::spec::hash::container_hash;
 
 /// What a container is in its pod.
@@ -42,6 +43,9 @@ pub(crate) struct ContainerView {
     pub rules: Vec<RestartRule>,
     pub image: String,
     pub hash: String,
+    /// Allocated resources, as text; and which changes of them need a restart.
+    pub resources: String,
+    pub restarts_on: RestartsOn,
     pub startup_probe: bool,
     pub readiness_probe: bool,
     /// terminationGracePeriodSeconds of the liveness and startup probes.
@@ -147,6 +151,8 @@ fn view(container: &Container, role: Role, fallback: RestartPolicy) -> Container
         rules: rules.collect(),
         image: container.image.clone().unwrap_or_default(),
         hash: container_hash(container),
+        resources: resize::as_json(container),
+        restarts_on: RestartsOn::of(container),
         startup_probe: container.startup_probe.is_some(),
         readiness_probe: container.readiness_probe.is_some(),
         liveness_grace: probe_grace(&container.liveness_probe),

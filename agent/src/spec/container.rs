@@ -84,6 +84,9 @@ fn annotations(pod: &Pod, container: &Container, restart_count: u32) -> HashMap<
         (names::TERMINATION_PATH.to_owned(), container.termination_message_path.clone().unwrap_or_default()),
         (names::TERMINATION_POLICY.to_owned(), container.termination_message_policy.clone().unwrap_or_default()),
     ]);
+    if container.resources.is_some() {
+        annotations.insert(names::RESOURCES.to_owned(), crate::resize::as_json(container));
+    }
     if let Some(grace) = pod.metadata.deletion_grace_period_seconds {
         annotations.insert(names::POD_DELETION_GRACE.to_owned(), grace.to_string());
     }

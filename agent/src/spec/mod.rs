@@ -25,6 +25,8 @@ pub(crate) mod names {
     pub(crate) const TERMINATION_PATH: &str = "io.kubernetes.container.terminationMessagePath";
     pub(crate) const TERMINATION_POLICY: &str = "io.kubernetes.container.terminationMessagePolicy";
     pub(crate) const PRE_STOP: &str = "io.kubernetes.container.preStopHandler";
+    /// The resources that a container was made with, as JSON.
+    pub(crate) const RESOURCES: &str = "oarlock.io/container.resources";
     pub(crate) const PORTS: &str = "io.kubernetes.container.ports";
     pub(crate) const POD_DELETION_GRACE: &str = "io.kubernetes.pod.deletionGracePeriod";
     pub(crate) const POD_TERMINATION_GRACE: &str = "io.kubernetes.pod.terminationGracePeriod";

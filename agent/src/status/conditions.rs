@@ -4,11 +4,17 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodCondition, PodStatus};
 
 use super::whole_second;
+use crate::model::RunState;
 use crate::plan::{PodView, Role, State, Why};
+use crate::resize::{self, Step};
 
 /// The conditions that the agent owns; all others are left as they are.
 pub(crate) const OWNED: &[&str] =
-    &["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+    &["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled", RESIZE_PENDING, RESIZING];
+
+/// Conditions that go when what they say is over.
+pub(crate) const RESIZE_PENDING: &str = "PodResizePending";
+pub(crate) const RESIZING: &str = "PodResizeInProgress";
 
 /// What a condition says, without its times.
 struct Verdict {
@@ -62,10 +68,40 @@ pub(super) fn conditions(
         let kind = "DisruptionTarget";
         conditions.push(condition(kind, verdict, before(kind), pod.metadata.generation, now));
     }
+    for (kind, verdict) in [(RESIZE_PENDING, resize_pending(state)), (RESIZING, resizing(view, state))] {
+        if let Some(verdict) = verdict {
+            conditions.push(condition(kind, verdict, before(kind), pod.metadata.generation, now));
+        }
+    }
     let own: Vec<String> = conditions.iter().map(|condition| condition.type_.clone()).collect();
-    let foreign = last.conditions.iter().flatten().filter(|condition| !own.contains(&condition.type_));
+    let foreign = last.conditions.iter().flatten().filter(|condition| {
+        let over = [RESIZE_PENDING, RESIZING].contains(&condition.type_.as_str());
+        !over && !own.contains(&condition.type_)
+    });
     conditions.extend(foreign.cloned());
     conditions
+}
+
+/// The size asked for does not fit.
+fn resize_pending(state: &State) -> Option<Verdict> {
+    let pending = state.resize_pending.as_ref().filter(|_| state.end.is_none())?;
+    Some(Verdict { ok: true, reason: Some(pending.reason), message: Some(pending.message.clone()) })
+}
+
+/// Some container does not run with what is allocated to it yet.
+fn resizing(view: &PodView, state: &State) -> Option<Verdict> {
+    let observed = state.observed.as_ref().filter(|_| state.end.is_none())?;
+    let underway = view.containers.iter().any(|container| {
+        let record = observed.latest(&container.name).filter(|record| record.state == RunState::Running);
+        let of_kind = matches!(container.role, Role::Main | Role::Sidecar);
+        of_kind
+            && record.is_some_and(|record| {
+                let actuated = state.actuated(container, record);
+                resize::step(actuated, &container.resources, container.restarts_on) != Step::Nothing
+            })
+    });
+    let error = state.resize_errors.values().next();
+    underway.then(|| Verdict { ok: true, reason: error.map(|_| "Error"), message: error.cloned() })
 }
 
 fn condition(

@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
-    ContainerUser, LinuxContainerUser, PodStatus,
+    ContainerUser, LinuxContainerUser, PodStatus, ResourceRequirements,
 };
 
 use super::{StatusFacts, error_turns_at, whole_second};
@@ -39,6 +39,7 @@ impl Containers<'_> {
         status.image = record.image.clone();
         status.image_id = record.image_id.clone();
         status.restart_count = i32::try_from(record.restart_count).unwrap_or(i32::MAX);
+        self.resources(container, record, &mut status);
         status.user = record.user.clone().map(|(uid, gid, groups)| ContainerUser {
             linux: Some(LinuxContainerUser { uid, gid, supplemental_groups: (!groups.is_empty()).then_some(groups) }),
         });
@@ -57,6 +58,18 @@ impl Containers<'_> {
         };
         status.state = Some(state);
         status
+    }
+
+    /// What is allocated to it and what it runs with.
+    fn resources(&self, container: &ContainerView, record: &Container, status: &mut ContainerStatus) {
+        if !matches!(container.role, Role::Main | Role::Sidecar) {
+            return;
+        }
+        let read = |json: &str| serde_json::from_str::<ResourceRequirements>(json).ok();
+        let own = |r: &ResourceRequirements| r.requests.is_some() || r.limits.is_some();
+        status.allocated_resources = read(&container.resources).and_then(|resources| resources.requests);
+        let actuated = self.state.actuated(container, record);
+        status.resources = read(actuated).filter(own).filter(|_| record.state == RunState::Running);
     }
 
     /// A container that is just being made shows as waiting until its start is over.

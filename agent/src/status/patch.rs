@@ -3,6 +3,8 @@
 use k8s_openapi::api::core::v1::PodStatus;
 use serde_json::{Map, Value, json};
 
+use super::conditions::{RESIZE_PENDING, RESIZING};
+
 /// Fields that other components write, which a patch must not touch.
 const FOREIGN: &[&str] =
     &["nominatedNodeName", "resourceClaimStatuses", "extendedResourceClaimStatus", "resize", "allocatedResources"];
@@ -57,6 +59,14 @@ fn own_conditions(old: Option<&Value>, new: &Value) -> Option<Value> {
             }
         }
         changed.push(condition);
+    }
+    let now = new.as_array()?;
+    for was in old.and_then(Value::as_array).into_iter().flatten() {
+        let kind = &was["type"];
+        let passing = kind.as_str().is_some_and(|kind| [RESIZE_PENDING, RESIZING].contains(&kind));
+        if passing && !now.iter().any(|condition| condition["type"] == *kind) {
+            changed.push(json!({ "type": kind, "$patch": "delete" }));
+        }
     }
     (!changed.is_empty()).then_some(Value::Array(changed))
 }

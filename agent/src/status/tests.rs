@@ -38,6 +38,7 @@ fn record(name: &str, state: RunState, exit_code: i32) -> Container {
         reason: String::new(),
         message: String::new(),
         hash: String::new(),
+        resources: String::new(),
         image: "i".to_owned(),
         image_id: "sha256:i".to_owned(),
         log_path: String::new(),

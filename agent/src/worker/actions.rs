@@ -48,6 +48,7 @@ impl Job {
                 self.cancellable(self.kill_container(&id, &name, deadline, why)).await
             }
             Action::RemoveContainer { id, name } => self.remove_container(&id, &name).await,
+            Action::ResizeContainer { id, name, .. } => self.resize_container(&id, &name).await,
             Action::StopSandbox { id } => match self.shared.runtime.stop_sandbox(id.as_str()).await {
                 Ok(()) => Outcome::Done,
                 Err(error) => self.troubled("FailedKillPod", format!("error killing pod: {error}")),
@@ -195,6 +196,7 @@ impl Job {
             KillReason::PodEnding => format!("Stopping container {name}"),
             KillReason::SandboxChanged => format!("Stopping container {name}"),
             KillReason::DefinitionChanged => format!("Container {name} definition changed, will be restarted"),
+            KillReason::Resized => format!("Container {name} resize requires restart"),
             KillReason::LivenessProbe => format!("Container {name} failed liveness probe, will be restarted"),
             KillReason::StartupProbe => format!("Container {name} failed startup probe, will be restarted"),
             KillReason::StateUnknown => {
@@ -237,6 +239,31 @@ impl Job {
                 }
                 Outcome::Done
             }
+            Err(error) => failed("", error.to_string()),
+        }
+    }
+
+    /// The pod's cgroup may have to grow first or shrink last: it is set before, where the kernel lets it, and after.
+    async fn resize_container(&self, id: &ContainerId, name: &str) -> Outcome {
+        let Some(container) = self.container(name) else { return failed("", "the container is gone") };
+        let set_pod = || {
+            let (cgroups, pod) = (self.shared.cgroups.load_full(), self.pod.clone());
+            tokio::task::spawn_blocking(move || cgroups.create(&pod))
+        };
+        let _ = set_pod().await;
+        let resources = spec::resources::linux_resources(&self.pod, &container, self.shared.node_limits());
+        let recorder = &self.shared.recorder;
+        if let Err(error) = self.shared.runtime.update_resources(id.as_str(), resources).await {
+            let message = format!("failed to resize container {name}: {}", error.description());
+            recorder.container(&self.pod, name, Level::Warning, "ResizeError", message.clone());
+            return failed("", message);
+        }
+        match set_pod().await {
+            Ok(Ok(())) => {
+                recorder.pod(&self.pod, Level::Normal, "ResizeCompleted", format!("Container {name} was resized"));
+                Outcome::Done
+            }
+            Ok(Err(error)) => failed("", chain(&error)),
             Err(error) => failed("", error.to_string()),
         }
     }

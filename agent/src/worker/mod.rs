@@ -18,6 +18,7 @@ mod image;
 mod ledger;
 mod report;
 mod start;
+mod upkeep;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -26,26 +27,25 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
-use oarlock_probes::{InitialOutcomes, Kind, Outcome as ProbeOutcome, Target, Update};
+use oarlock_probes::{InitialOutcomes, Kind, Outcome as ProbeOutcome, Update};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::{ContainerId, Observed, PodUid, RunState};
+use crate::model::{ContainerId, Observed, PodUid};
 use crate::plan::{self, Action, Key, Outcome, PodView, State, Why};
 use crate::recorder::Level;
+use crate::resize::Pending;
 use crate::shared::{PodEntry, Shared};
 use crate::{spec, status};
 
-/// How often a running pod's volumes are brought up to date.
-const REFRESH: Duration = Duration::from_secs(60);
 pub(crate) const MAILBOX: usize = 64;
 
 /// Everything that can happen to a pod, from outside.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A source has the pod, in this form.
-    Desired(Arc<Pod>),
+    /// A source has the pod, in this form; its resources are those allocated. With them, why others that it asks for are not.
+    Desired(Arc<Pod>, Option<Pending>),
     /// The API object that shows a static pod.
     Mirror(Arc<Pod>),
     /// No source has the pod any more.
@@ -55,6 +55,8 @@ pub(crate) enum Event {
         reason: String,
         message: String,
     },
+    /// Something that the volumes show has changed.
+    ContentChanged,
     /// The node needs the pod to end: reason and message of its Failed status.
     End {
         reason: String,
@@ -92,6 +94,9 @@ pub(crate) struct Worker {
     probing: HashSet<ContainerId>,
     report: report::Report,
     refresh_at: tokio::time::Instant,
+    /// Contents changed since they were last brought up to date.
+    refresh_wanted: bool,
+    refreshing: bool,
     saved: ledger::Ledger,
 }
 
@@ -136,7 +141,9 @@ impl Worker {
             look_again: false,
             look_failures: 0,
             probing: HashSet::new(),
-            refresh_at: tokio::time::Instant::now() + REFRESH.mul_f64(0.8 + 0.4 * rand::random::<f64>()),
+            refresh_at: tokio::time::Instant::now() + upkeep::jittered(),
+            refresh_wanted: false,
+            refreshing: false,
             saved,
         }
     }
@@ -159,7 +166,7 @@ impl Worker {
                         self.ended(ended);
                     }
                 }
-                () = sleep => self.refresh(),
+                () = sleep => {}
             }
             while let Ok(event) = self.mailbox.try_recv() {
                 self.take(event);
@@ -167,9 +174,11 @@ impl Worker {
             while let Some(Ok(ended)) = self.tasks.try_join_next() {
                 self.ended(ended);
             }
+            self.refresh();
         }
         self.shared.probes.stop_pod(self.uid.as_str());
         self.shared.objects.forget_pod(self.uid.as_str());
+        self.shared.watched.forget(&self.uid);
         self.shared.table.remove(&self.uid);
         ledger::remove(&self.shared.config.state_dir(), &self.uid);
         true
@@ -178,7 +187,10 @@ impl Worker {
     fn take(&mut self, event: Event) {
         let now = Timestamp::now();
         match event {
-            Event::Desired(pod) => self.desired(pod, now),
+            Event::Desired(pod, pending) => {
+                self.resize_pending(&pod, pending);
+                self.desired(pod, now);
+            }
             Event::Mirror(mirror) => self.report.seen(&mirror),
             Event::Gone => {
                 self.state.gone = true;
@@ -193,6 +205,7 @@ impl Worker {
                 let message = format!("Pod was rejected: {message}");
                 self.state.finish_with(Why::Failed { reason, message }, Duration::from_secs(1), now);
             }
+            Event::ContentChanged => self.refresh_wanted = true,
             Event::End { reason, message, grace } => {
                 self.state.finish_with(Why::Failed { reason, message }, grace, now);
             }
@@ -200,6 +213,14 @@ impl Worker {
             Event::RuntimeChanged => self.look(),
             Event::Probe(update) => self.probe(update),
         }
+    }
+
+    fn resize_pending(&mut self, pod: &Pod, pending: Option<Pending>) {
+        if let Some(pending) = pending.as_ref().filter(|pending| self.state.resize_pending.as_ref() != Some(*pending)) {
+            let reason = format!("Resize{}", pending.reason);
+            self.shared.recorder.pod(pod, Level::Warning, reason, pending.message.clone());
+        }
+        self.state.resize_pending = pending;
     }
 
     fn desired(&mut self, pod: Arc<Pod>, now: Timestamp) {
@@ -214,6 +235,13 @@ impl Worker {
             }
         }
         self.report.seen(&pod);
+        if self.state.end.is_none() {
+            self.shared.watched.follow(&self.uid, &pod);
+        } else {
+            self.shared.watched.forget(&self.uid);
+        }
+        let (old, new) = (&self.pod.metadata, &pod.metadata);
+        self.refresh_wanted |= old.labels != new.labels || old.annotations != new.annotations;
         self.pod = pod;
     }
 
@@ -265,7 +293,7 @@ impl Worker {
                 }
             }
             Ended::Reported(sent) => self.report.ended(sent),
-            Ended::Refreshed => {}
+            Ended::Refreshed => self.refreshing = false,
         }
     }
 
@@ -354,73 +382,6 @@ impl Worker {
             Some(plan::ImageState::Ready { image_ref }) => Some(image_ref.clone()),
             _ => None,
         }
-    }
-
-    /// Starts the probes of containers that have started, with what the API last knew of those taken over.
-    fn run_probes(&mut self) {
-        let Some(observed) = &self.state.observed else { return };
-        self.probing.retain(|id| {
-            let running = observed.containers.iter().find(|c| c.id == *id).filter(|c| c.state == RunState::Running);
-            running.is_some()
-        });
-        let Some(spec) = self.pod.spec.as_ref().filter(|_| self.state.end.is_none()) else { return };
-        for record in observed.containers.iter().filter(|c| c.state == RunState::Running) {
-            if self.probing.contains(&record.id) || self.state.starting(&record.name) {
-                continue;
-            }
-            let Some((container, _)) = spec::find_container(spec, &record.name) else { continue };
-            let probed = container.startup_probe.is_some()
-                || container.readiness_probe.is_some()
-                || container.liveness_probe.is_some();
-            let host_network = spec.host_network.unwrap_or(false);
-            let sandbox_ip = observed.current_sandbox().and_then(|sandbox| sandbox.ips.first());
-            let ip =
-                if host_network { Some(self.shared.config.node_ip) } else { sandbox_ip.and_then(|ip| ip.parse().ok()) };
-            let (true, Some(pod_ip)) = (probed, ip) else { continue };
-            let initial = self.report.outcomes_before(&record.name, &record.id, &self.shared.id_scheme.load());
-            let carried = self.saved.probes.get(record.id.as_str()).copied().unwrap_or(initial);
-            self.state.probes.entry(record.id.clone()).or_insert(plan::ProbeView {
-                startup: carried.startup,
-                readiness: carried.readiness,
-                liveness: None,
-            });
-            self.shared.probes.start(Target {
-                pod_uid: self.uid.to_string(),
-                pod_ip,
-                container,
-                container_id: record.id.to_string(),
-                started_at: record.started_at.unwrap_or(record.created_at),
-                initial: carried,
-            });
-            self.probing.insert(record.id.clone());
-        }
-    }
-
-    /// Brings the volumes up to date, in the background.
-    fn refresh(&mut self) {
-        if tokio::time::Instant::now() < self.refresh_at {
-            return;
-        }
-        self.refresh_at = tokio::time::Instant::now() + REFRESH.mul_f64(0.8 + 0.4 * rand::random::<f64>());
-        if !self.state.volumes_ready || self.state.end.is_some() {
-            return;
-        }
-        let (shared, pod) = (self.shared.clone(), self.pod.clone());
-        let ip = self.report.current.pod_ip.clone();
-        self.tasks.spawn(async move {
-            let facts = shared.pod_facts(ip.as_deref());
-            match tokio::time::timeout(Duration::from_secs(60), shared.volumes.refresh(&pod, &facts)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(
-                    pod.namespace = spec::pod_namespace(&pod),
-                    pod.name = spec::pod_name(&pod),
-                    error = error.full_message(),
-                    "volumes were not brought up to date"
-                ),
-                Err(_) => tracing::debug!(pod.name = spec::pod_name(&pod), "bringing volumes up to date timed out"),
-            }
-            Ended::Refreshed
-        });
     }
 
     /// Makes the status, lets readers see it, and sends what changed.

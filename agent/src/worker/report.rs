@@ -85,7 +85,13 @@ impl Report {
         let is_ours = |kind: &str| {
             matches!(
                 kind,
-                "PodReadyToStartContainers" | "Initialized" | "Ready" | "ContainersReady" | "DisruptionTarget"
+                "PodReadyToStartContainers"
+                    | "Initialized"
+                    | "Ready"
+                    | "ContainersReady"
+                    | "DisruptionTarget"
+                    | "PodResizePending"
+                    | "PodResizeInProgress"
             ) && own(kind)
         };
         let theirs = status.conditions.iter().flatten().filter(|condition| !is_ours(&condition.type_)).cloned();

@@ -157,12 +157,14 @@ impl FakeApi {
         if let Some(value) = self.get(path) {
             return reply(200, &value);
         }
-        if ["pods", "services", "nodes"].contains(&path.rsplit('/').next().unwrap_or_default()) {
+        let collections =
+            [("pods", "PodList"), ("services", "ServiceList"), ("nodes", "NodeList"), ("configmaps", "ConfigMapList")];
+        let resource = path.rsplit('/').next().unwrap_or_default();
+        if let Some((_, kind)) = collections.into_iter().find(|(name, _)| *name == resource) {
             let objects = self.objects.lock().unwrap();
             let wanted = |key: &&String| matches_collection(path, key);
             let items: Vec<&Value> = objects.all.keys().filter(wanted).filter_map(|key| objects.all.get(key)).collect();
             let version = objects.version.to_string();
-            let kind = if path.ends_with("pods") { "PodList" } else { "ServiceList" };
             let list =
                 json!({"kind": kind, "apiVersion": "v1", "metadata": {"resourceVersion": version}, "items": items});
             return reply(200, &list);
@@ -259,6 +261,10 @@ fn merge(target: &mut Value, patch: &Value) {
             Value::Array(list) if name == "conditions" => {
                 let mut kept = target[name].as_array().cloned().unwrap_or_default();
                 for condition in list {
+                    if condition["$patch"] == "delete" {
+                        kept.retain(|old| old["type"] != condition["type"]);
+                        continue;
+                    }
                     match kept.iter_mut().find(|old| old["type"] == condition["type"]) {
                         Some(old) => merge(old, condition),
                         None => kept.push(condition.clone()),

@@ -440,9 +440,11 @@ impl RuntimeService for FakeRuntime {
     }
     async fn update_container_resources(
         &self,
-        _: Request<cri::UpdateContainerResourcesRequest>,
+        request: Request<cri::UpdateContainerResourcesRequest>,
     ) -> Answer<cri::UpdateContainerResourcesResponse> {
-        none()
+        let shares = request.into_inner().linux.map_or(0, |linux| linux.cpu_shares);
+        self.change(format!("update cpu.shares={shares}"), |_| Ok(()))?;
+        ok(cri::UpdateContainerResourcesResponse {})
     }
     async fn reopen_container_log(
         &self,

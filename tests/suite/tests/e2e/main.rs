@@ -3,6 +3,7 @@
 //! One cluster is started, the cases run against it one after another, and at the end `oarlock reset` must leave nothing. Prints
 //! what `cargo test` prints, so that results are counted alike. Arguments filter cases by name.
 
+mod agent_pods;
 mod bad_input;
 mod cluster;
 mod crash;
@@ -27,12 +28,19 @@ type LoneCase = (&'static str, fn());
 fn main() -> ExitCode {
     let filters: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
     let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
-    let cases: Vec<Case> =
-        [kubectl::CASES, network::CASES, limits::CASES, registry::CASES, bad_input::CASES, crash::CASES]
-            .concat()
-            .into_iter()
-            .filter(|(name, _)| wanted(name))
-            .collect();
+    let cases: Vec<Case> = [
+        kubectl::CASES,
+        network::CASES,
+        limits::CASES,
+        agent_pods::CASES,
+        registry::CASES,
+        bad_input::CASES,
+        crash::CASES,
+    ]
+    .concat()
+    .into_iter()
+    .filter(|(name, _)| wanted(name))
+    .collect();
     let oldest = std::env::var_os("KUBECTL_OLDEST");
     let again: Vec<Case> =
         kubectl::CASES.iter().copied().filter(|(name, _)| oldest.is_some() && wanted(name)).collect();

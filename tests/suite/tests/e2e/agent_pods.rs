@@ -1,0 +1,150 @@
+//! What the agent does for pods that change, grow or come from files: resizing in place, volumes that follow their objects,
+//! disk limits, static pods, last words.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use oarlock_testkit::wait_for;
+
+use super::Case;
+use super::cluster::{Cluster, PATIENCE};
+use super::kubectl::pod;
+
+pub(crate) const CASES: &[Case] = &[
+    ("resize_changes_the_cgroup_and_not_the_container", resize),
+    ("a_mounted_config_map_follows_its_object", follow),
+    ("a_pod_beyond_its_disk_limit_is_evicted", disk_limit),
+    ("a_manifest_on_the_node_runs_without_the_api", static_pod),
+    ("the_end_of_the_log_stands_in_for_last_words", last_words),
+    ("a_server_that_starts_slowly_is_ready_soon", slow_start),
+];
+
+fn resize(cluster: &Cluster) {
+    let resources = "resources: {requests: {cpu: 100m, memory: 32Mi}, limits: {cpu: 200m, memory: 64Mi}}";
+    let manifest = pod("grows", &["/bin/sleep"]).replace("name: main,", &format!("name: main, {resources},"));
+    cluster.apply(&manifest);
+    cluster.kubectl("wait --for=condition=Ready pod/grows --timeout=60s");
+    let before = cluster.get("pod grows");
+    let patch = r#"{"spec":{"containers":[{"name":"main","resources":{"requests":{"cpu":"150m"},"limits":{"cpu":"300m","memory":"96Mi"}}}]}}"#;
+    let output = cluster
+        .kubectl_command()
+        .args(["patch", "pod", "grows", "--subresource", "resize", "-p", patch])
+        .output()
+        .expect("kubectl");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let actual = "get pod grows -o jsonpath={.status.containerStatuses[0].resources.limits.memory}";
+    cluster.wait_for_output(actual, "the new size", |text| text == "96Mi");
+    let after = cluster.get("pod grows");
+    let status = |pod: &serde_json::Value, field: &str| pod["status"]["containerStatuses"][0][field].clone();
+    assert_eq!(status(&after, "containerID"), status(&before, "containerID"));
+    assert_eq!(status(&after, "restartCount"), 0);
+    assert_eq!(status(&after, "allocatedResources")["cpu"], "150m");
+    assert_eq!(memory_limit(&after), 96 << 20);
+
+    let patch =
+        r#"{"spec":{"containers":[{"name":"main","resources":{"requests":{"cpu":"4000"},"limits":{"cpu":"4000"}}}]}}"#;
+    let output = cluster
+        .kubectl_command()
+        .args(["patch", "pod", "grows", "--subresource", "resize", "-p", patch])
+        .output()
+        .expect("kubectl");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let reason = "get pod grows -o jsonpath={.status.conditions[?(@.type=='PodResizePending')].reason}";
+    cluster.wait_for_output(reason, "the refusal", |text| text == "Infeasible");
+    cluster.kubectl("delete pod grows --timeout=60s");
+}
+
+/// The memory limit in the cgroup of a pod's first container.
+fn memory_limit(pod: &serde_json::Value) -> u64 {
+    let id = pod["status"]["containerStatuses"][0]["containerID"].as_str().expect("an id");
+    let id = id.rsplit('/').next().expect("an id");
+    let (root, file) = if fs::exists("/sys/fs/cgroup/cgroup.controllers").expect("a look") {
+        ("/sys/fs/cgroup", "memory.max")
+    } else {
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+    };
+    let mut pending = vec![std::path::PathBuf::from(root)];
+    while let Some(directory) = pending.pop() {
+        if directory.to_string_lossy().contains(id) {
+            return fs::read_to_string(directory.join(file)).expect("the limit").trim().parse().expect("a number");
+        }
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten();
+        pending.extend(entries.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()));
+    }
+    panic!("no cgroup of container {id}");
+}
+
+fn follow(cluster: &Cluster) {
+    cluster.kubectl("create configmap depth --from-literal=metres=3");
+    let manifest = pod("follower", &["/bin/sleep"])
+        .replace("name: main,", "name: main, volumeMounts: [{name: v, mountPath: /depth}],")
+        + "  volumes: [{name: v, configMap: {name: depth}}]\n";
+    cluster.apply(&manifest);
+    cluster.kubectl("wait --for=condition=Ready pod/follower --timeout=60s");
+    assert_eq!(cluster.kubectl("exec follower -- /bin/cat /depth/metres"), "3");
+    cluster.kubectl("patch configmap depth -p {\"data\":{\"metres\":\"7\"}}");
+    let changed = Instant::now();
+    cluster.wait_for_output("exec follower -- /bin/cat /depth/metres", "the new content", |text| text == "7");
+    assert!(changed.elapsed() < Duration::from_secs(5), "it took {:?}", changed.elapsed());
+    cluster.kubectl("delete pod/follower configmap/depth --timeout=60s");
+}
+
+fn disk_limit(cluster: &Cluster) {
+    let resources = "resources: {limits: {ephemeral-storage: 1Mi}}";
+    // Logs four megabytes and then waits.
+    let manifest =
+        pod("talks", &["/bin/log", "2000", "2000", "1"]).replace("name: main,", &format!("name: main, {resources},"));
+    cluster.apply(&manifest);
+    cluster.wait_for_output("get pod talks -o jsonpath={.status.reason}", "the eviction", |text| text == "Evicted");
+    let message = cluster.kubectl("get pod talks -o jsonpath={.status.message}");
+    assert!(message.contains("exceeds the total limit of containers 1Mi"), "{message}");
+    cluster.wait_for_output("get events --field-selector=involvedObject.name=talks", "the event", |text| {
+        text.contains("Evicted")
+    });
+    cluster.wait_for_output("get pod talks -o jsonpath={.status.phase}", "the end", |text| text == "Failed");
+    cluster.kubectl("delete pod talks --timeout=60s");
+}
+
+fn static_pod(cluster: &Cluster) {
+    let directory = cluster.data_dir().join("manifests");
+    fs::create_dir_all(&directory).expect("the directory");
+    let path = directory.join("lone.yaml");
+    fs::write(&path, pod("lone", &["/bin/sleep"])).expect("the manifest");
+    let node = cluster.kubectl("get nodes -o jsonpath={.items[0].metadata.name}");
+    let name = format!("lone-{node}");
+    wait_for("the mirror to be Ready", PATIENCE, || {
+        let ready = cluster.try_kubectl(&format!("wait --for=condition=Ready pod/{name} --timeout=1s"));
+        ready.status.success().then_some(())
+    });
+    let first = cluster.get(&format!("pod {name}"));
+    // Deleting what shows it does not end it.
+    cluster.kubectl(&format!("delete pod {name} --timeout=60s"));
+    wait_for("the mirror to be back", PATIENCE, || {
+        let again = cluster.try_kubectl(&format!("get pod {name} -o json"));
+        let again: serde_json::Value = serde_json::from_slice(&again.stdout).ok()?;
+        let id = |pod: &serde_json::Value| pod["status"]["containerStatuses"][0]["containerID"].clone();
+        (again["metadata"]["uid"] != first["metadata"]["uid"] && id(&again) == id(&first)).then_some(())
+    });
+    fs::remove_file(&path).expect("remove");
+    cluster.wait_for_output(&format!("get pod {name}"), "the pod to go", |text| text.contains("not found"));
+}
+
+fn last_words(cluster: &Cluster) {
+    let manifest = pod("speaks", &["/bin/cat", "/absent"])
+        .replace("name: main,", "name: main, terminationMessagePolicy: FallbackToLogsOnError,");
+    cluster.apply(&manifest);
+    let message = "get pod speaks -o jsonpath={.status.containerStatuses[0].state.terminated.message}";
+    cluster.wait_for_output(message, "the message", |text| text.contains("/absent"));
+    cluster.kubectl("delete pod speaks --timeout=60s");
+}
+
+/// A probe that fails at first and has a long period: Ready comes long before the second regular attempt.
+fn slow_start(cluster: &Cluster) {
+    let probe = "readinessProbe: {httpGet: {path: /hostname, port: 8080}, periodSeconds: 30}";
+    let manifest = pod("slow", &["/bin/http"]).replace("name: main,", &format!("name: main, {probe},"));
+    let began = Instant::now();
+    cluster.apply(&manifest);
+    cluster.kubectl("wait --for=condition=Ready pod/slow --timeout=60s");
+    assert!(began.elapsed() < Duration::from_secs(10), "it took {:?}", began.elapsed());
+    cluster.kubectl("delete pod slow --timeout=60s");
+}
