@@ -15,6 +15,8 @@ pub struct Config {
     pub node_name: String,
     /// The node's InternalIP and the host address of its pods.
     pub node_ip: IpAddr,
+    /// The node's address of the other family, in a dual-stack cluster.
+    pub second_node_ip: Option<IpAddr>,
     pub kubeconfig: PathBuf,
     /// The CRI socket.
     pub runtime_endpoint: PathBuf,
@@ -87,6 +89,7 @@ impl Config {
         Self {
             node_name: node_name.into(),
             node_ip,
+            second_node_ip: None,
             kubeconfig: data_dir.join("agent/kubeconfig"),
             runtime_endpoint: PathBuf::from("/run/oarlock/runtime.sock"),
             pod_logs_dir: PathBuf::from("/var/log/pods"),

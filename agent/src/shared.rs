@@ -57,6 +57,11 @@ impl Shared {
         self.config.node_ip.to_string()
     }
 
+    /// The node's address, and that of the other family if it has one.
+    pub(crate) fn host_ips(&self) -> Vec<String> {
+        [self.config.node_ip].into_iter().chain(self.config.second_node_ip).map(|ip| ip.to_string()).collect()
+    }
+
     /// `<pods>/<uid>`.
     pub(crate) fn pod_dir(&self, uid: &str) -> PathBuf {
         self.config.pods_root().join(uid)

@@ -26,22 +26,23 @@ pub(crate) struct ConfigFile {
     pub(crate) data_dir: Option<PathBuf>,
     /// The node's name; the host name by default.
     pub(crate) node_name: Option<String>,
-    /// The node's address; that of the interface with the default route by default.
+    /// The node's address; that of the interface with the default route by default. In a dual-stack cluster one of each
+    /// family with a comma between them.
     #[serde(rename = "nodeIP")]
-    pub(crate) node_ip: Option<IpAddr>,
+    pub(crate) node_ip: Option<OneOrTwo<IpAddr>>,
     /// Labels put on the node when it registers.
     pub(crate) node_labels: BTreeMap<String, String>,
     /// The most pods that the node takes.
     pub(crate) max_pods: Option<u32>,
-    /// Pod addresses of the cluster.
+    /// Pod addresses of the cluster; for dual stack a network of each family, the primary one first, with a comma.
     #[serde(rename = "clusterCIDR")]
-    pub(crate) cluster_cidr: Option<IpNet>,
-    /// Service addresses of the cluster.
+    pub(crate) cluster_cidr: Option<OneOrTwo<IpNet>>,
+    /// Service addresses of the cluster, of the same families in the same order.
     #[serde(rename = "serviceCIDR")]
-    pub(crate) service_cidr: Option<IpNet>,
+    pub(crate) service_cidr: Option<OneOrTwo<IpNet>>,
     /// The address that the cluster's DNS answers on; the tenth of `serviceCIDR` by default.
     #[serde(rename = "clusterDNS")]
-    pub(crate) cluster_dns: Option<IpAddr>,
+    pub(crate) cluster_dns: Option<OneOrTwo<IpAddr>>,
     /// The DNS domain of the cluster.
     pub(crate) cluster_domain: Option<String>,
     /// Ports that NodePort Services get, as `low-high`.
@@ -95,6 +96,8 @@ pub(crate) struct Settings {
     pub(crate) cluster_cidr: IpNet,
     pub(crate) service_cidr: IpNet,
     pub(crate) cluster_dns: IpAddr,
+    /// The other address family of a dual-stack cluster.
+    pub(crate) secondary: Option<Secondary>,
     pub(crate) cluster_domain: String,
     pub(crate) node_port_range: (u16, u16),
     pub(crate) api_port: u16,
@@ -107,6 +110,36 @@ pub(crate) struct Settings {
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
     pub(crate) registries: RegistriesFile,
     pub(crate) runtime_handlers: BTreeMap<String, PathBuf>,
+}
+
+/// What a dual-stack cluster has beside the network of its primary family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Secondary {
+    pub(crate) cluster_cidr: IpNet,
+    pub(crate) service_cidr: IpNet,
+    pub(crate) cluster_dns: IpAddr,
+    /// The node's address of the family, if it has one.
+    pub(crate) node_ip: Option<IpAddr>,
+}
+
+/// One value, or one of each address family with a comma between them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct OneOrTwo<T> {
+    first: T,
+    second: Option<T>,
+}
+
+impl<'de, T: std::str::FromStr<Err: std::fmt::Display>> Deserialize<'de> for OneOrTwo<T> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let parse = |part: &str| {
+            part.trim().parse::<T>().map_err(|error| serde::de::Error::custom(format!("{part:?}: {error}")))
+        };
+        match text.split_once(',') {
+            Some((first, second)) => Ok(OneOrTwo { first: parse(first)?, second: Some(parse(second)?) }),
+            None => Ok(OneOrTwo { first: parse(&text)?, second: None }),
+        }
+    }
 }
 
 /// A configuration that cannot be used. Every case ends the process with exit code 64.
@@ -170,19 +203,12 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         return Err(field("dataDir", format!("{} is not an absolute path", directory.display())));
     }
     let layout = Layout::new(data_dir);
-    let cluster_cidr = file.cluster_cidr.unwrap_or_else(|| net([10, 42, 0, 0], 16));
-    let service_cidr = file.service_cidr.unwrap_or_else(|| net([10, 43, 0, 0], 16));
-    if cluster_cidr.contains(&service_cidr) || service_cidr.contains(&cluster_cidr) {
-        return Err(field("serviceCIDR", format!("{service_cidr} overlaps clusterCIDR {cluster_cidr}")));
-    }
-    let cluster_dns = match file.cluster_dns {
-        Some(address) if service_cidr.contains(&address) => address,
-        Some(address) => return Err(field("clusterDNS", format!("{address} is not in serviceCIDR {service_cidr}"))),
-        None => service_cidr
-            .hosts()
-            .nth(9)
-            .ok_or_else(|| field("serviceCIDR", format!("{service_cidr} has fewer than ten addresses")))?,
-    };
+    let one = |first| OneOrTwo { first, second: None };
+    let cluster_cidrs = file.cluster_cidr.unwrap_or_else(|| one(net([10, 42, 0, 0], 16)));
+    let service_cidrs = file.service_cidr.unwrap_or_else(|| one(net([10, 43, 0, 0], 16)));
+    let (cluster_cidr, service_cidr) = (cluster_cidrs.first, service_cidrs.first);
+    let asked_dns = file.cluster_dns;
+    let cluster_dns = network_dns(cluster_cidr, service_cidr, asked_dns.as_ref().map(|asked| asked.first))?;
     let node_name = match file.node_name {
         Some(name) => name,
         None => host_name()?,
@@ -193,9 +219,35 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
     kubelet
         .apply(&mut oarlock_agent::Config::new(node_name.clone(), Ipv4Addr::LOCALHOST.into()))
         .map_err(|error| field("kubelet", error.to_string()))?;
-    let node_ip = match file.node_ip {
-        Some(address) => address,
-        None => crate::host::default_address(),
+    let node_ip = match &file.node_ip {
+        Some(asked) => asked.first,
+        None => crate::host::default_address(cluster_cidr.addr().is_ipv4()),
+    };
+    let secondary = match (cluster_cidrs.second, service_cidrs.second) {
+        (None, None) => None,
+        (Some(cluster_cidr), Some(service_cidr)) => {
+            if cluster_cidr.addr().is_ipv4() == cluster_cidrs.first.addr().is_ipv4() {
+                return Err(field("clusterCIDR", "both networks are of one address family".to_owned()));
+            }
+            let is_ipv4 = cluster_cidr.addr().is_ipv4();
+            let asked = asked_dns.and_then(|asked| asked.second);
+            let node_ip = match file.node_ip {
+                Some(asked) => asked.second,
+                None => Some(crate::host::default_address(is_ipv4)).filter(|address| !address.is_loopback()),
+            };
+            Some(Secondary {
+                cluster_cidr,
+                service_cidr,
+                cluster_dns: network_dns(cluster_cidr, service_cidr, asked)?,
+                node_ip,
+            })
+        }
+        _ => {
+            return Err(field(
+                "serviceCIDR",
+                "a dual-stack cluster has two networks here and in clusterCIDR".to_owned(),
+            ));
+        }
     };
     Ok(Settings {
         node_name,
@@ -205,6 +257,7 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         cluster_cidr,
         service_cidr,
         cluster_dns,
+        secondary,
         cluster_domain: file.cluster_domain.unwrap_or_else(|| "cluster.local".to_owned()),
         node_port_range: port_range(file.node_port_range.as_deref().unwrap_or("30000-32767"))?,
         api_port: file.api_port.unwrap_or(6443),
@@ -219,6 +272,36 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         runtime_handlers: file.runtime_handlers,
         layout,
     })
+}
+
+/// The address of cluster DNS in a family's network, once that is found to be sound.
+fn network_dns(cluster_cidr: IpNet, service_cidr: IpNet, asked: Option<IpAddr>) -> Result<IpAddr, ConfigError> {
+    if cluster_cidr.addr().is_ipv4() != service_cidr.addr().is_ipv4() {
+        return Err(field("serviceCIDR", format!("{service_cidr} is not of the family of clusterCIDR {cluster_cidr}")));
+    }
+    if cluster_cidr.contains(&service_cidr) || service_cidr.contains(&cluster_cidr) {
+        return Err(field("serviceCIDR", format!("{service_cidr} overlaps clusterCIDR {cluster_cidr}")));
+    }
+    // Upstream's bound: what is allocated from has to be counted.
+    if service_cidr.max_prefix_len() - service_cidr.prefix_len() > 20 {
+        let largest = service_cidr.max_prefix_len() - 20;
+        return Err(field("serviceCIDR", format!("{service_cidr} is larger than /{largest}")));
+    }
+    match asked {
+        Some(address) if service_cidr.contains(&address) => Ok(address),
+        Some(address) => Err(field("clusterDNS", format!("{address} is not in serviceCIDR {service_cidr}"))),
+        None => tenth_address(service_cidr)
+            .ok_or_else(|| field("serviceCIDR", format!("{service_cidr} has fewer than ten addresses"))),
+    }
+}
+
+/// The tenth address of a network.
+fn tenth_address(net: IpNet) -> Option<IpAddr> {
+    let address = match net.network() {
+        IpAddr::V4(network) => IpAddr::V4(u32::from(network).checked_add(10)?.into()),
+        IpAddr::V6(network) => IpAddr::V6(u128::from(network).checked_add(10)?.into()),
+    };
+    Some(address).filter(|address| net.contains(address))
 }
 
 fn field(field: &'static str, problem: String) -> ConfigError {
@@ -296,6 +379,29 @@ mod tests {
             ("kubelet: {evictionHrad: {}}", "evictionHrad"),
             ("kubelet: {evictionHard: {memory: 1Gi}}", "kubelet: unknown eviction signal memory"),
             ("kubelet: {staticPodURL: x}", "staticPodURL: this agent does not implement"),
+        ];
+        for (text, expected) in cases {
+            let error = parse(text).expect_err(text);
+            assert!(error.to_string().contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn two_networks_make_a_dual_stack_cluster() {
+        let text = "clusterCIDR: 10.42.0.0/16,fd42::/48\nserviceCIDR: 10.43.0.0/16, fd43::/112\nnodeIP: 192.0.2.2,2001:db8::2\n";
+        let secondary = parse(text).expect("valid").secondary.expect("two families");
+        assert_eq!(secondary.cluster_dns.to_string(), "fd43::a");
+        assert_eq!(secondary.node_ip, Some("2001:db8::2".parse().expect("address")));
+        assert_eq!(
+            parse("clusterCIDR: fd42::/48\nserviceCIDR: fd43::/112\n").expect("valid").cluster_dns.to_string(),
+            "fd43::a"
+        );
+        let cases = [
+            ("clusterCIDR: 10.42.0.0/16,fd42::/48", "two networks"),
+            ("clusterCIDR: 10.42.0.0/16,10.44.0.0/16\nserviceCIDR: 10.43.0.0/16,10.45.0.0/16", "one address family"),
+            ("clusterCIDR: fd42::/48", "not of the family"),
+            ("clusterCIDR: fd42::/48\nserviceCIDR: fd43::/64", "larger than /108"),
+            ("clusterCIDR: 10.42.0.0/16,nonsense", "nonsense"),
         ];
         for (text, expected) in cases {
             let error = parse(text).expect_err(text);

@@ -1,7 +1,7 @@
 //! Which certificates and kubeconfigs a single-server cluster has, and making them.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -73,8 +73,14 @@ pub(crate) fn ensure(settings: &Settings) -> anyhow::Result<Credentials> {
 }
 
 fn api_request(settings: &Settings) -> anyhow::Result<Request> {
-    let service_address = settings.service_cidr.hosts().next().context("the service CIDR has no address")?;
-    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), service_address, settings.node_ip];
+    let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST), settings.node_ip];
+    let second = settings.secondary.as_ref();
+    for cidr in [Some(settings.service_cidr), second.map(|second| second.service_cidr)].into_iter().flatten() {
+        // An IPv6 network counts its own address among its hosts.
+        let first = cidr.hosts().find(|address| *address != cidr.network());
+        addresses.push(first.context("the service CIDR has no address")?);
+    }
+    addresses.extend(second.and_then(|second| second.node_ip));
     addresses.sort();
     addresses.dedup();
     Ok(Request {
@@ -95,6 +101,7 @@ fn api_request(settings: &Settings) -> anyhow::Result<Request> {
 
 fn agent_request(settings: &Settings) -> Request {
     let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), settings.node_ip];
+    addresses.extend(settings.secondary.as_ref().and_then(|second| second.node_ip));
     addresses.sort();
     addresses.dedup();
     Request {

@@ -9,6 +9,7 @@ mod call;
 mod delegate;
 mod error;
 mod host_local;
+mod linger;
 mod loopback;
 mod masquerade;
 mod plugin;

@@ -15,6 +15,7 @@ use oarlock_nft::{
 
 use crate::call::{Owner, stable_hash};
 use crate::error::{PluginError, Result};
+use crate::linger;
 
 pub const TABLE: &str = "oarlock-cni";
 // Not "masquerade": nft could not name a map that is called like one of its own words.
@@ -142,16 +143,20 @@ fn remove_where(kernel: &mut Netlink, is_ipv4: bool, is_stale: impl Fn(&str) -> 
 /// Takes away what belongs to `owner`.
 pub fn remove(owner: &Owner) -> Result<()> {
     let mut kernel = Netlink::open().map_err(nft("cannot remove masquerading"))?;
-    [true, false]
+    let removed = [true, false]
         .into_iter()
-        .try_for_each(|is_ipv4| remove_where(&mut kernel, is_ipv4, |found| found == owner.as_str()))
+        .try_for_each(|is_ipv4| remove_where(&mut kernel, is_ipv4, |found| found == owner.as_str()));
+    linger::keep_open(kernel);
+    removed
 }
 
 /// Takes away what belongs to attachments to `network` that are none of `valid`.
 pub fn keep_only(network: &str, valid: &[Owner]) -> Result<()> {
     let mut kernel = Netlink::open().map_err(nft("cannot remove masquerading"))?;
     let stale = |found: &str| Owner::is_stale(found, network, valid);
-    [true, false].into_iter().try_for_each(|is_ipv4| remove_where(&mut kernel, is_ipv4, stale))
+    let removed = [true, false].into_iter().try_for_each(|is_ipv4| remove_where(&mut kernel, is_ipv4, stale));
+    linger::keep_open(kernel);
+    removed
 }
 
 /// Whether `address` is masqueraded for `owner`.

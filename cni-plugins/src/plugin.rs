@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::call::{Call, Verb};
 use crate::error::{PluginError, Result};
+use crate::linger;
 
 /// A configuration larger than this is refused.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -27,7 +28,7 @@ pub struct Plugin {
 /// Runs the verb that the environment names. The result, or an error object, goes to standard output.
 pub fn run(plugin: &Plugin) -> ExitCode {
     let mut version = Version::default().to_string();
-    match answer(plugin, &mut version) {
+    let code = match answer(plugin, &mut version) {
         Ok(output) => {
             print(&output);
             ExitCode::SUCCESS
@@ -36,7 +37,9 @@ pub fn run(plugin: &Plugin) -> ExitCode {
             print(&serde_json::to_string(&error.object(&version)).unwrap_or_default());
             ExitCode::FAILURE
         }
-    }
+    };
+    linger::leave_to_child();
+    code
 }
 
 fn print(output: &str) {

@@ -14,11 +14,15 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let [kubeconfig, node_name, node_ip] = arguments.as_slice() else {
         return Err("usage: dev <kubeconfig> <node name> <node address>".into());
     };
+    oarlock_telemetry::init("info", oarlock_telemetry::Format::Text)?;
     let kubeconfig = Kubeconfig::read_from(kubeconfig)?;
     let client = KubeConfig::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
     let config = Config {
         node_name: node_name.clone(),
-        node_ip: node_ip.parse()?,
+        networks: vec![oarlock_netproxy::Network {
+            node_ip: Some(node_ip.parse()?),
+            ..Config::default().networks.remove(0)
+        }],
         cni_conf_dir: Some("net.d".into()),
         cni_state_dir: "ipam".into(),
         ..Config::default()
@@ -30,5 +34,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         let _ = tokio::signal::ctrl_c().await;
         stop.cancel();
     });
-    Ok(Netproxy::new(config, kube::Client::try_from(client)?).run(shutdown).await?)
+    let proxy = Netproxy::new(config, kube::Client::try_from(client)?);
+    let mut ready = proxy.ready();
+    tokio::spawn(async move {
+        // Without a supervisor there is nobody to tell.
+        if ready.wait_for(|ready| *ready).await.is_ok() {
+            let _ = oarlock_supervise::notify_ready();
+        }
+    });
+    Ok(proxy.run(shutdown).await?)
 }

@@ -1,6 +1,6 @@
 //! The Services and EndpointSlices of the cluster as they are now, for packets and for names.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -13,7 +13,8 @@ pub type SliceName = (Arc<str>, Arc<str>);
 #[derive(Debug, Default)]
 pub struct Cluster {
     services: HashMap<ServiceName, Service>,
-    slices: HashMap<ServiceName, BTreeMap<Arc<str>, Slice>>,
+    /// The slices of each Service, by name.
+    slices: HashMap<ServiceName, Vec<Slice>>,
     owners: HashMap<SliceName, ServiceName>,
     /// Services with this address: as their own, or of an endpoint of a headless one.
     by_address: HashMap<IpAddr, Vec<ServiceName>>,
@@ -22,9 +23,13 @@ pub struct Cluster {
 
 impl Cluster {
     /// Takes a Service in, or out, and says whether anything changed.
-    pub fn set_service(&mut self, name: &ServiceName, service: Option<Service>) -> bool {
+    pub fn set_service(&mut self, name: &ServiceName, mut service: Option<Service>) -> bool {
         if self.services.get(name) == service.as_ref() {
             return false;
+        }
+        let name = &self.interned(name);
+        if let Some(service) = &mut service {
+            service.name = name.clone();
         }
         self.unindex(name);
         let existed = match service {
@@ -53,7 +58,7 @@ impl Cluster {
         let new_owner = slice.as_ref().map(|slice| slice.service.clone());
         if let (Some(old), Some(new), Some(slice)) = (&old_owner, &new_owner, &slice)
             && old == new
-            && self.slices.get(old).and_then(|slices| slices.get(&name.1)) == Some(slice)
+            && self.slices(old).any(|known| known == slice)
         {
             return;
         }
@@ -61,16 +66,23 @@ impl Cluster {
             self.unindex(owner);
         }
         if let Some(owner) = &old_owner {
-            let slices = self.slices.entry(owner.clone()).or_default();
-            slices.remove(&name.1);
-            if slices.is_empty() {
-                self.slices.remove(owner);
+            if let Some(slices) = self.slices.get_mut(owner) {
+                slices.retain(|known| known.name != name.1);
+                if slices.is_empty() {
+                    self.slices.remove(owner);
+                }
             }
             self.owners.remove(name);
         }
-        if let (Some(owner), Some(slice)) = (&new_owner, slice) {
-            self.slices.entry(owner.clone()).or_default().insert(name.1.clone(), slice);
-            self.owners.insert(name.clone(), owner.clone());
+        if let (Some(owner), Some(mut slice)) = (&new_owner, slice) {
+            let owner = self.interned(owner);
+            slice.service = owner.clone();
+            let name = (owner.namespace.clone(), slice.name.clone());
+            // Nearly every Service has one slice for each family, so there is no room for more.
+            let slices = self.slices.entry(owner.clone()).or_insert_with(|| Vec::with_capacity(1));
+            let position = slices.partition_point(|known| known.name < slice.name);
+            slices.insert(position, slice);
+            self.owners.insert(name, owner);
         }
         let mut touched: Vec<ServiceName> = old_owner.into_iter().chain(new_owner).collect();
         touched.dedup();
@@ -85,7 +97,7 @@ impl Cluster {
     }
 
     pub fn slices(&self, name: &ServiceName) -> impl Iterator<Item = &Slice> {
-        self.slices.get(name).into_iter().flat_map(BTreeMap::values)
+        self.slices.get(name).into_iter().flatten()
     }
 
     /// Whether some Service is in a namespace.
@@ -98,13 +110,32 @@ impl Cluster {
         self.by_address.get(&address).map(Vec::as_slice).unwrap_or_default()
     }
 
+    /// The names of all Services.
+    pub fn names(&self) -> impl Iterator<Item = ServiceName> {
+        self.services.keys().cloned()
+    }
+
     pub fn service_count(&self) -> usize {
         self.services.len()
     }
 
+    /// The same name, sharing its text with what is known already: there are tens of thousands.
+    fn interned(&self, name: &ServiceName) -> ServiceName {
+        if let Some((known, _)) = self.services.get_key_value(name) {
+            return known.clone();
+        }
+        if let Some((known, _)) = self.slices.get_key_value(name) {
+            return known.clone();
+        }
+        match self.namespaces.get_key_value(&name.namespace) {
+            Some((namespace, _)) => ServiceName { namespace: namespace.clone(), name: name.name.clone() },
+            None => name.clone(),
+        }
+    }
+
     fn addresses_of(&self, name: &ServiceName) -> Vec<IpAddr> {
         match self.services.get(name).map(|service| &service.shape) {
-            Some(Shape::Virtual(addresses)) => addresses.clone(),
+            Some(Shape::Virtual(addresses)) => addresses.to_vec(),
             Some(Shape::Headless) => {
                 let endpoints = self.slices(name).flat_map(|slice| &slice.endpoints);
                 let mut addresses: Vec<IpAddr> = endpoints.map(|endpoint| endpoint.address).collect();
@@ -118,7 +149,7 @@ impl Cluster {
 
     fn index(&mut self, name: &ServiceName) {
         for address in self.addresses_of(name) {
-            self.by_address.entry(address).or_default().push(name.clone());
+            self.by_address.entry(address).or_insert_with(|| Vec::with_capacity(1)).push(name.clone());
         }
     }
 

@@ -5,19 +5,38 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-/// What the proxy has to know about its node and cluster.
-#[derive(Debug, Clone)]
-pub struct Config {
-    pub node_name: String,
-    pub node_ip: IpAddr,
+/// The cluster's network in one address family.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Network {
     /// The addresses of all pods of all nodes.
     pub cluster_cidr: IpNet,
     pub service_cidr: IpNet,
     /// The cluster DNS address, one of `service_cidr`.
     pub cluster_dns: IpAddr,
+    /// This node's address, if it has one of the family.
+    pub node_ip: Option<IpAddr>,
+}
+
+impl Network {
+    pub fn is_ipv4(&self) -> bool {
+        self.service_cidr.addr().is_ipv4()
+    }
+}
+
+/// What the proxy has to know about its node and cluster.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub node_name: String,
+    /// One network, or one of each family with the primary one first.
+    pub networks: Vec<Network>,
     pub cluster_domain: String,
     /// First and last node port.
     pub node_port_range: (u16, u16),
+    /// Networks of the node's addresses that node ports are served on; on all but loopback without any.
+    pub node_port_addresses: Vec<IpNet>,
+    /// Networks that external addresses of Services may be in; none are served without any, because whoever may make a
+    /// Service could otherwise take any address.
+    pub external_ips_allowed: Vec<IpNet>,
     pub health_listen: SocketAddr,
     /// Where the CNI configuration is written, as `10-oarlock.conflist`, once the Node has a pod CIDR; nowhere without.
     pub cni_conf_dir: Option<PathBuf>,
@@ -25,21 +44,26 @@ pub struct Config {
     pub cni_state_dir: PathBuf,
     /// The resolvers that other names than the cluster's are asked of.
     pub upstream_resolv_conf: PathBuf,
-    /// The nftables table, in family `ip` or `ip6`.
+    /// The nftables table, in family `ip`, `ip6` or both.
     pub table_name: String,
 }
 
 impl Default for Config {
     fn default() -> Self {
         let v4 = |a, b, prefix| IpNet::V4(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(a, b, 0, 0), prefix));
-        Config {
-            node_name: String::new(),
-            node_ip: Ipv4Addr::LOCALHOST.into(),
+        let network = Network {
             cluster_cidr: v4(10, 42, 16),
             service_cidr: v4(10, 43, 16),
             cluster_dns: Ipv4Addr::new(10, 43, 0, 10).into(),
+            node_ip: None,
+        };
+        Config {
+            node_name: String::new(),
+            networks: vec![network],
             cluster_domain: "cluster.local".to_owned(),
             node_port_range: (30_000, 32_767),
+            node_port_addresses: Vec::new(),
+            external_ips_allowed: Vec::new(),
             health_listen: (Ipv4Addr::UNSPECIFIED, 10_256).into(),
             cni_conf_dir: None,
             cni_state_dir: "/var/lib/cni/networks".into(),

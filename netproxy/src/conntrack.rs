@@ -7,8 +7,8 @@ use ipnet::IpNet;
 use oarlock_netlink::conntrack::Flow;
 use oarlock_netlink::{Connection, Protocol as NetlinkProtocol};
 
+use crate::element::{ElementKey, Map, Target};
 use crate::ledger::Ledger;
-use crate::plan::{Map, Target, address_key, node_port_key};
 use crate::service::Protocol;
 use crate::sync::has_endpoint;
 
@@ -26,21 +26,21 @@ pub struct Scope {
 pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope) -> bool {
     let (wanted, actual) = (flow.original.destination, flow.reply.source);
     let protocol = Protocol(flow.original.protocol);
-    let by_address = address_key(wanted.ip(), protocol, wanted.port());
-    let by_port = node_port_key(protocol, wanted.port());
-    let leads = |map, key| has_endpoint(ledger, map, key, |endpoint| endpoint == actual);
-    let is_frontend = |map, key| matches!(ledger.target(map, key), Some(Target::Balance(_)));
-    if scope.dns_address == Some(wanted.ip()) && actual == wanted && !is_frontend(Map::Services, by_address) {
+    let by_address = |map| ElementKey::by_address(map, wanted.ip(), protocol, wanted.port());
+    let by_port = |map| ElementKey::by_port(map, protocol, wanted.port());
+    let leads = |key| has_endpoint(ledger, key, |endpoint| endpoint == actual);
+    let is_frontend = |key| matches!(ledger.target(&key), Some(Target::Balance(_)));
+    if scope.dns_address == Some(wanted.ip()) && actual == wanted && !is_frontend(by_address(Map::Services)) {
         return false;
     }
-    if is_frontend(Map::Services, by_address) {
-        return !leads(Map::Services, by_address) && !leads(Map::LocalServices, by_address);
+    if is_frontend(by_address(Map::Services)) {
+        return !leads(by_address(Map::Services)) && !leads(by_address(Map::LocalServices));
     }
     if scope.service_cidr.contains(&wanted.ip()) {
         return true;
     }
-    if is_frontend(Map::NodePorts, by_port) {
-        return !leads(Map::NodePorts, by_port) && !leads(Map::LocalNodePorts, by_port);
+    if is_frontend(by_port(Map::NodePorts)) {
+        return !leads(by_port(Map::NodePorts)) && !leads(by_port(Map::LocalNodePorts));
     }
     // What once went through a node port that is gone.
     let in_range = (scope.node_ports.0..=scope.node_ports.1).contains(&wanted.port());

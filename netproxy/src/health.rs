@@ -67,6 +67,10 @@ impl Status {
         }
     }
 
+    pub fn is_healthy_now(&self) -> bool {
+        self.is_healthy(now_milliseconds())
+    }
+
     fn is_healthy(&self, now: u64) -> bool {
         let (queued, synced) = (self.queued_at.load(Ordering::Relaxed), self.synced_at.load(Ordering::Relaxed));
         let pending = queued > synced;

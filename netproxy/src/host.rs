@@ -18,10 +18,40 @@ pub struct SysctlError {
 
 /// Lets the node forward.
 pub fn enable_forwarding(is_ipv4: bool) -> Result<(), SysctlError> {
-    ensure(
-        Path::new(if is_ipv4 { "/proc/sys/net/ipv4/ip_forward" } else { "/proc/sys/net/ipv6/conf/all/forwarding" }),
-        "1",
-    )
+    if is_ipv4 {
+        return ensure(Path::new("/proc/sys/net/ipv4/ip_forward"), "1");
+    }
+    let path = Path::new("/proc/sys/net/ipv6/conf/all/forwarding");
+    if !fs::read_to_string(path).is_ok_and(|current| current.trim() == "1") {
+        keep_advertised_routes();
+    }
+    ensure(path, "1")
+}
+
+/// A node that forwards stops listening to routers, and would lose a default route that it has from them, unless the link
+/// is told to go on.
+fn keep_advertised_routes() {
+    const BY_ADVERTISEMENT: u8 = 9;
+    let names = || -> oarlock_netlink::Result<Vec<String>> {
+        let mut connection = oarlock_netlink::Connection::open(oarlock_netlink::Protocol::Route)?;
+        let routes = connection.routes()?;
+        let links: std::collections::BTreeSet<u32> =
+            routes.iter().filter(|route| route.protocol == BY_ADVERTISEMENT).map(|route| route.link).collect();
+        let links = links.into_iter().map(|link| connection.link_by_index(link));
+        links.filter_map(Result::transpose).map(|link| link.map(|link| link.name)).collect()
+    };
+    match names() {
+        Ok(names) => {
+            for name in names {
+                let path = Path::new("/proc/sys/net/ipv6/conf").join(&name).join("accept_ra");
+                match ensure(&path, "2") {
+                    Ok(()) => info!(link = name, "router advertisements are still accepted while forwarding"),
+                    Err(error) => warn!(error = &error as &dyn std::error::Error, "an advertised route may be lost"),
+                }
+            }
+        }
+        Err(error) => warn!(error = &error as &dyn std::error::Error, "advertised routes cannot be looked for"),
+    }
 }
 
 /// Shows packets that only cross a bridge to nftables, so that an answer from one pod to another of the same node is

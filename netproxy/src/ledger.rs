@@ -5,36 +5,40 @@ use std::collections::hash_map::Entry as Slot;
 
 use oarlock_nft::{Bytes, Command, Element, Transaction};
 
-use crate::plan::{Dynamic, Entry, Map, Target};
+use crate::element::{Dynamic, ElementKey, Entry, Map, Target};
 use crate::rules::{self, Settings};
 use crate::service::ServiceName;
 
 /// Elements of all Services.
 #[derive(Debug, Default)]
 pub struct Ledger {
-    services: HashMap<ServiceName, Vec<Entry>>,
-    elements: HashMap<(Map, Bytes), Claims>,
+    numbers: HashMap<ServiceName, u32>,
+    /// The keys that each Service claims, by its number, sorted.
+    claimed: Vec<Box<[ElementKey]>>,
+    /// Numbers that no Service has any more.
+    free: Vec<u32>,
+    elements: HashMap<ElementKey, Claim>,
+    /// Further claims on keys that somebody has already. Two Services can claim one key for a moment, when a port moves from
+    /// one to the other; the first has it until it lets go.
+    rivals: HashMap<ElementKey, Vec<Claim>>,
     /// How many elements lead to each chain that comes and goes.
     chains: HashMap<Dynamic, usize>,
 }
 
-/// Who wants an element. Two Services can claim one key for a moment, when a port moves from one to the other; the first
-/// has it until it lets go.
-#[derive(Debug, Clone)]
-struct Claims {
-    service: ServiceName,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Claim {
+    service: u32,
     target: Target,
-    others: Vec<(ServiceName, Target)>,
 }
 
 /// Elements that changed, with what they were and what they are now.
 #[derive(Debug, Default)]
 pub struct Delta {
-    changes: HashMap<(Map, Bytes), (Option<Target>, Option<Target>)>,
+    changes: HashMap<ElementKey, (Option<Target>, Option<Target>)>,
 }
 
 impl Delta {
-    fn record(&mut self, key: (Map, Bytes), old: Option<Target>, new: Option<Target>) {
+    fn record(&mut self, key: ElementKey, old: Option<Target>, new: Option<Target>) {
         if old == new {
             return;
         }
@@ -52,69 +56,90 @@ impl Delta {
     }
 
     /// The changes, in no order.
-    pub fn iter(&self) -> impl Iterator<Item = (Map, &Bytes, Option<Target>, Option<Target>)> {
-        self.changes.iter().map(|((map, key), (old, new))| (*map, key, *old, *new))
+    pub fn iter(&self) -> impl Iterator<Item = (&ElementKey, Option<Target>, Option<Target>)> {
+        self.changes.iter().map(|(key, (old, new))| (key, *old, *new))
     }
 }
 
 impl Ledger {
     /// Replaces the elements of one Service, sorted and each key once, and records in `delta` what that changes.
-    pub fn set(&mut self, service: &ServiceName, entries: Vec<Entry>, delta: &mut Delta) {
-        let old = self.services.remove(service).unwrap_or_default();
-        let key = |entry: &Entry| (entry.map, entry.key);
+    pub fn set(&mut self, service: &ServiceName, entries: &[Entry], delta: &mut Delta) {
+        let known = self.numbers.get(service).copied();
+        let number = match known {
+            Some(number) => number,
+            None if entries.is_empty() => return,
+            None => self.number(service),
+        };
+        let old = std::mem::take(&mut self.claimed[number as usize]);
         // Both are sorted by key, so what is gone is found by one walk; what is new or changed is claimed after it.
         let mut fresh = entries.iter().peekable();
-        for entry in &old {
-            while fresh.next_if(|new| key(new) < key(entry)).is_some() {}
-            if fresh.peek().is_none_or(|new| key(new) != key(entry)) {
-                self.release(service, key(entry), delta);
+        for key in &old {
+            while fresh.next_if(|new| new.key < *key).is_some() {}
+            if fresh.peek().is_none_or(|new| new.key != *key) {
+                self.release(number, *key, delta);
             }
         }
-        for entry in &entries {
-            self.claim(service, entry, delta);
+        for entry in entries {
+            self.claim(entry.key, Claim { service: number, target: entry.target }, delta);
         }
-        if !entries.is_empty() {
-            self.services.insert(service.clone(), entries);
+        if entries.is_empty() {
+            self.numbers.remove(service);
+            self.free.push(number);
+        } else {
+            self.claimed[number as usize] = entries.iter().map(|entry| entry.key).collect();
         }
     }
 
-    fn claim(&mut self, service: &ServiceName, entry: &Entry, delta: &mut Delta) {
-        let key = (entry.map, entry.key);
+    /// A number for a Service that has none.
+    fn number(&mut self, service: &ServiceName) -> u32 {
+        let number = self.free.pop().unwrap_or_else(|| {
+            self.claimed.push(Box::default());
+            (self.claimed.len() - 1) as u32
+        });
+        self.numbers.insert(service.clone(), number);
+        number
+    }
+
+    fn claim(&mut self, key: ElementKey, claim: Claim, delta: &mut Delta) {
         let (old, new) = match self.elements.entry(key) {
             Slot::Vacant(slot) => {
-                slot.insert(Claims { service: service.clone(), target: entry.target, others: Vec::new() });
-                (None, entry.target)
+                slot.insert(claim);
+                (None, claim.target)
             }
             Slot::Occupied(mut slot) => {
-                let claims = slot.get_mut();
-                let old = claims.target;
-                if claims.service == *service {
-                    claims.target = entry.target;
+                let first = slot.get_mut();
+                let old = first.target;
+                if first.service == claim.service {
+                    first.target = claim.target;
                 } else {
-                    claims.others.retain(|(other, _)| other != service);
-                    claims.others.push((service.clone(), entry.target));
+                    let rivals = self.rivals.entry(key).or_default();
+                    rivals.retain(|rival| rival.service != claim.service);
+                    rivals.push(claim);
                 }
-                (Some(old), claims.target)
+                (Some(old), first.target)
             }
         };
         self.count(old, Some(new));
         delta.record(key, old, Some(new));
     }
 
-    fn release(&mut self, service: &ServiceName, key: (Map, Bytes), delta: &mut Delta) {
+    fn release(&mut self, service: u32, key: ElementKey, delta: &mut Delta) {
         let Slot::Occupied(mut slot) = self.elements.entry(key) else { return };
-        let claims = slot.get_mut();
-        let old = claims.target;
-        let new = if claims.service != *service {
-            claims.others.retain(|(other, _)| other != service);
+        let old = slot.get().target;
+        let mut rivals = self.rivals.remove(&key).unwrap_or_default();
+        let new = if slot.get().service != service {
+            rivals.retain(|rival| rival.service != service);
             Some(old)
-        } else if claims.others.is_empty() {
+        } else if rivals.is_empty() {
             slot.remove();
             None
         } else {
-            (claims.service, claims.target) = claims.others.remove(0);
-            Some(claims.target)
+            *slot.get_mut() = rivals.remove(0);
+            Some(slot.get().target)
         };
+        if !rivals.is_empty() {
+            self.rivals.insert(key, rivals);
+        }
         self.count(Some(old), new);
         delta.record(key, Some(old), new);
     }
@@ -136,8 +161,8 @@ impl Ledger {
         }
     }
 
-    pub fn target(&self, map: Map, key: Bytes) -> Option<Target> {
-        self.elements.get(&(map, key)).map(|claims| claims.target)
+    pub fn target(&self, key: &ElementKey) -> Option<Target> {
+        self.elements.get(key).map(|claim| claim.target)
     }
 
     pub fn has_affinity(&self) -> bool {
@@ -153,13 +178,9 @@ impl Ledger {
         self.elements.len()
     }
 
-    /// All elements, by map.
-    pub fn by_map(&self) -> HashMap<Map, Vec<(Bytes, Target)>> {
-        let mut all: HashMap<Map, Vec<(Bytes, Target)>> = HashMap::new();
-        for ((map, key), claims) in &self.elements {
-            all.entry(*map).or_default().push((*key, claims.target));
-        }
-        all
+    /// The elements of a map, in no order.
+    pub fn of_map(&self, map: Map) -> impl Iterator<Item = (&ElementKey, Target)> {
+        self.elements.iter().filter(move |(key, _)| key.map == map).map(|(key, claim)| (key, claim.target))
     }
 
     /// A table with everything in it, in the place of whatever has its name.
@@ -175,11 +196,14 @@ impl Ledger {
         for chain in chains {
             transaction.commands.extend(rules::dynamic(settings, chain));
         }
-        let mut maps: Vec<_> = self.by_map().into_iter().collect();
-        maps.sort_by_key(|(map, _)| *map);
-        for (map, mut elements) in maps {
-            elements.sort();
-            transaction.push(add(map, elements.into_iter().map(|(key, target)| rules::element(key, target)).collect()));
+        let mut counts = [0; Map::ALL.len()];
+        self.elements.keys().for_each(|key| counts[key.map as usize] += 1);
+        let mut elements = counts.map(Vec::with_capacity);
+        for (key, claim) in &self.elements {
+            elements[key.map as usize].push(rules::element(settings, key, claim.target));
+        }
+        for (map, elements) in Map::ALL.into_iter().zip(elements).filter(|(_, elements)| !elements.is_empty()) {
+            transaction.push(add(map, elements));
         }
         if !affinity.is_empty() {
             let set = rules::AFFINITY.to_owned();
@@ -193,18 +217,18 @@ impl Ledger {
     pub fn change(&self, settings: &Settings, delta: &Delta, present: &mut Vec<Dynamic>) -> Transaction {
         let mut removed: HashMap<Map, Vec<Bytes>> = HashMap::new();
         let mut added: HashMap<Map, Vec<Element>> = HashMap::new();
-        for (map, key, old, new) in delta.iter() {
-            if old.is_some() {
-                removed.entry(map).or_default().push(*key);
+        for (key, old, new) in delta.iter() {
+            if let Some(target) = old {
+                removed.entry(key.map).or_default().push(rules::key_bytes(settings, key, target));
             }
             if let Some(target) = new {
-                added.entry(map).or_default().push(rules::element(*key, target));
+                added.entry(key.map).or_default().push(rules::element(settings, key, target));
             }
         }
         self.patch(settings, removed, added, present)
     }
 
-    /// Elements removed and added, with the chains that come and go with them.
+    /// Elements removed and added, with the chains that come and go with them and the classes of those.
     pub fn patch(
         &self,
         settings: &Settings,
@@ -231,8 +255,11 @@ impl Ledger {
             transaction.push(add(map, elements));
         }
         let (kept, unused): (Vec<Dynamic>, Vec<Dynamic>) =
-            present.iter().partition(|chain| self.chains.contains_key(chain));
-        for chain in unused {
+            present.iter().partition(|chain| self.chains.contains_key(*chain));
+        for chain in &unused {
+            if let Some((classes, element)) = rules::class_of(chain) {
+                transaction.push(Command::DeleteElements { set: classes.into(), keys: vec![element.key] });
+            }
             transaction.push(Command::FlushChain(chain.chain()));
             transaction.push(Command::DeleteChain(chain.chain()));
         }

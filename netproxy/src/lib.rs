@@ -4,17 +4,22 @@
 //! maps a Service means, `rules` holds the fixed chains, `ledger` puts all Services together and knows what a change changes:
 //! all pure. `sync` carries it out as single transactions on the thread of `worker`, repairs what others break, and
 //! `conntrack` forgets stale flows. `dns` answers names from the same state. `node` writes the CNI configuration and routes
-//! to other nodes' pods. `proxy` puts the parts together.
+//! to other nodes' pods. `hub` owns the cluster's state, and `proxy` puts the parts together.
 //!
 //! One table is ours, and nothing else of the host's is touched.
 
+mod balancer_health;
 mod cluster;
 mod config;
 mod conntrack;
 mod dns;
+mod dns_service;
+mod element;
 mod health;
 mod host;
+mod hub;
 mod ledger;
+mod memory;
 #[cfg(test)]
 mod model_tests;
 mod node;
@@ -26,7 +31,7 @@ mod sync;
 mod watch;
 mod worker;
 
-pub use config::Config;
+pub use config::{Config, Network};
 pub use proxy::{Error, Netproxy};
 
 /// Why something stayed behind.
@@ -39,17 +44,20 @@ pub enum RemoveError {
     Host(#[source] oarlock_netlink::NetlinkError),
 }
 
-/// Takes away everything that a proxy with this configuration has made in the kernel: the table, routes, and the cluster DNS
-/// address. For a reset; a restart keeps it all. What is gone already is fine.
+/// Takes away everything that a proxy with this configuration has made in the kernel: the tables, routes, and the cluster
+/// DNS addresses. For a reset; a restart keeps it all. What is gone already is fine.
 pub fn remove_everything(config: &Config) -> Result<(), RemoveError> {
     use oarlock_nft::{Command, Kernel, Netlink, Transaction};
-    let table = proxy::table(config);
-    let failed = |source| RemoveError::Table { table: table.name.clone(), source };
-    let mut kernel = Netlink::open().map_err(failed)?;
-    if kernel.table_comment(&table).map_err(failed)?.is_some() {
-        let mut transaction = Transaction::new(table.clone());
-        transaction.push(Command::DeleteTable);
-        kernel.commit(&transaction).map_err(failed)?;
+    for network in &config.networks {
+        let table = proxy::table(config, network);
+        let failed = |source| RemoveError::Table { table: table.name.clone(), source };
+        let mut kernel = Netlink::open().map_err(failed)?;
+        if kernel.table_comment(&table).map_err(failed)?.is_some() {
+            let mut transaction = Transaction::new(table.clone());
+            transaction.push(Command::DeleteTable);
+            kernel.commit(&transaction).map_err(failed)?;
+        }
     }
-    node::remove_leftovers(Some(config.cluster_dns)).map_err(RemoveError::Host)
+    let dns: Vec<_> = config.networks.iter().map(|network| network.cluster_dns).collect();
+    node::remove_leftovers(&dns).map_err(RemoveError::Host)
 }

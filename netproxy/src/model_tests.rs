@@ -10,10 +10,11 @@ use oarlock_nft::{Command, Element, Fake, Family, Kernel, Key, Table, Transactio
 use proptest::prelude::*;
 
 use crate::conntrack;
+use crate::element::{self, Map};
 use crate::ledger::{Delta, Ledger};
-use crate::plan::{self, Context, Map};
+use crate::plan::{self, Context};
 use crate::rules::{self, Settings};
-use crate::service::{Endpoint, Port, Protocol, Service, ServiceName, Shape, Slice};
+use crate::service::{Endpoint, Port, Protocol, Service, ServiceName, Shape, Slice, SlicePort};
 use crate::sync::Proxier;
 
 const NODE: [u8; 4] = [192, 168, 0, 10];
@@ -28,23 +29,27 @@ fn settings() -> Settings {
         cluster_cidr: "10.42.0.0/16".parse().unwrap(),
         service_cidr: "10.43.0.0/16".parse().unwrap(),
         dns_address: Some(DNS.into()),
+        node_port_addresses: None,
         masquerade_bridged: false,
     }
 }
 
 fn context() -> Context {
-    Context { is_ipv4: true, dns_address: Some(DNS.into()) }
+    Context { is_ipv4: true, dns_address: Some(DNS.into()), ..Context::default() }
 }
 
 fn service(number: u8) -> Service {
     Service {
         name: ServiceName::new("default", &format!("s{number}")),
-        shape: Shape::Virtual(vec![[10, 43, 1, number].into()]),
-        ports: vec![Port { name: "p".into(), protocol: Protocol::TCP, number: 80, node_port: None }],
+        shape: Shape::Virtual(Box::new([[10, 43, 1, number].into()])),
+        ports: Box::new([Port { name: "p".into(), protocol: Protocol::TCP, number: 80, node_port: None }]),
         affinity_seconds: None,
         internal_local: false,
         external_local: false,
-        ingress: Vec::new(),
+        ingress: Box::default(),
+        external_ips: Box::default(),
+        source_ranges: Box::default(),
+        health_check_port: None,
         publish_not_ready: false,
         other_proxy: false,
     }
@@ -65,11 +70,16 @@ fn slice(of: &Service, endpoints: &[([u8; 4], bool, State)]) -> Slice {
         terminating: matches!(state, State::Terminating),
         local: *local,
         hostname: None,
+        hints: None,
     };
     Slice {
         service: of.name.clone(),
         name: "slice".into(),
-        ports: of.ports.iter().map(|port| ((port.name.clone(), port.protocol), 8080)).collect(),
+        ports: of
+            .ports
+            .iter()
+            .map(|port| SlicePort { name: port.name.clone(), protocol: port.protocol, number: 8080 })
+            .collect(),
         endpoints: endpoints.iter().map(endpoint).collect(),
     }
 }
@@ -79,7 +89,7 @@ fn proxier() -> Proxier<Fake> {
 }
 
 fn apply(proxier: &mut Proxier<Fake>, service: &Service, slices: &[&Slice]) {
-    proxier.stage(&service.name, plan::service(service, slices, &context()));
+    proxier.stage(&service.name, &plan::service(service, slices, &context()));
     proxier.commit().unwrap();
 }
 
@@ -92,7 +102,7 @@ fn send(fake: &mut Fake, source: [u8; 4], to: [u8; 4], port: u16, random: u32) -
         destination_port: port,
         from_node: source == NODE,
     };
-    trace(fake, &[NODE.into(), DNS.into()], packet, |modulus| random % modulus)
+    trace(fake, &[NODE.into(), DNS.into(), [172, 20, 0, 1].into()], packet, |modulus| random % modulus)
 }
 
 fn delivered(destination: [u8; 4], port: u16, masqueraded: bool) -> Outcome {
@@ -138,7 +148,7 @@ fn without_endpoints_connections_are_refused_and_terminating_ones_are_the_last_r
 fn cluster_dns_is_left_to_this_node_until_the_service_has_endpoints() {
     let mut proxier = proxier();
     let mut dns = service(1);
-    dns.shape = Shape::Virtual(vec![DNS.into()]);
+    dns.shape = Shape::Virtual(Box::new([DNS.into()]));
     dns.ports[0].number = 53;
     apply(&mut proxier, &dns, &[]);
     assert_eq!(send(proxier.kernel_mut(), POD, DNS, 53, 0), delivered(DNS, 53, false));
@@ -164,16 +174,80 @@ fn session_affinity_keeps_a_client_until_its_endpoint_goes() {
 }
 
 #[test]
+fn node_ports_are_served_only_on_the_addresses_that_are_chosen() {
+    let other: [u8; 4] = [172, 20, 0, 1];
+    let chosen = Settings { node_port_addresses: Some(vec!["192.168.0.0/24".parse().unwrap()]), ..settings() };
+    let mut web = service(1);
+    web.ports[0].node_port = Some(30_080);
+    for (settings, served) in [(settings(), true), (chosen, false)] {
+        let mut proxier = Proxier::new(Fake::new(), settings);
+        apply(&mut proxier, &web, &[&slice(&web, &[([10, 42, 0, 2], true, State::Ready)])]);
+        assert_eq!(send(proxier.kernel_mut(), OUTSIDE, NODE, 30_080, 0), delivered([10, 42, 0, 2], 8080, true));
+        let to_other = send(proxier.kernel_mut(), OUTSIDE, other, 30_080, 0);
+        assert_eq!(matches!(to_other, Outcome::Delivered { port: 8080, .. }), served);
+    }
+}
+
+#[test]
+fn endpoints_meant_for_this_zone_or_node_are_preferred_as_long_as_hints_are_whole() {
+    use crate::service::Hints;
+    let web = service(1);
+    let mut whole = slice(&web, &[([10, 42, 0, 2], true, State::Ready), ([10, 42, 1, 3], false, State::Ready)]);
+    let hint = |zone: &str, node: &str| {
+        let list = |text: &str| if text.is_empty() { Vec::new() } else { vec![text.to_owned()] };
+        Some(Box::new(Hints { zones: list(zone), nodes: list(node) }))
+    };
+    let here = Context { node_name: "n1".into(), zone: Some("a".into()), ..context() };
+    let chosen = |slice: &Slice, context: &Context| {
+        let planned = plan::service(&web, &[slice], context);
+        planned.iter().filter(|entry| entry.key.map == Map::Endpoints).count()
+    };
+    whole.endpoints[0].hints = hint("b", "");
+    whole.endpoints[1].hints = hint("a", "");
+    assert_eq!(chosen(&whole, &here), 1, "one is meant for zone a");
+    assert_eq!(chosen(&whole, &Context { zone: None, ..here.clone() }), 2, "a node without a zone takes all");
+    assert_eq!(chosen(&whole, &Context { zone: Some("c".into()), ..here.clone() }), 2, "nothing is meant for zone c");
+    whole.endpoints[0].hints = hint("b", "n1");
+    assert_eq!(chosen(&whole, &here), 1, "only one has a node, so zones decide");
+    whole.endpoints[1].hints = None;
+    assert_eq!(chosen(&whole, &here), 2, "hints that are half there are none");
+    whole.endpoints[0].hints = hint("", "n1");
+    whole.endpoints[1].hints = hint("", "n2");
+    assert_eq!(chosen(&whole, &here), 1, "one is meant for this node");
+}
+
+#[test]
+fn external_addresses_are_served_only_where_that_is_allowed() {
+    let mut web = service(1);
+    web.external_ips = Box::new([BALANCER.into()]);
+    let ready = slice(&web, &[([10, 42, 0, 2], true, State::Ready)]);
+    for (allowed, served) in [(vec![], false), (vec!["198.51.100.0/24".parse().unwrap()], true)] {
+        let mut proxier = proxier();
+        let context = Context { external_allowed: allowed, ..context() };
+        proxier.stage(&web.name, &plan::service(&web, &[&ready], &context));
+        proxier.commit().unwrap();
+        let outcome = send(proxier.kernel_mut(), OUTSIDE, BALANCER, 80, 0);
+        assert_eq!(outcome == delivered([10, 42, 0, 2], 8080, true), served);
+    }
+}
+
+#[test]
 fn a_flush_by_somebody_else_is_undone() {
     let mut proxier = proxier();
     let web = service(1);
     apply(&mut proxier, &web, &[&slice(&web, &[([10, 42, 0, 2], true, State::Ready)])]);
     let now = Instant::now();
-    let flushes: [fn(&mut Fake); 3] = [Fake::flush_ruleset, Fake::flush_rules, |fake| {
+    fn flush(fake: &mut Fake, set: &str) {
         let mut transaction = Transaction::new(settings().table);
-        transaction.push(Command::FlushSet(Map::Endpoints.name().into()));
+        transaction.push(Command::FlushSet(set.into()));
         fake.commit(&transaction).unwrap();
-    }];
+    }
+    let flushes: [fn(&mut Fake); 4] = [
+        Fake::flush_ruleset,
+        Fake::flush_rules,
+        |fake| flush(fake, Map::Endpoints.name()),
+        |fake| flush(fake, rules::CLASSES[0]),
+    ];
     for (round, flush) in flushes.into_iter().enumerate() {
         flush(proxier.kernel_mut());
         let later = now + Duration::from_secs(100 * (round as u64 + 1));
@@ -193,7 +267,7 @@ fn a_restart_adopts_the_table_and_changes_only_what_differs() {
     // Something that only a table that was kept still has.
     let key = Key::new().address(POD.into()).address([10, 43, 1, 1].into()).protocol(6).port(80).bytes();
     let mut bound = Transaction::new(settings().table);
-    let element = Element::data(key, rules::endpoint_bytes("10.42.0.2:8080".parse().unwrap()));
+    let element = Element::data(key, rules::endpoint_bytes("10.42.0.2:8080".parse::<SocketAddr>().unwrap().into()));
     bound.push(Command::AddElements { set: rules::AFFINITY.into(), elements: vec![element], exclusive: true });
     kernel.commit(&bound).unwrap();
     let mut second = Proxier::new(kernel, settings());
@@ -222,7 +296,7 @@ fn udp_flows_to_endpoints_and_services_that_are_gone_are_stale() {
     let mut web = service(1);
     web.ports[0] = Port { name: "p".into(), protocol: Protocol::UDP, number: 80, node_port: Some(30_080) };
     let slice = slice(&web, &[([10, 42, 0, 2], true, State::Ready)]);
-    ledger.set(&web.name, plan::service(&web, &[&slice], &context()), &mut Delta::default());
+    ledger.set(&web.name, &plan::service(&web, &[&slice], &context()), &mut Delta::default());
     let scope = conntrack::Scope {
         service_cidr: settings().service_cidr,
         cluster_cidr: settings().cluster_cidr,
@@ -250,12 +324,12 @@ fn udp_flows_to_endpoints_and_services_that_are_gone_are_stale() {
 #[test]
 fn the_fixed_rules_are_what_they_were() {
     let mut text = rules::foundation(&settings()).to_string();
-    let balance = |scope, affinity| plan::Dynamic::Balance(plan::Balancer { scope, endpoints: 3, affinity });
+    let balance = |scope, affinity| element::Dynamic::Balance(element::Balancer { scope, endpoints: 3, affinity });
     let chains = [
-        balance(plan::Scope::Cluster, false),
-        balance(plan::Scope::NodePort, true),
-        balance(plan::Scope::Local, false),
-        plan::Dynamic::Remember(60),
+        balance(element::Scope::Cluster, false),
+        balance(element::Scope::NodePort, true),
+        balance(element::Scope::Local, false),
+        element::Dynamic::Remember(60),
     ];
     for command in chains.iter().flat_map(|chain| rules::dynamic(&settings(), chain)) {
         text.push_str(&command.to_string());
@@ -278,14 +352,23 @@ fn case(number: u8) -> impl Strategy<Value = Case> {
     let state = prop_oneof![3 => Just(State::Ready), 1 => Just(State::Terminating), 1 => Just(State::NotReady)];
     let endpoint = (0..6u8, any::<bool>(), state)
         .prop_map(|(last, local, state)| ([10, 42, u8::from(!local), last + 2], local, state));
-    (proptest::collection::vec(endpoint, 0..5), any::<[bool; 4]>()).prop_map(
-        move |(endpoints, [node_port, internal, external, ingress])| {
+    let ranges = prop_oneof![
+        3 => Just(&[][..]),
+        1 => Just(&["203.0.113.0/24"][..]),
+        1 => Just(&["10.0.0.0/8", "203.0.113.6/32", "192.168.0.0/16"][..]),
+        1 => Just(&["198.18.0.0/15", "fd00::/8"][..]),
+        1 => Just(&["fd00::/8"][..]),
+        1 => Just(&["198.18.0.0/15", "0.0.0.0/0"][..]),
+    ];
+    (proptest::collection::vec(endpoint, 0..5), any::<[bool; 4]>(), ranges).prop_map(
+        move |(endpoints, [node_port, internal, external, ingress], ranges)| {
             let mut service = service(number);
             service.ports[0].node_port = node_port.then_some(30_000 + u16::from(number));
             service.internal_local = internal;
             service.external_local = external;
+            service.source_ranges = ranges.iter().map(|text| text.parse().unwrap()).collect();
             if ingress {
-                service.ingress = vec![[198, 51, 100, number].into()];
+                service.ingress = Box::new([[198, 51, 100, number].into()]);
             }
             Case { service, endpoints }
         },
@@ -305,6 +388,13 @@ fn model(case: &Case, source: [u8; 4], to: Target) -> Result<(HashSet<[u8; 4]>, 
         let ready = of(|state| matches!(state, State::Ready));
         if ready.is_empty() { of(|state| matches!(state, State::Terminating)) } else { ready }
     };
+    let ranges = &case.service.source_ranges;
+    if matches!(to, Target::Balancer)
+        && !ranges.is_empty()
+        && !ranges.iter().any(|net| net.contains(&IpAddr::from(source)))
+    {
+        return Err(Outcome::Dropped);
+    }
     let all = usable(false);
     if all.is_empty() {
         return Err(Outcome::Rejected);
@@ -316,9 +406,9 @@ fn model(case: &Case, source: [u8; 4], to: Target) -> Result<(HashSet<[u8; 4]>, 
             if local.is_empty() { Err(Outcome::Dropped) } else { Ok((local, !from_pod)) }
         }
         Target::Cluster => Ok((all, !from_pod)),
-        Target::External if !case.service.external_local => Ok((all, true)),
-        Target::External if from_pod || source == NODE => Ok((all, !from_pod)),
-        Target::External => {
+        Target::External | Target::Balancer if !case.service.external_local => Ok((all, true)),
+        Target::External | Target::Balancer if from_pod || source == NODE => Ok((all, !from_pod)),
+        Target::External | Target::Balancer => {
             let local = usable(true);
             if local.is_empty() { Err(Outcome::Dropped) } else { Ok((local, false)) }
         }
@@ -329,6 +419,7 @@ fn model(case: &Case, source: [u8; 4], to: Target) -> Result<(HashSet<[u8; 4]>, 
 enum Target {
     Cluster,
     External,
+    Balancer,
 }
 
 fn check_traffic(fake: &mut Fake, case: &Case) {
@@ -339,7 +430,7 @@ fn check_traffic(fake: &mut Fake, case: &Case) {
     let mut frontends = vec![([10, 43, 1, number], 80, Target::Cluster)];
     frontends.extend(case.service.ports[0].node_port.map(|port| (NODE, port, Target::External)));
     let [a, b, c, _] = BALANCER;
-    frontends.extend(case.service.ingress.first().map(|_| ([a, b, c, number], 80, Target::External)));
+    frontends.extend(case.service.ingress.first().map(|_| ([a, b, c, number], 80, Target::Balancer)));
     for (address, port, to) in frontends {
         for source in [POD, NODE, OUTSIDE] {
             let expected = model(case, source, to);
@@ -399,7 +490,7 @@ proptest! {
         for (case, deleted) in steps {
             let name = case.service.name.clone();
             if deleted {
-                step_by_step.stage(&name, Vec::new());
+                step_by_step.stage(&name, &[]);
                 step_by_step.commit().unwrap();
                 last.insert(name, None);
             } else {
@@ -409,7 +500,7 @@ proptest! {
         }
         let mut at_once = proxier();
         for case in last.values().flatten() {
-            at_once.stage(&case.service.name, plan::service(&case.service, &[&slice(&case.service, &case.endpoints)], &context()));
+            at_once.stage(&case.service.name, &plan::service(&case.service, &[&slice(&case.service, &case.endpoints)], &context()));
         }
         at_once.commit().unwrap();
         prop_assert_eq!(state_of(step_by_step.kernel_mut()), state_of(at_once.kernel_mut()));

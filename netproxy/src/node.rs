@@ -20,7 +20,10 @@ const BRIDGE: &str = "oar0";
 pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
     pub internal: Vec<IpAddr>,
+    pub zone: Option<String>,
 }
+
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 impl Node {
     pub fn read(object: &core::Node) -> Node {
@@ -33,12 +36,13 @@ impl Node {
         Node {
             pod_cidrs: texts.into_iter().filter_map(|text| text.parse().ok()).collect(),
             internal: internal.filter_map(|address| address.address.parse().ok()).collect(),
+            zone: object.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL)).cloned(),
         }
     }
 }
 
 /// The CNI configuration for pods of this node.
-pub fn conflist(pod_cidrs: &[IpNet], cluster_cidr: IpNet, ipam_dir: &Path) -> String {
+pub fn conflist(pod_cidrs: &[IpNet], cluster_cidrs: &[IpNet], ipam_dir: &Path) -> String {
     let ranges: Vec<_> = pod_cidrs.iter().map(|net| json!([{"subnet": net.trunc().to_string()}])).collect();
     let routes: Vec<_> =
         pod_cidrs.iter().map(|net| json!({"dst": if net.addr().is_ipv4() { "0.0.0.0/0" } else { "::/0" }})).collect();
@@ -51,7 +55,7 @@ pub fn conflist(pod_cidrs: &[IpNet], cluster_cidr: IpNet, ipam_dir: &Path) -> St
                 "bridge": BRIDGE,
                 "isGateway": true,
                 "ipMasq": true,
-                "ipMasqExclude": [cluster_cidr.to_string()],
+                "ipMasqExclude": cluster_cidrs.iter().map(ToString::to_string).collect::<Vec<_>>(),
                 "hairpinMode": true,
                 "ipam": {"type": "host-local", "dataDir": ipam_dir, "ranges": ranges, "routes": routes},
             },
@@ -151,13 +155,13 @@ pub fn ensure_service_route(service_cidr: IpNet, node_ip: IpAddr) -> oarlock_net
 }
 
 /// Takes away what this module and the DNS address left on the node's links. For a reset.
-pub fn remove_leftovers(dns_address: Option<IpAddr>) -> oarlock_netlink::Result<()> {
+pub fn remove_leftovers(dns_addresses: &[IpAddr]) -> oarlock_netlink::Result<()> {
     let mut connection = Connection::open(Protocol::Route)?;
     for route in connection.routes()?.iter().filter(|route| route.protocol == ROUTE_PROTOCOL) {
         connection.delete_route(route)?;
     }
-    if let (Some(address), Some(lo)) = (dns_address, connection.link("lo")?) {
-        connection.delete_address(lo.index, IpNet::from(address))?;
+    if let Some(lo) = connection.link("lo")? {
+        dns_addresses.iter().try_for_each(|address| connection.delete_address(lo.index, IpNet::from(*address)))?;
     }
     Ok(())
 }
@@ -174,7 +178,7 @@ mod tests {
     fn the_configuration_appears_whole_and_is_written_only_when_it_changes() {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("net.d");
-        let content = conflist(&[net("10.42.0.0/24")], net("10.42.0.0/16"), Path::new("/data/ipam"));
+        let content = conflist(&[net("10.42.0.0/24")], &[net("10.42.0.0/16")], Path::new("/data/ipam"));
         assert!(write_conflist(&target, &content).unwrap());
         assert!(!write_conflist(&target, &content).unwrap());
         let read: serde_json::Value =
@@ -185,8 +189,10 @@ mod tests {
 
     #[test]
     fn routes_lead_only_through_nodes_on_a_network_of_ours() {
-        let near = Node { pod_cidrs: vec![net("10.42.1.0/24")], internal: vec!["192.168.0.2".parse().unwrap()] };
-        let far = Node { pod_cidrs: vec![net("10.42.2.0/24")], internal: vec!["172.16.0.2".parse().unwrap()] };
+        let near =
+            Node { pod_cidrs: vec![net("10.42.1.0/24")], internal: vec!["192.168.0.2".parse().unwrap()], zone: None };
+        let far =
+            Node { pod_cidrs: vec![net("10.42.2.0/24")], internal: vec!["172.16.0.2".parse().unwrap()], zone: None };
         let found = routes([&near, &far].into_iter(), &[(2, net("192.168.0.1/24"))]);
         assert_eq!(found.len(), 1);
         assert_eq!(

@@ -4,239 +4,52 @@
 //! the chain that balances over as many endpoints as it has, and one element for each endpoint, numbered from 0. Without
 //! endpoints it has an element that rejects. Which map and which chain depends on the traffic policy:
 //!
-//! With session affinity there is one more element, which leads to the chain that remembers a client's endpoint.
-//!
 //! | frontend | traffic | map | source |
 //! |---|---|---|---|
 //! | cluster address | any | services | kept for pods, the node's for others |
-//! | balancer address, policy Cluster | any | services | the node's |
-//! | balancer address, policy Local | from outside | local-services | kept |
-//! | balancer address, policy Local | from pods and the node | services | kept for pods, the node's for the node |
+//! | balancer or external address, policy Cluster | any | services | the node's |
+//! | balancer or external address, policy Local | from outside | local-services | kept |
+//! | balancer or external address, policy Local | from pods and the node | services | kept for pods, the node's for the node |
 //! | node port | alike | nodeports, local-nodeports | alike |
+//!
+//! With session affinity there is one more element, which leads to the chain that remembers a client's endpoint. With
+//! source ranges a balancer address has an element that leads to the chain that looks for the source in networks of the
+//! lengths in use, and one element for each network.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
-use oarlock_nft::{Bytes, Key};
+use ipnet::IpNet;
 
+use crate::element::{Balancer, ElementKey, Entry, Lengths, Map, Scope, Target};
 use crate::service::{Endpoint, Port, Protocol, Service, Slice};
 
-/// The maps of the table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Map {
-    Services,
-    NodePorts,
-    LocalServices,
-    LocalNodePorts,
-    NoEndpoints,
-    NoEndpointNodePorts,
-    Endpoints,
-    NodePortEndpoints,
-    LocalEndpoints,
-    LocalNodePortEndpoints,
-    Hairpin,
-    Affine,
-    AffineNodePorts,
-}
-
-impl Map {
-    pub const ALL: [Map; 13] = [
-        Map::Services,
-        Map::NodePorts,
-        Map::LocalServices,
-        Map::LocalNodePorts,
-        Map::NoEndpoints,
-        Map::NoEndpointNodePorts,
-        Map::Endpoints,
-        Map::NodePortEndpoints,
-        Map::LocalEndpoints,
-        Map::LocalNodePortEndpoints,
-        Map::Hairpin,
-        Map::Affine,
-        Map::AffineNodePorts,
-    ];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Map::Services => "services",
-            Map::NodePorts => "nodeports",
-            Map::LocalServices => "local-services",
-            Map::LocalNodePorts => "local-nodeports",
-            Map::NoEndpoints => "no-endpoints",
-            Map::NoEndpointNodePorts => "no-endpoint-nodeports",
-            Map::Endpoints => "endpoints",
-            Map::NodePortEndpoints => "nodeport-endpoints",
-            Map::LocalEndpoints => "local-endpoints",
-            Map::LocalNodePortEndpoints => "local-nodeport-endpoints",
-            Map::Hairpin => "hairpin",
-            Map::Affine => "affine",
-            Map::AffineNodePorts => "affine-nodeports",
-        }
-    }
-}
-
-/// Where a balancing chain belongs: which map it reads, and whose packets get the node's address as source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Scope {
-    /// Addresses; packets of others than pods are masqueraded.
-    Cluster,
-    /// Addresses; all packets are masqueraded.
-    External,
-    /// Addresses, from outside to endpoints of this node; nothing is masqueraded.
-    Local,
-    /// Node ports, as the three above.
-    NodePortCluster,
-    NodePort,
-    LocalNodePort,
-}
-
-impl Scope {
-    pub const ALL: [Scope; 6] =
-        [Scope::Cluster, Scope::External, Scope::Local, Scope::NodePortCluster, Scope::NodePort, Scope::LocalNodePort];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Scope::Cluster => "cluster",
-            Scope::External => "external",
-            Scope::Local => "local",
-            Scope::NodePortCluster => "nodeport-cluster",
-            Scope::NodePort => "nodeport",
-            Scope::LocalNodePort => "local-nodeport",
-        }
-    }
-
-    pub fn is_by_address(self) -> bool {
-        matches!(self, Scope::Cluster | Scope::External | Scope::Local)
-    }
-
-    pub fn endpoints(self) -> Map {
-        match self {
-            Scope::Cluster | Scope::External => Map::Endpoints,
-            Scope::Local => Map::LocalEndpoints,
-            Scope::NodePortCluster | Scope::NodePort => Map::NodePortEndpoints,
-            Scope::LocalNodePort => Map::LocalNodePortEndpoints,
-        }
-    }
-}
-
-/// The start of the names of chains that remember which endpoint a client got.
-const REMEMBER: &str = "remember-";
-/// The start of the names of balancing chains with session affinity.
-const AFFINE: &str = "affine-";
-
-/// A chain that comes and goes with the elements that lead to it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Dynamic {
-    Balance(Balancer),
-    /// Remembers for so many seconds which endpoint a client got.
-    Remember(u32),
-}
-
-impl Dynamic {
-    pub fn chain(&self) -> String {
-        match self {
-            Dynamic::Balance(balancer) => balancer.chain(),
-            Dynamic::Remember(seconds) => format!("{REMEMBER}{seconds}"),
-        }
-    }
-
-    /// The chain of a name, as far as [`Dynamic::chain`] made it.
-    pub fn of_chain(name: &str) -> Option<Dynamic> {
-        match name.strip_prefix(REMEMBER) {
-            Some(seconds) => seconds.parse().ok().map(Dynamic::Remember),
-            None => Balancer::of_chain(name).map(Dynamic::Balance),
-        }
-    }
-}
-
-/// A chain that balances over a number of endpoints.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Balancer {
-    pub scope: Scope,
-    pub endpoints: u32,
-    /// Whether a client that has been here gets the endpoint that it had.
-    pub affinity: bool,
-}
-
-impl Balancer {
-    fn chain(&self) -> String {
-        format!("{}{}-{}", if self.affinity { AFFINE } else { "" }, self.scope.name(), self.endpoints)
-    }
-
-    fn of_chain(name: &str) -> Option<Balancer> {
-        let (affinity, rest) = match name.strip_prefix(AFFINE) {
-            Some(rest) => (true, rest),
-            None => (false, name),
-        };
-        let (scope, endpoints) = rest.rsplit_once('-')?;
-        let scope = Scope::ALL.into_iter().find(|one| one.name() == scope)?;
-        Some(Balancer { scope, endpoints: endpoints.parse().ok()?, affinity })
-    }
-}
-
-/// What an element's key leads to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Target {
-    Balance(Balancer),
-    Remember(u32),
-    Endpoint(SocketAddr),
-    Reject,
-    Drop,
-    /// An element of a set, which leads nowhere.
-    Member,
-}
-
-impl Target {
-    /// The chain that it leads to, if that comes and goes.
-    pub fn dynamic(self) -> Option<Dynamic> {
-        match self {
-            Target::Balance(balancer) => Some(Dynamic::Balance(balancer)),
-            Target::Remember(seconds) => Some(Dynamic::Remember(seconds)),
-            _ => None,
-        }
-    }
-}
-
-/// An element.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Entry {
-    pub map: Map,
-    pub key: Bytes,
-    pub target: Target,
-}
-
 /// What the plan depends on beside the objects.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Context {
     pub is_ipv4: bool,
     /// This node answers DNS there itself as long as the Service has no endpoints.
     pub dns_address: Option<IpAddr>,
+    /// The node's name and zone, which endpoints can be meant for.
+    pub node_name: String,
+    pub zone: Option<String>,
+    /// Where a Service's external addresses have to be to be taken.
+    pub external_allowed: Vec<IpNet>,
 }
 
-/// Where connections come in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 enum Frontend {
     Address(IpAddr, Protocol, u16),
     NodePort(Protocol, u16),
 }
 
 impl Frontend {
-    fn key(self) -> Key {
+    fn key(self, map: Map) -> ElementKey {
         match self {
-            Frontend::Address(address, protocol, port) => Key::new().address(address).protocol(protocol.0).port(port),
-            Frontend::NodePort(protocol, port) => Key::new().protocol(protocol.0).port(port),
+            Frontend::Address(address, protocol, port) => ElementKey::by_address(map, address, protocol, port),
+            Frontend::NodePort(protocol, port) => ElementKey::by_port(map, protocol, port),
         }
     }
-}
-
-/// The key of a frontend with an address, as in [`Map::Services`].
-pub fn address_key(address: IpAddr, protocol: Protocol, port: u16) -> Bytes {
-    Frontend::Address(address, protocol, port).key().bytes()
-}
-
-/// The key of a node port, as in [`Map::NodePorts`].
-pub fn node_port_key(protocol: Protocol, port: u16) -> Bytes {
-    Frontend::NodePort(protocol, port).key().bytes()
 }
 
 /// The elements of one Service in one address family, sorted, each key once.
@@ -247,13 +60,18 @@ pub fn service(service: &Service, slices: &[&Slice], context: &Context) -> Vec<E
     if addresses.is_empty() || service.other_proxy {
         return Vec::new();
     }
+    let allowed = |address: &&IpAddr| context.external_allowed.iter().any(|net| net.contains(*address));
     for port in &service.ports {
-        let pools = Pools::new(slices, port, context.is_ipv4);
+        let pools = Pools::new(slices, port, context);
         for address in &addresses {
             plan.cluster_address(*address, port, service.internal_local, &pools);
         }
+        for address in service.external_ips.iter().filter(of_family).filter(allowed) {
+            plan.external(Frontend::Address(*address, port.protocol, port.number), service.external_local, &pools);
+        }
         for address in service.ingress.iter().filter(of_family) {
             plan.external(Frontend::Address(*address, port.protocol, port.number), service.external_local, &pools);
+            plan.guard(*address, port, &service.source_ranges);
         }
         if let Some(node_port) = port.node_port {
             plan.external(Frontend::NodePort(port.protocol, node_port), service.external_local, &pools);
@@ -262,8 +80,14 @@ pub fn service(service: &Service, slices: &[&Slice], context: &Context) -> Vec<E
     }
     let mut entries = plan.entries;
     entries.sort();
-    entries.dedup_by(|later, earlier| (later.map, later.key) == (earlier.map, earlier.key));
+    entries.dedup_by(|later, earlier| later.key == earlier.key);
     entries
+}
+
+/// The endpoints of this node that a Service of policy Local can use, whatever the port: what a balancer's health check asks.
+pub fn local_endpoints(slices: &[&Slice]) -> usize {
+    let ready = slices.iter().flat_map(|slice| &slice.endpoints).filter(|endpoint| endpoint.local && endpoint.ready);
+    ready.map(|endpoint| endpoint.address).collect::<BTreeSet<_>>().len()
 }
 
 /// The endpoints of one port: all that may be used, and those of this node.
@@ -273,29 +97,51 @@ struct Pools {
 }
 
 impl Pools {
-    fn new(slices: &[&Slice], port: &Port, is_ipv4: bool) -> Pools {
-        let key = (port.name.clone(), port.protocol);
+    fn new(slices: &[&Slice], port: &Port, context: &Context) -> Pools {
         let mut all: Vec<(&Endpoint, u16)> = Vec::new();
         for slice in slices {
-            if let Some(number) = slice.ports.get(&key) {
-                let of_family = slice.endpoints.iter().filter(|endpoint| endpoint.address.is_ipv4() == is_ipv4);
-                all.extend(of_family.map(|endpoint| (endpoint, *number)));
+            if let Some(number) = slice.port(&port.name, port.protocol) {
+                let of_family = slice.endpoints.iter().filter(|one| one.address.is_ipv4() == context.is_ipv4);
+                all.extend(of_family.map(|endpoint| (endpoint, number)));
             }
         }
         let local: Vec<(&Endpoint, u16)> = all.iter().filter(|(endpoint, _)| endpoint.local).copied().collect();
-        Pools { cluster: usable(&all), local: usable(&local) }
+        let local = usable(&local);
+        let near = meant_for_here(&all, context);
+        let cluster = if near.is_empty() { usable(&all) } else { near };
+        Pools { cluster, local }
     }
 }
 
 /// Ready endpoints, or while there are none, those that still serve although they are terminating.
 fn usable(endpoints: &[(&Endpoint, u16)]) -> Vec<SocketAddr> {
-    let choose = |test: fn(&Endpoint) -> bool| -> BTreeSet<SocketAddr> {
-        let chosen = endpoints.iter().filter(|(endpoint, _)| test(endpoint));
-        chosen.map(|(endpoint, port)| SocketAddr::new(endpoint.address, *port)).collect()
-    };
-    let ready = choose(|endpoint| endpoint.ready);
-    let chosen = if ready.is_empty() { choose(|endpoint| endpoint.serving && endpoint.terminating) } else { ready };
-    chosen.into_iter().collect()
+    let ready = sockets(endpoints, |endpoint| endpoint.ready);
+    if ready.is_empty() { sockets(endpoints, |endpoint| endpoint.serving && endpoint.terminating) } else { ready }
+}
+
+fn sockets(endpoints: &[(&Endpoint, u16)], test: impl Fn(&Endpoint) -> bool) -> Vec<SocketAddr> {
+    let chosen = endpoints.iter().filter(|(endpoint, _)| test(endpoint));
+    let unique: BTreeSet<SocketAddr> = chosen.map(|(one, port)| SocketAddr::new(one.address, *port)).collect();
+    unique.into_iter().collect()
+}
+
+/// The ready endpoints that hints mean for this node, or else for its zone. None unless every ready endpoint has such a
+/// hint and some are meant for here: hints that are half there, or leave somebody with nothing, are no hints.
+fn meant_for_here(endpoints: &[(&Endpoint, u16)], context: &Context) -> Vec<SocketAddr> {
+    let ready = || endpoints.iter().map(|(endpoint, _)| *endpoint).filter(|endpoint| endpoint.ready);
+    let for_node = |one: &Endpoint| one.hints.as_ref().is_some_and(|hints| hints.nodes.contains(&context.node_name));
+    let has_nodes = |one: &Endpoint| one.hints.as_ref().is_some_and(|hints| !hints.nodes.is_empty());
+    if ready().all(has_nodes) && ready().any(for_node) {
+        return sockets(endpoints, |endpoint| endpoint.ready && for_node(endpoint));
+    }
+    let Some(zone) = &context.zone else { return Vec::new() };
+    let for_zone = |one: &Endpoint| one.hints.as_ref().is_some_and(|hints| hints.zones.contains(zone));
+    let has_zones = |one: &Endpoint| one.hints.as_ref().is_some_and(|hints| !hints.zones.is_empty());
+    if ready().all(has_zones) {
+        sockets(endpoints, |endpoint| endpoint.ready && for_zone(endpoint))
+    } else {
+        Vec::new()
+    }
 }
 
 struct Plan<'a> {
@@ -305,8 +151,8 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    fn push(&mut self, map: Map, key: Bytes, target: Target) {
-        self.entries.push(Entry { map, key, target });
+    fn push(&mut self, key: ElementKey, target: Target) {
+        self.entries.push(Entry { key, target });
     }
 
     fn cluster_address(&mut self, address: IpAddr, port: &Port, local_only: bool, pools: &Pools) {
@@ -317,7 +163,7 @@ impl Plan<'_> {
         } else if self.context.dns_address != Some(address) {
             // With endpoints elsewhere only, the policy says no more than that they are not for this node.
             let target = if pools.cluster.is_empty() { Target::Reject } else { Target::Drop };
-            self.push(Map::NoEndpoints, frontend.key().bytes(), target);
+            self.push(frontend.key(Map::NoEndpoints), target);
         }
     }
 
@@ -326,7 +172,7 @@ impl Plan<'_> {
         let by_address = matches!(frontend, Frontend::Address(..));
         if pools.cluster.is_empty() {
             let map = if by_address { Map::NoEndpoints } else { Map::NoEndpointNodePorts };
-            return self.push(map, frontend.key().bytes(), Target::Reject);
+            return self.push(frontend.key(map), Target::Reject);
         }
         let (all, local) =
             if by_address { (Map::Services, Map::LocalServices) } else { (Map::NodePorts, Map::LocalNodePorts) };
@@ -337,7 +183,7 @@ impl Plan<'_> {
         let scope = if by_address { Scope::Cluster } else { Scope::NodePortCluster };
         self.balance(frontend, all, scope, &pools.cluster);
         if pools.local.is_empty() {
-            self.push(local, frontend.key().bytes(), Target::Drop);
+            self.push(frontend.key(local), Target::Drop);
         } else {
             let scope = if by_address { Scope::Local } else { Scope::LocalNodePort };
             self.balance(frontend, local, scope, &pools.local);
@@ -349,19 +195,42 @@ impl Plan<'_> {
         let balancer = Balancer { scope, endpoints: pool.len() as u32, affinity };
         if let Some(seconds) = self.affinity_seconds {
             let affine = if scope.is_by_address() { Map::Affine } else { Map::AffineNodePorts };
-            self.push(affine, frontend.key().bytes(), Target::Remember(seconds));
+            self.push(frontend.key(affine), Target::Remember(seconds));
         }
-        self.push(map, frontend.key().bytes(), Target::Balance(balancer));
+        self.push(frontend.key(map), Target::Balance(balancer));
         for (number, endpoint) in pool.iter().enumerate() {
-            self.push(scope.endpoints(), frontend.key().mark(number as u32).bytes(), Target::Endpoint(*endpoint));
+            let key = frontend.key(map).numbered(scope.endpoints(), number as u32);
+            self.push(key, Target::Endpoint((*endpoint).into()));
+        }
+    }
+
+    /// Only sources in these ranges may use a balancer's address. A range of everything is none, and ranges of the other
+    /// family alone let nobody in.
+    fn guard(&mut self, address: IpAddr, port: &Port, ranges: &[IpNet]) {
+        if ranges.is_empty() {
+            return;
+        }
+        let of_family: Vec<IpNet> =
+            ranges.iter().filter(|net| net.addr().is_ipv4() == address.is_ipv4()).copied().collect();
+        let nets = IpNet::aggregate(&of_family);
+        if nets.iter().any(|net| net.prefix_len() == 0) {
+            return;
+        }
+        let guarded = ElementKey::by_address(Map::Guarded, address, port.protocol, port.number);
+        if nets.is_empty() {
+            return self.push(guarded, Target::Drop);
+        }
+        self.push(guarded, Target::Guard(Lengths::of(nets.iter().map(IpNet::prefix_len))));
+        for (number, net) in nets.iter().enumerate() {
+            let key = guarded.numbered(Map::Sources, number as u32);
+            self.push(key, Target::Source(net.network().into(), net.prefix_len()));
         }
     }
 
     /// Pods of this node that reach themselves through a Service must see another address than their own as source.
     fn hairpin(&mut self, pools: &Pools) {
         for endpoint in &pools.local {
-            let key = Key::new().address(endpoint.ip()).address(endpoint.ip()).bytes();
-            self.push(Map::Hairpin, key, Target::Member);
+            self.push(ElementKey::hairpin(endpoint.ip()), Target::Member);
         }
     }
 }

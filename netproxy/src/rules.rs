@@ -1,7 +1,7 @@
 //! The fixed part of the table, the balancing chains, and elements as nftables has them. Pure.
 
 use std::fmt::Write as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -10,7 +10,7 @@ use oarlock_nft::{
     PayloadBase, Reg, Rule, Set, Table, Transaction, Value, Verdict,
 };
 
-use crate::plan::{Balancer, Dynamic, Map, Scope, Target};
+use crate::element::{Backend, Balancer, Dynamic, ElementKey, Lengths, Map, Scope, Target};
 
 /// The mark that the first packet of a connection carries from its balancing to its masquerading; the usual one of
 /// Kubernetes, so that other software that keeps clear of it keeps clear of ours.
@@ -24,7 +24,17 @@ const SERVICES: &str = "balance";
 const LOCAL: &str = "balance-local";
 const NO_ENDPOINTS: &str = "refuse";
 const REMEMBER: &str = "remember";
+/// What the numbers mean that frontends lead to. The kernel checks a verdict map as a whole whenever it changes, so the one
+/// that grows with Services leads to numbers, and only these small ones to chains: one for each kind of hook, because the
+/// kernel also checks that all that a hook can lead to is allowed there.
+const BALANCERS: &str = "balancers";
+const REFUSALS: &str = "refusals";
+const REMEMBERERS: &str = "rememberers";
+pub const CLASSES: [&str; 3] = [BALANCERS, REFUSALS, REMEMBERERS];
+const CLASS_REJECT: u32 = 1;
+const CLASS_DROP: u32 = 2;
 const DESTINATION_NAT: i32 = -100;
+const BEFORE_DESTINATION_NAT: i32 = -110;
 const SOURCE_NAT: i32 = 100;
 
 /// What the fixed part depends on.
@@ -34,6 +44,8 @@ pub struct Settings {
     pub cluster_cidr: IpNet,
     pub service_cidr: IpNet,
     pub dns_address: Option<IpAddr>,
+    /// Networks of the node's addresses that node ports are served on; all of them where nothing is said.
+    pub node_port_addresses: Option<Vec<IpNet>>,
     /// Whether pods of one bridge see each other's answers without passing the node's NAT, because the kernel cannot show
     /// bridged packets to nftables. Then they have to see the node as source.
     pub masquerade_bridged: bool,
@@ -59,11 +71,12 @@ impl Settings {
         let endpoint = [self.address(), Field::Port];
         match map {
             Map::Services | Map::LocalServices | Map::NoEndpoints | Map::Affine => {
-                Set::verdict_map(map.name(), &address)
+                Set::map(map.name(), &address, &[Field::Mark])
             }
             Map::NodePorts | Map::LocalNodePorts | Map::NoEndpointNodePorts | Map::AffineNodePorts => {
-                Set::verdict_map(map.name(), &node_port)
+                Set::map(map.name(), &node_port, &[Field::Mark])
             }
+            Map::Guarded => Set::verdict_map(map.name(), &address),
             Map::Endpoints | Map::LocalEndpoints => {
                 Set::map(map.name(), &[&address[..], &[Field::Mark]].concat(), &endpoint)
             }
@@ -71,7 +84,19 @@ impl Settings {
                 Set::map(map.name(), &[&node_port[..], &[Field::Mark]].concat(), &endpoint)
             }
             Map::Hairpin => Set::new(map.name(), &[self.address(), self.address()]),
+            Map::Sources => Set::new(map.name(), &[&address[..], &[self.address(), Field::Mark]].concat()),
         }
+    }
+
+    /// The bits of an address that a network of a length goes by.
+    fn mask(&self, length: u8) -> Vec<u8> {
+        let bits = if self.is_ipv4() { 32 } else { 128 };
+        (0..bits / 8)
+            .map(|byte| {
+                let ones = length.saturating_sub(byte * 8).min(8);
+                (0xff_u16 << (8 - ones)) as u8
+            })
+            .collect()
     }
 
     fn original_address(&self) -> CtKey {
@@ -114,7 +139,7 @@ impl Settings {
         let balancers = Scope::ALL.into_iter().flat_map(|scope| {
             [false, true].map(|affinity| Dynamic::Balance(Balancer { scope, endpoints: 1, affinity }))
         });
-        for chain in balancers.chain([Dynamic::Remember(1)]) {
+        for chain in balancers.chain([Dynamic::Remember(1), Dynamic::Guard(Lengths::of([1]))]) {
             for command in dynamic(self, &chain) {
                 let _ = write!(text, "{command}");
             }
@@ -161,19 +186,38 @@ fn if_new() -> Vec<Expr> {
     ]
 }
 
-fn by_address(settings: &Settings, map: Map) -> Vec<Expr> {
+fn frontend_by_address(settings: &Settings) -> Vec<Expr> {
     let next = settings.width();
-    vec![
-        settings.load_destination(0),
-        load_protocol(next),
-        load_port(next + 1),
-        Expr::VerdictMap { map: map.name().into(), key: Reg(0) },
+    vec![settings.load_destination(0), load_protocol(next), load_port(next + 1)]
+}
+
+/// Follows the class that the key in the first registers has in a map.
+///
+/// nft cannot list a rule that looks up the result of a lookup, and ends in a crash. So the class is the second half of a
+/// key of which nft has seen both halves loaded as a constant.
+fn follow_class(map: Map) -> [Expr; 3] {
+    const KEY: Reg = Reg(8);
+    const SECOND_HALF: Reg = Reg(9);
+    let classes = match map {
+        Map::NoEndpoints | Map::NoEndpointNodePorts => REFUSALS,
+        Map::Affine | Map::AffineNodePorts => REMEMBERERS,
+        _ => BALANCERS,
+    };
+    [
+        Expr::LoadBytes { value: vec![0; 8], to: KEY },
+        Expr::LoadMap { map: map.name().into(), key: Reg(0), to: SECOND_HALF },
+        Expr::VerdictMap { map: classes.into(), key: KEY },
     ]
+}
+
+fn by_address(settings: &Settings, map: Map) -> Vec<Expr> {
+    frontend_by_address(settings).into_iter().chain(follow_class(map)).collect()
 }
 
 fn by_node_port(map: Map) -> Vec<Expr> {
     let mut expressions = if_destination_local();
-    expressions.extend([load_protocol(0), load_port(1), Expr::VerdictMap { map: map.name().into(), key: Reg(0) }]);
+    expressions.extend([load_protocol(0), load_port(1)]);
+    expressions.extend(follow_class(map));
     expressions
 }
 
@@ -182,6 +226,9 @@ pub fn foundation(settings: &Settings) -> Transaction {
     let mut transaction = Transaction::new(settings.table.clone());
     for map in Map::ALL {
         transaction.push(Command::AddSet(settings.set(map)));
+    }
+    for classes in CLASSES {
+        transaction.push(Command::AddSet(Set::verdict_map(classes, &[Field::Mark, Field::Mark])));
     }
     let affinity_key = [settings.address(), settings.address(), Field::Protocol, Field::Port];
     let affinity = Set::map(AFFINITY, &affinity_key, &[settings.address(), Field::Port]);
@@ -194,6 +241,8 @@ pub fn foundation(settings: &Settings) -> Transaction {
         ("output", ChainKind::Nat, HookPoint::Output, DESTINATION_NAT),
         ("input", ChainKind::Nat, HookPoint::Input, SOURCE_NAT),
         ("postrouting", ChainKind::Nat, HookPoint::Postrouting, SOURCE_NAT),
+        ("filter-prerouting", ChainKind::Filter, HookPoint::Prerouting, BEFORE_DESTINATION_NAT),
+        ("filter-output-first", ChainKind::Filter, HookPoint::Output, BEFORE_DESTINATION_NAT),
         ("filter-input", ChainKind::Filter, HookPoint::Input, 0),
         ("filter-forward", ChainKind::Filter, HookPoint::Forward, 0),
         ("filter-output", ChainKind::Filter, HookPoint::Output, 0),
@@ -201,7 +250,35 @@ pub fn foundation(settings: &Settings) -> Transaction {
         transaction.push(Command::AddChain(Chain::base(name, kind, point, priority)));
     }
     transaction.commands.extend(rules(settings).into_iter().map(Command::AddRule));
+    for (classes, element) in fixed_classes() {
+        transaction.push(Command::AddElements { set: classes.into(), elements: vec![element], exclusive: false });
+    }
     transaction
+}
+
+fn fixed_classes() -> [(&'static str, Element); 3] {
+    let drop = Element::verdict(class_key(CLASS_DROP), Verdict::Drop);
+    let reject = Element::verdict(class_key(CLASS_REJECT), Verdict::Goto(REJECT.into()));
+    [(BALANCERS, drop.clone()), (REFUSALS, drop), (REFUSALS, reject)]
+}
+
+fn class_key(class: u32) -> Bytes {
+    Key::new().mark(0).mark(class).bytes()
+}
+
+/// The element by which other elements lead to a chain that comes and goes, and the map that it is in.
+pub fn class_of(chain: &Dynamic) -> Option<(&'static str, Element)> {
+    let (classes, verdict) = match chain {
+        Dynamic::Remember(_) => (REMEMBERERS, Verdict::Jump(chain.chain())),
+        _ => (BALANCERS, Verdict::Goto(chain.chain())),
+    };
+    Some((classes, Element::verdict(class_key(chain.class()?), verdict)))
+}
+
+/// All classes of one of the maps, given the chains that come and go.
+pub fn classes<'a>(set: &str, chains: impl Iterator<Item = &'a Dynamic>) -> Vec<Element> {
+    let all = fixed_classes().into_iter().chain(chains.filter_map(class_of));
+    all.filter(|(classes, _)| *classes == set).map(|(_, element)| element).collect()
 }
 
 fn rules(settings: &Settings) -> Vec<Rule> {
@@ -214,22 +291,31 @@ fn rules(settings: &Settings) -> Vec<Rule> {
     from_outside.push(jump(LOCAL));
     let mut rules = vec![
         Rule::new(REJECT, vec![Expr::Reject]),
-        Rule::new(SERVICES, by_address(settings, Map::Services)),
+        Rule::new(SERVICES, by_address(settings, Map::Services)).comment(Map::Services.name()),
         Rule::new(SERVICES, loopback(Expr::Verdict(Verdict::Return))).comment("route_localnet stays off"),
-        Rule::new(SERVICES, by_node_port(Map::NodePorts)),
-        Rule::new(LOCAL, by_address(settings, Map::LocalServices)),
-        Rule::new(LOCAL, by_node_port(Map::LocalNodePorts)),
-        Rule::new(NO_ENDPOINTS, by_address(settings, Map::NoEndpoints)),
-        Rule::new(NO_ENDPOINTS, by_node_port(Map::NoEndpointNodePorts)),
+        Rule::new(LOCAL, by_address(settings, Map::LocalServices)).comment(Map::LocalServices.name()),
+        Rule::new(NO_ENDPOINTS, by_address(settings, Map::NoEndpoints)).comment(Map::NoEndpoints.name()),
         Rule::new("prerouting", from_outside).comment("externalTrafficPolicy Local"),
         Rule::new("prerouting", vec![jump(SERVICES)]),
         Rule::new("output", vec![jump(SERVICES)]),
-        Rule::new(REMEMBER, remember_by_address(settings)),
-        Rule::new(REMEMBER, remember_by_node_port()),
+        Rule::new(REMEMBER, remember_by_address(settings)).comment(Map::Affine.name()),
+        Rule::new(REMEMBER, remember_by_node_port()).comment(Map::AffineNodePorts.name()),
         // Where a packet is once its endpoint is decided: at the node itself, or on its way out.
         Rule::new("input", vec![jump(REMEMBER)]),
         Rule::new("postrouting", vec![jump(REMEMBER)]),
     ];
+    for (chain, map) in
+        [(SERVICES, Map::NodePorts), (LOCAL, Map::LocalNodePorts), (NO_ENDPOINTS, Map::NoEndpointNodePorts)]
+    {
+        let rule = |expressions| Rule::new(chain, expressions).comment(map.name());
+        if settings.node_port_addresses.is_none() {
+            rules.push(rule(by_node_port(map)));
+        }
+        for net in settings.node_port_addresses.iter().flatten() {
+            let on_net = settings.in_net(settings.load_destination(0), *net, true);
+            rules.push(rule([on_net, by_node_port(map)].concat()));
+        }
+    }
     rules.extend(postrouting(settings));
     rules.extend(filter(settings));
     rules
@@ -241,17 +327,16 @@ fn remember_by_address(settings: &Settings) -> Vec<Expr> {
         Expr::LoadCt { key: settings.original_address(), to: Reg(0) },
         load_protocol(next),
         Expr::LoadCt { key: CtKey::OriginalPort, to: Reg(next + 1) },
-        Expr::VerdictMap { map: Map::Affine.name().into(), key: Reg(0) },
     ]
+    .into_iter()
+    .chain(follow_class(Map::Affine))
+    .collect()
 }
 
 fn remember_by_node_port() -> Vec<Expr> {
     let mut expressions = if_destination_changed();
-    expressions.extend([
-        load_protocol(0),
-        Expr::LoadCt { key: CtKey::OriginalPort, to: Reg(1) },
-        Expr::VerdictMap { map: Map::AffineNodePorts.name().into(), key: Reg(0) },
-    ]);
+    expressions.extend([load_protocol(0), Expr::LoadCt { key: CtKey::OriginalPort, to: Reg(1) }]);
+    expressions.extend(follow_class(Map::AffineNodePorts));
     expressions
 }
 
@@ -313,6 +398,11 @@ fn filter(settings: &Settings) -> Vec<Rule> {
         expressions.push(Expr::Verdict(Verdict::Drop));
         rules.push(Rule::new("filter-input", expressions).comment("cluster DNS is for pods and this node"));
     }
+    for chain in ["filter-prerouting", "filter-output-first"] {
+        let follow = Expr::VerdictMap { map: Map::Guarded.name().into(), key: Reg(0) };
+        let guarded = [if_new(), frontend_by_address(settings), vec![follow]].concat();
+        rules.push(Rule::new(chain, guarded).comment("loadBalancerSourceRanges"));
+    }
     for chain in ["filter-input", "filter-forward", "filter-output"] {
         rules.push(Rule::new(chain, [if_new(), vec![jump(NO_ENDPOINTS)]].concat()));
     }
@@ -334,9 +424,13 @@ pub fn dynamic(settings: &Settings, chain: &Dynamic) -> Vec<Command> {
     let rules = match chain {
         Dynamic::Balance(balancer) => balance(settings, balancer),
         Dynamic::Remember(seconds) => vec![remember(settings, *seconds)],
+        Dynamic::Guard(lengths) => guard(settings, lengths),
     };
     let mut commands = vec![Command::AddChain(Chain::regular(&name))];
     commands.extend(rules.into_iter().map(|expressions| Command::AddRule(Rule::new(&name, expressions))));
+    if let Some((classes, element)) = class_of(chain) {
+        commands.push(Command::AddElements { set: classes.into(), elements: vec![element], exclusive: false });
+    }
     commands
 }
 
@@ -396,6 +490,27 @@ fn remember(settings: &Settings, seconds: u32) -> Vec<Expr> {
     ]
 }
 
+/// Goes back when the source is in a network that is listed for the frontend, and drops everything else.
+fn guard(settings: &Settings, lengths: &Lengths) -> Vec<Vec<Expr>> {
+    let width = settings.width();
+    let source = width + 2;
+    let listed = |length: u8| {
+        let mask = settings.mask(length);
+        let xor = vec![0; mask.len()];
+        vec![
+            settings.load_destination(0),
+            load_protocol(width),
+            load_port(width + 1),
+            settings.load_source(source),
+            Expr::Bitwise { register: Reg(source), mask, xor },
+            Expr::LoadBytes { value: u32::from(length).to_ne_bytes().to_vec(), to: Reg(source + width) },
+            Expr::InSet { set: Map::Sources.name().into(), key: Reg(0), inverted: false },
+            Expr::Verdict(Verdict::Return),
+        ]
+    };
+    lengths.iter().map(listed).chain([vec![Expr::Verdict(Verdict::Drop)]]).collect()
+}
+
 /// The rule that decides about the source address, where there is anything to decide.
 fn mark(settings: &Settings, scope: Scope) -> Option<Vec<Expr>> {
     let set_mark = vec![
@@ -423,27 +538,53 @@ pub fn rule_count<'a>(settings: &Settings, chains: impl Iterator<Item = &'a Dyna
             usize::from(!matches!(one.scope, Scope::Local | Scope::LocalNodePort)) + 1 + usize::from(one.affinity)
         }
         Dynamic::Remember(_) => 1,
+        Dynamic::Guard(lengths) => lengths.iter().count() + 1,
     };
     rules(settings).len() + chains.map(of_chain).sum::<usize>()
 }
 
+/// The key of an element as the kernel has it. Members of the set of sources are their networks, whatever their number.
+pub fn key_bytes(settings: &Settings, key: &ElementKey, target: Target) -> Bytes {
+    let address = |bytes: Key| bytes.address(key.address.address());
+    let port = |bytes: Key| bytes.protocol(key.protocol.0).port(key.port);
+    let whole = match (key.map, target) {
+        (Map::Services | Map::LocalServices | Map::NoEndpoints | Map::Affine | Map::Guarded, _) => {
+            port(address(Key::new()))
+        }
+        (Map::NodePorts | Map::LocalNodePorts | Map::NoEndpointNodePorts | Map::AffineNodePorts, _) => port(Key::new()),
+        (Map::Endpoints | Map::LocalEndpoints, _) => port(address(Key::new())).mark(key.number),
+        (Map::NodePortEndpoints | Map::LocalNodePortEndpoints, _) => port(Key::new()).mark(key.number),
+        (Map::Hairpin, _) => address(address(Key::new())),
+        (Map::Sources, Target::Source(network, length)) => {
+            port(address(Key::new())).address(network.address()).mark(u32::from(length))
+        }
+        // Nothing else is ever in that set, and a key of this length is in no set.
+        (Map::Sources, _) => Key::new(),
+    };
+    debug_assert_eq!(whole.bytes().as_slice().len() as u32, settings.set(key.map).key_len_bytes(), "{key:?}");
+    whole.bytes()
+}
+
 /// The value of a map's element.
-pub fn value(target: Target) -> Option<Value> {
+pub fn value(key: &ElementKey, target: Target) -> Option<Value> {
+    let class = |class: u32| Some(Value::Data(Key::new().mark(class).bytes()));
     match target {
-        Target::Balance(balancer) => Some(Value::Verdict(Verdict::Goto(Dynamic::Balance(balancer).chain()))),
-        Target::Remember(seconds) => Some(Value::Verdict(Verdict::Jump(Dynamic::Remember(seconds).chain()))),
+        Target::Balance(_) | Target::Remember(_) => target.dynamic().and_then(|chain| class(chain.class()?)),
+        Target::Reject => class(CLASS_REJECT),
+        Target::Drop if key.map == Map::Guarded => Some(Value::Verdict(Verdict::Drop)),
+        Target::Drop => class(CLASS_DROP),
+        Target::Guard(lengths) => Some(Value::Verdict(Verdict::Goto(Dynamic::Guard(lengths).chain()))),
         Target::Endpoint(endpoint) => Some(Value::Data(endpoint_bytes(endpoint))),
-        Target::Reject => Some(Value::Verdict(Verdict::Goto(REJECT.into()))),
-        Target::Drop => Some(Value::Verdict(Verdict::Drop)),
-        Target::Member => None,
+        Target::Member | Target::Source(..) => None,
     }
 }
 
-pub fn element(key: Bytes, target: Target) -> Element {
-    Element { value: value(target), ..Element::key(key) }
+pub fn element(settings: &Settings, key: &ElementKey, target: Target) -> Element {
+    Element { value: value(key, target), ..Element::key(key_bytes(settings, key, target)) }
 }
 
 /// An endpoint as the value of a map.
-pub fn endpoint_bytes(endpoint: SocketAddr) -> Bytes {
-    Key::new().address(endpoint.ip()).port(endpoint.port()).bytes()
+pub fn endpoint_bytes(endpoint: Backend) -> Bytes {
+    let socket = endpoint.socket();
+    Key::new().address(socket.ip()).port(socket.port()).bytes()
 }

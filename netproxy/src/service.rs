@@ -1,10 +1,10 @@
 //! Services and EndpointSlices reduced to what routing and names need: pure, and small enough to keep tens of thousands.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 
@@ -63,7 +63,7 @@ impl Protocol {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Shape {
     /// By virtual addresses.
-    Virtual(Vec<IpAddr>),
+    Virtual(Box<[IpAddr]>),
     /// By its endpoints' own addresses.
     Headless,
     /// By another name.
@@ -73,7 +73,7 @@ pub enum Shape {
 /// A port of a Service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Port {
-    pub name: String,
+    pub name: Box<str>,
     pub protocol: Protocol,
     pub number: u16,
     pub node_port: Option<u16>,
@@ -84,13 +84,19 @@ pub struct Port {
 pub struct Service {
     pub name: ServiceName,
     pub shape: Shape,
-    pub ports: Vec<Port>,
+    pub ports: Box<[Port]>,
     /// How long a client keeps its endpoint; none without session affinity.
     pub affinity_seconds: Option<u32>,
     pub internal_local: bool,
     pub external_local: bool,
     /// Addresses of load balancers that pass packets on unchanged.
-    pub ingress: Vec<IpAddr>,
+    pub ingress: Box<[IpAddr]>,
+    /// Addresses that somebody else leads to the nodes.
+    pub external_ips: Box<[IpAddr]>,
+    /// Who may use a load balancer's addresses; everybody without.
+    pub source_ranges: Box<[IpNet]>,
+    /// Where load balancers ask whether this node has endpoints.
+    pub health_check_port: Option<u16>,
     pub publish_not_ready: bool,
     /// Another proxy takes care of the Service's packets.
     pub other_proxy: bool,
@@ -111,6 +117,9 @@ impl Service {
             internal_local: local(&spec.internal_traffic_policy),
             external_local: local(&spec.external_traffic_policy),
             ingress: ingress(object),
+            external_ips: spec.external_ips.iter().flatten().filter_map(|text| text.parse().ok()).collect(),
+            source_ranges: source_ranges(spec),
+            health_check_port: health_check_port(spec),
             publish_not_ready: spec.publish_not_ready_addresses == Some(true),
             other_proxy: labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)),
         })
@@ -129,13 +138,13 @@ fn shape(spec: &core::ServiceSpec) -> Shape {
         return Shape::External(spec.external_name.clone().unwrap_or_default());
     }
     let all = spec.cluster_ips.iter().flatten().chain(spec.cluster_ip.iter().filter(|_| spec.cluster_ips.is_none()));
-    let addresses: Vec<IpAddr> = all.filter_map(|text| text.parse().ok()).collect();
+    let addresses: Box<[IpAddr]> = all.filter_map(|text| text.parse().ok()).collect();
     if addresses.is_empty() { Shape::Headless } else { Shape::Virtual(addresses) }
 }
 
 fn port(port: &core::ServicePort) -> Option<Port> {
     Some(Port {
-        name: port.name.clone().unwrap_or_default(),
+        name: port.name.as_deref().unwrap_or_default().into(),
         protocol: Protocol::parse(port.protocol.as_deref())?,
         number: u16::try_from(port.port).ok()?,
         node_port: port.node_port.and_then(|number| u16::try_from(number).ok()).filter(|number| *number != 0),
@@ -151,8 +160,25 @@ fn affinity_seconds(spec: &core::ServiceSpec) -> Option<u32> {
     Some(configured.and_then(|seconds| u32::try_from(seconds).ok()).unwrap_or(DEFAULT_AFFINITY_SECONDS))
 }
 
-fn ingress(object: &core::Service) -> Vec<IpAddr> {
-    let is_load_balancer = object.spec.as_ref().and_then(|spec| spec.type_.as_deref()) == Some("LoadBalancer");
+fn is_load_balancer(spec: &core::ServiceSpec) -> bool {
+    spec.type_.as_deref() == Some("LoadBalancer")
+}
+
+/// Ranges that cannot be read let nobody in who is not in another one, so they are no reason to let everybody in.
+fn source_ranges(spec: &core::ServiceSpec) -> Box<[IpNet]> {
+    let texts = spec.load_balancer_source_ranges.iter().flatten().filter(|_| is_load_balancer(spec));
+    let nowhere = || IpNet::from(IpAddr::from([0; 4]));
+    texts.map(|text| text.trim().parse().map_or_else(|_| nowhere(), |net: IpNet| net.trunc())).collect()
+}
+
+fn health_check_port(spec: &core::ServiceSpec) -> Option<u16> {
+    let is_local = spec.external_traffic_policy.as_deref() == Some("Local");
+    let port = spec.health_check_node_port.filter(|_| is_local && is_load_balancer(spec))?;
+    u16::try_from(port).ok().filter(|port| *port != 0)
+}
+
+fn ingress(object: &core::Service) -> Box<[IpAddr]> {
+    let is_load_balancer = object.spec.as_ref().is_some_and(is_load_balancer);
     let status = object.status.as_ref().and_then(|status| status.load_balancer.as_ref()).filter(|_| is_load_balancer);
     let entries = status.into_iter().flat_map(|status| status.ingress.iter().flatten());
     // With mode Proxy the balancer sends to node ports or pods, and its address must not be short-circuited.
@@ -169,7 +195,15 @@ pub struct Endpoint {
     pub terminating: bool,
     /// Whether it runs on this node.
     pub local: bool,
-    pub hostname: Option<String>,
+    pub hostname: Option<Box<str>>,
+    pub hints: Option<Box<Hints>>,
+}
+
+/// Whom an endpoint is meant for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hints {
+    pub zones: Vec<String>,
+    pub nodes: Vec<String>,
 }
 
 /// An EndpointSlice.
@@ -177,9 +211,16 @@ pub struct Endpoint {
 pub struct Slice {
     pub service: ServiceName,
     pub name: Arc<str>,
-    /// Port number by name and protocol.
-    pub ports: BTreeMap<(String, Protocol), u16>,
-    pub endpoints: Vec<Endpoint>,
+    pub ports: Box<[SlicePort]>,
+    pub endpoints: Box<[Endpoint]>,
+}
+
+/// A port of an EndpointSlice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlicePort {
+    pub name: Box<str>,
+    pub protocol: Protocol,
+    pub number: u16,
 }
 
 impl Slice {
@@ -193,7 +234,7 @@ impl Slice {
         let port = |port: &discovery::EndpointPort| {
             let protocol = Protocol::parse(port.protocol.as_deref())?;
             let number = u16::try_from(port.port?).ok()?;
-            Some(((port.name.clone().unwrap_or_default(), protocol), number))
+            Some(SlicePort { name: port.name.as_deref().unwrap_or_default().into(), protocol, number })
         };
         let endpoints = object.endpoints.iter().flatten().filter_map(|endpoint| read_endpoint(endpoint, own_node));
         Some(Slice {
@@ -202,6 +243,11 @@ impl Slice {
             ports: object.ports.iter().flatten().filter_map(port).collect(),
             endpoints: endpoints.collect(),
         })
+    }
+
+    /// The number of the port of a name and protocol.
+    pub fn port(&self, name: &str, protocol: Protocol) -> Option<u16> {
+        self.ports.iter().find(|port| &*port.name == name && port.protocol == protocol).map(|port| port.number)
     }
 }
 
@@ -215,6 +261,14 @@ fn read_endpoint(endpoint: &discovery::Endpoint, own_node: &str) -> Option<Endpo
         serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
         terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
         local: endpoint.node_name.as_deref() == Some(own_node),
-        hostname: endpoint.hostname.clone(),
+        hostname: endpoint.hostname.as_deref().map(Into::into),
+        hints: hints(endpoint),
     })
+}
+
+fn hints(endpoint: &discovery::Endpoint) -> Option<Box<Hints>> {
+    let hints = endpoint.hints.as_ref()?;
+    let zones: Vec<String> = hints.for_zones.iter().flatten().map(|zone| zone.name.clone()).collect();
+    let nodes: Vec<String> = hints.for_nodes.iter().flatten().map(|node| node.name.clone()).collect();
+    (!zones.is_empty() || !nodes.is_empty()).then(|| Box::new(Hints { zones, nodes }))
 }

@@ -18,13 +18,15 @@ use std::time::{Duration, Instant};
 use oarlock_nft::{Bytes, Element, Kernel, NftError, Transaction, Value};
 use tracing::{debug, info, warn};
 
+use crate::element::{Dynamic, ElementKey, Entry, Map, Target};
 use crate::ledger::{Delta, Ledger};
-use crate::plan::{Dynamic, Entry, Map, Target};
 use crate::rules::{self, Settings};
-use crate::service::ServiceName;
+use crate::service::{Protocol, ServiceName};
 
-/// Elements are compared with the kernel at most this often; a table or rules that are gone are noticed at once.
-const FULL_AUDIT_INTERVAL: Duration = Duration::from_secs(60);
+/// Elements are compared with the kernel at most this often, and only so often that it takes half a percent of the time; a
+/// table or rules that are gone are noticed at once.
+const FULL_AUDIT_INTERVAL: Duration = Duration::from_secs(2);
+const FULL_AUDIT_SHARE: u32 = 200;
 
 /// What a commit did.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -45,6 +47,8 @@ pub struct Proxier<K> {
     present: Option<Vec<Dynamic>>,
     generation: Option<u32>,
     audited: Option<Instant>,
+    /// How long the last comparison took.
+    audit_cost: Duration,
 }
 
 impl<K: Kernel> Proxier<K> {
@@ -57,11 +61,8 @@ impl<K: Kernel> Proxier<K> {
             present: None,
             generation: None,
             audited: None,
+            audit_cost: Duration::ZERO,
         }
-    }
-
-    pub fn settings(&self) -> &Settings {
-        &self.settings
     }
 
     #[cfg(test)]
@@ -74,14 +75,19 @@ impl<K: Kernel> Proxier<K> {
     }
 
     /// Replaces the elements of one Service; [`Proxier::commit`] carries it out.
-    pub fn stage(&mut self, service: &ServiceName, entries: Vec<Entry>) {
-        self.ledger.set(service, entries, &mut self.staged);
+    pub fn stage(&mut self, service: &ServiceName, entries: &[Entry]) {
+        if self.present.is_some() {
+            self.ledger.set(service, entries, &mut self.staged);
+        } else {
+            // The first commit writes everything, so what changes until then does not matter.
+            self.ledger.set(service, entries, &mut Delta::default());
+        }
     }
 
     /// Carries out everything staged. After an error all of it is tried again with the next commit.
     pub fn commit(&mut self) -> Result<Committed, NftError> {
         let staged = std::mem::take(&mut self.staged);
-        let committed = describe(&staged, self.settings.is_ipv4());
+        let committed = describe(&staged);
         let Some(mut present) = self.present.take() else {
             self.establish()?;
             return Ok(Committed { connectionless_changed: true, endpoints_removed: true });
@@ -110,7 +116,8 @@ impl<K: Kernel> Proxier<K> {
         if self.generation == Some(generation) {
             return Ok(false);
         }
-        let due = self.audited.is_none_or(|last| now.duration_since(last) >= FULL_AUDIT_INTERVAL);
+        let interval = FULL_AUDIT_INTERVAL.max(self.audit_cost * FULL_AUDIT_SHARE);
+        let due = self.audited.is_none_or(|last| now.duration_since(last) >= interval);
         if !self.is_intact()? {
             warn!(table = self.settings.table.name, "table was changed or removed by someone else; restoring it");
             self.repair()?;
@@ -121,7 +128,9 @@ impl<K: Kernel> Proxier<K> {
             return Ok(false);
         }
         self.audited = Some(now);
+        let begin = Instant::now();
         let repaired = self.repair()?;
+        self.audit_cost = begin.elapsed();
         self.generation = Some(self.kernel.generation()?);
         Ok(repaired)
     }
@@ -166,7 +175,7 @@ impl<K: Kernel> Proxier<K> {
         let chains = self.kernel.chains(&self.settings.table)?;
         let mut present: Vec<Dynamic> = chains.iter().filter_map(|name| Dynamic::of_chain(name)).collect();
         let expected = rules::rule_count(&self.settings, present.iter());
-        if self.kernel.rule_count(&self.settings.table)? != expected {
+        if self.kernel.rule_count(&self.settings.table)? != expected || !self.has_classes_of(&present)? {
             return Ok(false);
         }
         let Some(transaction) = self.differences(&mut present)? else { return Ok(false) };
@@ -186,6 +195,7 @@ impl<K: Kernel> Proxier<K> {
     fn repair(&mut self) -> Result<bool, NftError> {
         let intact = self.present.is_none() || self.is_intact()?;
         if let (true, Some(mut present)) = (intact, self.present.take())
+            && self.has_classes_of(&present)?
             && let Some(transaction) = self.differences(&mut present)?
         {
             let changed = !transaction.is_empty();
@@ -203,24 +213,43 @@ impl<K: Kernel> Proxier<K> {
         Ok(true)
     }
 
+    /// Whether the classes are those of the chains that are there, no more and no less.
+    fn has_classes_of(&mut self, present: &[Dynamic]) -> Result<bool, NftError> {
+        let pair = |element: Element| (element.key, element.value);
+        for classes in rules::CLASSES {
+            let Some(observed) = self.kernel.elements(&self.settings.table, classes)? else { return Ok(false) };
+            let observed: HashMap<Bytes, Option<Value>> = observed.into_iter().map(pair).collect();
+            if observed != rules::classes(classes, present.iter()).into_iter().map(pair).collect() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// What turns the kernel's elements into the ledger's; `None` when a map is missing.
     fn differences(&mut self, present: &mut Vec<Dynamic>) -> Result<Option<Transaction>, NftError> {
-        let mut wanted = self.ledger.by_map();
         let (mut removed, mut added) = (HashMap::new(), HashMap::new());
         for map in Map::ALL {
             let Some(observed) = self.kernel.elements(&self.settings.table, map.name())? else { return Ok(None) };
             let observed: HashMap<Bytes, Option<Value>> =
                 observed.into_iter().map(|element| (element.key, element.value)).collect();
-            let wanted = wanted.remove(&map).unwrap_or_default();
+            let wanted: Vec<(&ElementKey, Target, Bytes)> = self
+                .ledger
+                .of_map(map)
+                .map(|(key, target)| (key, target, rules::key_bytes(&self.settings, key, target)))
+                .collect();
             let right: HashSet<Bytes> = wanted
                 .iter()
-                .filter(|(key, target)| observed.get(key).is_some_and(|value| *value == rules::value(*target)))
-                .map(|(key, _)| *key)
+                .filter(|(key, target, bytes)| {
+                    observed.get(bytes).is_some_and(|value| *value == rules::value(key, *target))
+                })
+                .map(|(_, _, bytes)| *bytes)
                 .collect();
-            let gone: Vec<Bytes> = observed.into_keys().filter(|key| !right.contains(key)).collect();
-            let new = wanted.into_iter().filter(|(key, _)| !right.contains(key));
+            let gone: Vec<Bytes> = observed.into_keys().filter(|bytes| !right.contains(bytes)).collect();
+            let new = wanted.iter().filter(|(_, _, bytes)| !right.contains(bytes));
+            let new = new.map(|(key, target, _)| rules::element(&self.settings, key, *target));
             removed.insert(map, gone);
-            added.insert(map, new.map(|(key, target)| rules::element(key, target)).collect::<Vec<Element>>());
+            added.insert(map, new.collect::<Vec<Element>>());
         }
         Ok(Some(self.ledger.patch(&self.settings, removed, added, present)))
     }
@@ -257,47 +286,40 @@ impl<K: Kernel> Proxier<K> {
         let Some(Value::Data(endpoint)) = &element.value else { return false };
         let width = if self.settings.is_ipv4() { 4 } else { 16 };
         let bytes = element.key.as_slice();
-        let part = |from: usize| bytes.get(from..).and_then(Bytes::from_slice);
-        let (Some(by_address), Some(by_port)) = (part(width), part(2 * width)) else { return false };
+        let (Some(address), Some([protocol, _, _, _, high, low, ..])) =
+            (bytes.get(width..2 * width).and_then(oarlock_netlink::wire::read_address), bytes.get(2 * width..))
+        else {
+            return false;
+        };
+        let (protocol, port) = (Protocol(*protocol), u16::from_be_bytes([*high, *low]));
+        let by_address = |map| ElementKey::by_address(map, address, protocol, port);
+        let by_port = |map| ElementKey::by_port(map, protocol, port);
         [
-            (Map::Services, by_address),
-            (Map::LocalServices, by_address),
-            (Map::NodePorts, by_port),
-            (Map::LocalNodePorts, by_port),
+            by_address(Map::Services),
+            by_address(Map::LocalServices),
+            by_port(Map::NodePorts),
+            by_port(Map::LocalNodePorts),
         ]
         .into_iter()
-        .any(|(map, key)| has_endpoint(&self.ledger, map, key, |found| rules::endpoint_bytes(found) == *endpoint))
+        .any(|key| has_endpoint(&self.ledger, key, |found| rules::endpoint_bytes(found.into()) == *endpoint))
     }
 }
 
 /// Whether some endpoint of the frontend `key` satisfies `test`.
-pub fn has_endpoint(ledger: &Ledger, map: Map, key: Bytes, test: impl Fn(std::net::SocketAddr) -> bool) -> bool {
-    let Some(Target::Balance(balancer)) = ledger.target(map, key) else { return false };
-    let numbered = |number: u32| {
-        let mut bytes = key.as_slice().to_vec();
-        bytes.extend_from_slice(&number.to_ne_bytes());
-        ledger.target(balancer.scope.endpoints(), Bytes::from_slice(&bytes)?)
-    };
-    (0..balancer.endpoints).any(|number| matches!(numbered(number), Some(Target::Endpoint(endpoint)) if test(endpoint)))
+pub fn has_endpoint(ledger: &Ledger, key: ElementKey, test: impl Fn(std::net::SocketAddr) -> bool) -> bool {
+    let Some(Target::Balance(balancer)) = ledger.target(&key) else { return false };
+    let numbered = |number: u32| ledger.target(&key.numbered(balancer.scope.endpoints(), number));
+    (0..balancer.endpoints)
+        .any(|number| matches!(numbered(number), Some(Target::Endpoint(endpoint)) if test(endpoint.socket())))
 }
 
-fn describe(delta: &Delta, is_ipv4: bool) -> Committed {
+fn describe(delta: &Delta) -> Committed {
     let mut committed = Committed::default();
-    for (map, key, old, _) in delta.iter() {
-        let by_address = match map {
-            Map::Hairpin | Map::Affine | Map::AffineNodePorts => continue,
-            Map::NodePorts | Map::LocalNodePorts | Map::NoEndpointNodePorts => false,
-            Map::NodePortEndpoints | Map::LocalNodePortEndpoints => false,
-            _ => true,
-        };
-        let offset = if !by_address {
-            0
-        } else if is_ipv4 {
-            4
-        } else {
-            16
-        };
-        committed.connectionless_changed |= key.as_slice().get(offset) != Some(&(libc::IPPROTO_TCP as u8));
+    for (key, old, _) in delta.iter() {
+        if matches!(key.map, Map::Hairpin | Map::Affine | Map::AffineNodePorts | Map::Guarded | Map::Sources) {
+            continue;
+        }
+        committed.connectionless_changed |= key.protocol != Protocol::TCP;
         committed.endpoints_removed |= matches!(old, Some(Target::Endpoint(_)));
     }
     committed

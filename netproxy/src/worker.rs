@@ -1,4 +1,4 @@
-//! The thread that owns nftables: jobs in, transactions out.
+//! The thread that owns nftables: jobs in, transactions out, for each address family its own table.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,71 +9,107 @@ use tokio::sync::mpsc::Receiver;
 use tracing::{debug, error, warn};
 
 use crate::conntrack;
+use crate::element::Entry;
 use crate::health::Status;
-use crate::plan::Entry;
+use crate::memory;
 use crate::service::ServiceName;
 use crate::sync::{Committed, Proxier};
+
+/// After so many Services the memory that they took on their way is worth giving back.
+const LARGE: usize = 1000;
+
+/// The elements of a Service, for each family in turn.
+pub type Planned = (ServiceName, Vec<Vec<Entry>>);
 
 /// What the thread is asked to do.
 #[derive(Debug)]
 pub enum Job {
     /// Replace the elements of these Services.
-    Apply(Vec<(ServiceName, Vec<Entry>)>),
+    Apply(Vec<Planned>),
     /// Look whether all is well, and try again what failed.
     Audit,
 }
 
+/// One family's table and what is left to do about it.
+pub struct Family<K> {
+    proxier: Proxier<K>,
+    scope: conntrack::Scope,
+    failed: bool,
+    flows_pending: bool,
+}
+
+impl<K: Kernel> Family<K> {
+    pub fn new(proxier: Proxier<K>, scope: conntrack::Scope) -> Family<K> {
+        Family { proxier, scope, failed: false, flows_pending: false }
+    }
+}
+
 /// Works until the sender is gone.
-pub fn run<K: Kernel>(
-    mut proxier: Proxier<K>,
-    scope: &conntrack::Scope,
-    status: &Arc<Status>,
-    mut jobs: Receiver<Job>,
-) {
-    let mut failed = false;
-    let mut flows_pending = false;
+pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jobs: Receiver<Job>) {
+    let mut unreturned = 0;
     while let Some(job) = jobs.blocking_recv() {
         let started = Instant::now();
-        let mut apply = failed;
-        let mut audit = false;
+        let (mut apply, mut audit) = (false, false);
         // Everything that waits becomes one transaction.
         for job in std::iter::once(job).chain(std::iter::from_fn(|| jobs.try_recv().ok())) {
             match job {
                 Job::Apply(services) => {
                     apply = true;
-                    services.into_iter().for_each(|(service, entries)| proxier.stage(&service, entries));
+                    unreturned += services.len();
+                    services.iter().for_each(|planned| stage(&mut families, planned));
                 }
                 Job::Audit => audit = true,
             }
         }
-        if apply {
-            match proxier.commit() {
-                Ok(committed) => {
-                    failed = false;
-                    note_commit(&proxier, status, started.elapsed());
-                    flows_pending |= committed.connectionless_changed;
-                    clean_up(&mut proxier, committed);
-                }
-                Err(problem) => {
-                    failed = true;
-                    status.failures.fetch_add(1, Ordering::Relaxed);
-                    error!(error = &problem as &dyn std::error::Error, "rules cannot be written; trying again");
-                }
+        let mut committed = false;
+        for family in families.iter_mut().filter(|family| apply || family.failed) {
+            committed = true;
+            commit(family, status);
+        }
+        if committed && families.iter().all(|family| !family.failed) {
+            note_commit(&families, status, started.elapsed());
+        }
+        if unreturned >= LARGE {
+            memory::give_back();
+            unreturned = 0;
+        }
+        for family in families.iter_mut().filter(|family| !family.failed) {
+            if audit {
+                run_audit(&mut family.proxier, status);
             }
-        }
-        if audit && !failed {
-            run_audit(&mut proxier, status);
-        }
-        if flows_pending && !failed {
-            flows_pending = !clean_flows(&proxier, scope, status);
+            if family.flows_pending {
+                family.flows_pending = !clean_flows(family, status);
+            }
         }
     }
 }
 
-fn note_commit<K: Kernel>(proxier: &Proxier<K>, status: &Status, took: Duration) {
+fn stage<K: Kernel>(families: &mut [Family<K>], (service, by_family): &Planned) {
+    for (family, entries) in families.iter_mut().zip(by_family) {
+        family.proxier.stage(service, entries);
+    }
+}
+
+fn commit<K: Kernel>(family: &mut Family<K>, status: &Status) {
+    match family.proxier.commit() {
+        Ok(committed) => {
+            family.failed = false;
+            family.flows_pending |= committed.connectionless_changed;
+            clean_up(&mut family.proxier, committed);
+        }
+        Err(problem) => {
+            family.failed = true;
+            status.failures.fetch_add(1, Ordering::Relaxed);
+            error!(error = &problem as &dyn std::error::Error, "rules cannot be written; trying again");
+        }
+    }
+}
+
+fn note_commit<K: Kernel>(families: &[Family<K>], status: &Status, took: Duration) {
+    let elements = families.iter().map(|family| family.proxier.ledger().element_count()).sum::<usize>();
+    status.elements.store(elements as u64, Ordering::Relaxed);
     status.synced(took);
-    status.elements.store(proxier.ledger().element_count() as u64, Ordering::Relaxed);
-    debug!(table = proxier.settings().table.name, took = ?took, elements = proxier.ledger().element_count(), "rules written");
+    debug!(took = ?took, elements, "rules written");
 }
 
 fn clean_up<K: Kernel>(proxier: &mut Proxier<K>, committed: Committed) {
@@ -94,8 +130,8 @@ fn run_audit<K: Kernel>(proxier: &mut Proxier<K>, status: &Status) {
 }
 
 /// Forgets flows that lead nowhere; says whether that worked.
-fn clean_flows<K: Kernel>(proxier: &Proxier<K>, scope: &conntrack::Scope, status: &Status) -> bool {
-    match conntrack::clean(proxier.ledger(), scope) {
+fn clean_flows<K: Kernel>(family: &Family<K>, status: &Status) -> bool {
+    match conntrack::clean(family.proxier.ledger(), &family.scope) {
         Ok(count) => {
             status.flows_removed.fetch_add(count as u64, Ordering::Relaxed);
             if count > 0 {

@@ -116,10 +116,14 @@ pub(crate) fn node_status(fixed: &Fixed<'_>, health: &Health, last: Option<&Node
     let port = config.listen.port();
     let address = |type_: &str, address: String| NodeAddress { type_: type_.to_owned(), address };
     NodeStatus {
-        addresses: Some(vec![
-            address("InternalIP", config.node_ip.to_string()),
-            address("Hostname", config.node_name.clone()),
-        ]),
+        addresses: Some(
+            [config.node_ip]
+                .into_iter()
+                .chain(config.second_node_ip)
+                .map(|ip| address("InternalIP", ip.to_string()))
+                .chain([address("Hostname", config.node_name.clone())])
+                .collect(),
+        ),
         capacity: Some(quantities(&capacity.capacity)),
         allocatable: Some(quantities(&capacity.allocatable)),
         conditions: Some(conditions(health, last, now)),

@@ -29,7 +29,8 @@ pub(crate) fn error_turns_at(at: Timestamp) -> Timestamp {
 
 /// What beside the pod and the planner's state a status shows.
 pub(crate) struct StatusFacts<'a> {
-    pub host_ip: &'a str,
+    /// The node's addresses, the primary one first.
+    pub host_ips: &'a [String],
     /// `<runtime>://`, before container ids.
     pub id_scheme: &'a str,
     pub now: Timestamp,
@@ -41,8 +42,8 @@ pub(crate) fn pod_status(pod: &Pod, state: &State, last: &PodStatus, facts: &Sta
     let mut status = PodStatus {
         observed_generation: pod.metadata.generation,
         start_time: last.start_time.clone().or(state.started_at.map(whole_second)),
-        host_ip: Some(facts.host_ip.to_owned()),
-        host_ips: Some(vec![HostIP { ip: facts.host_ip.to_owned() }]),
+        host_ip: facts.host_ips.first().cloned(),
+        host_ips: Some(facts.host_ips.iter().map(|ip| HostIP { ip: ip.clone() }).collect()),
         qos_class: Some(spec::resources::qos_of(pod).as_str().to_owned()),
         ..Default::default()
     };
@@ -70,7 +71,7 @@ fn add_addresses(status: &mut PodStatus, state: &State, last: &PodStatus, facts:
     let host_network = state.spec.as_ref().is_some_and(|spec| spec.host_network);
     let sandbox = state.observed.as_ref().and_then(|observed| observed.current_sandbox());
     let ips: Vec<String> = match sandbox {
-        Some(_) if host_network => vec![facts.host_ip.to_owned()],
+        Some(_) if host_network => facts.host_ips.to_vec(),
         Some(sandbox) if sandbox.ready && !sandbox.ips.is_empty() => sandbox.ips.clone(),
         _ => last.pod_ips.iter().flatten().map(|ip| ip.ip.clone()).collect(),
     };

@@ -64,7 +64,7 @@ fn state(pod: &Pod, containers: Vec<Container>) -> State {
 }
 
 fn status_at(pod: &Pod, state: &State, last: &PodStatus, now: i64) -> PodStatus {
-    let facts = StatusFacts { host_ip: "192.0.2.1", id_scheme: "oarlock://", now: at(now) };
+    let facts = StatusFacts { host_ips: &["192.0.2.1".to_owned()], id_scheme: "oarlock://", now: at(now) };
     pod_status(pod, state, last, &facts)
 }
 

@@ -291,7 +291,7 @@ impl Job {
     /// Addresses of the pod as its containers see them.
     pub(super) fn pod_ips(&self) -> Vec<String> {
         if spec::host_network(&self.pod) {
-            return vec![self.shared.host_ip()];
+            return self.shared.host_ips();
         }
         self.observed.current_sandbox().map(|sandbox| sandbox.ips.clone()).unwrap_or_default()
     }

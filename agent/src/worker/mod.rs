@@ -388,8 +388,8 @@ impl Worker {
     fn tell(&mut self, now: Timestamp) -> Option<tokio::time::Instant> {
         let observed = self.state.observed.clone()?;
         let scheme = self.shared.id_scheme.load();
-        let host_ip = self.shared.host_ip();
-        let facts = status::StatusFacts { host_ip: &host_ip, id_scheme: &scheme, now };
+        let host_ips = self.shared.host_ips();
+        let facts = status::StatusFacts { host_ips: &host_ips, id_scheme: &scheme, now };
         let next = status::pod_status(&self.pod, &self.state, &self.report.current, &facts);
         for transition in report::transitions(&self.report.current, &next) {
             transition.record(&self.shared.recorder, &self.pod);

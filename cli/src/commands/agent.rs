@@ -27,6 +27,10 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         config.key_file = credentials.agent_serving.key_file.clone();
         config.client_ca_file = credentials.ca_file.clone();
         config.cluster_dns = vec![settings.cluster_dns];
+        if let Some(secondary) = &settings.secondary {
+            config.cluster_dns.push(secondary.cluster_dns);
+            config.second_node_ip = secondary.node_ip;
+        }
         config.cluster_domain = settings.cluster_domain.clone();
         config.resolv_conf = upstream_resolv_conf().into();
         config.max_pods = settings.max_pods;

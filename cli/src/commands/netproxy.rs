@@ -4,20 +4,34 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use oarlock_netproxy::{Config, Netproxy};
+use oarlock_netproxy::{Config, Netproxy, Network};
 
 use super::{agent, daemon};
 use crate::config::Settings;
 use crate::host;
 
+/// The cluster's networks, the primary one first.
+fn networks(settings: &Settings) -> Vec<Network> {
+    let primary = Network {
+        cluster_cidr: settings.cluster_cidr,
+        service_cidr: settings.service_cidr,
+        cluster_dns: settings.cluster_dns,
+        node_ip: Some(settings.node_ip),
+    };
+    let secondary = settings.secondary.as_ref().map(|secondary| Network {
+        cluster_cidr: secondary.cluster_cidr,
+        service_cidr: secondary.service_cidr,
+        cluster_dns: secondary.cluster_dns,
+        node_ip: secondary.node_ip,
+    });
+    [primary].into_iter().chain(secondary).collect()
+}
+
 /// What netproxy is told about this node.
 pub(crate) fn proxy_config(settings: &Settings) -> Config {
     Config {
         node_name: settings.node_name.clone(),
-        node_ip: settings.node_ip,
-        cluster_cidr: settings.cluster_cidr,
-        service_cidr: settings.service_cidr,
-        cluster_dns: settings.cluster_dns,
+        networks: networks(settings),
         cluster_domain: settings.cluster_domain.clone(),
         node_port_range: settings.node_port_range,
         health_listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.proxy_health_port)),

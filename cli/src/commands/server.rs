@@ -22,7 +22,9 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             advertise_address: settings.node_ip,
             data_dir: settings.layout.server_dir(),
             service_cidr: settings.service_cidr,
+            second_service_cidr: settings.secondary.as_ref().map(|second| second.service_cidr),
             cluster_dns: Some(settings.cluster_dns),
+            second_cluster_dns: settings.secondary.as_ref().map(|second| second.cluster_dns),
             cluster_domain: settings.cluster_domain.clone(),
             node_port_range: settings.node_port_range,
             cert_file: credentials.api_serving.cert_file.clone(),
@@ -39,8 +41,11 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         let controllers = Controllers::new(
             server.client("system:kube-controller-manager", &["system:masters"]),
             oarlock_controllers::Config {
-                cluster_cidr: settings.cluster_cidr,
-                node_cidr_mask: 24,
+                cluster_cidrs: [settings.cluster_cidr]
+                    .into_iter()
+                    .chain(settings.secondary.as_ref().map(|second| second.cluster_cidr))
+                    .map(|cidr| (cidr, if cidr.addr().is_ipv4() { 24 } else { 64 }))
+                    .collect(),
                 root_ca_pem: credentials.ca_pem.clone(),
             },
         );

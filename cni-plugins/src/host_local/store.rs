@@ -56,6 +56,16 @@ fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
+/// Writes a small file without emptying it first, which some file systems take as a reason to wait for the disk.
+fn overwrite(path: &Path, text: &str) -> io::Result<()> {
+    let mut file = File::options().create(true).truncate(false).write(true).open(path)?;
+    file.write_all(text.as_bytes())?;
+    if file.metadata()?.len() != text.len() as u64 {
+        file.set_len(text.len() as u64)?;
+    }
+    Ok(())
+}
+
 impl Store {
     /// Opens, makes if need be, and locks.
     pub fn open(data_dir: &Path, network: &str) -> Result<Store> {
@@ -132,7 +142,7 @@ impl Store {
             Err(error) => return Err(failed("create", &path)(error)),
         }
         let last = self.last_path(set);
-        fs::write(&last, address.to_string()).map_err(failed("write", &last))?;
+        overwrite(&last, &address.to_string()).map_err(failed("write", &last))?;
         Ok(true)
     }
 

@@ -13,6 +13,7 @@ use oarlock_nft::{Kernel, Netlink, NftError};
 
 use crate::call::{Call, Owner};
 use crate::error::{Context, PluginError, Result};
+use crate::linger;
 use crate::plugin::Plugin;
 use config::{Config, Mapping};
 
@@ -110,8 +111,9 @@ fn del(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
     let owner = call.owner();
     let mut kernel = Netlink::open().map_err(nft("cannot remove port mappings"))?;
-    remove(&mut kernel, |found| found == owner.as_str())?;
-    forget_udp(&config.mappings)
+    let removed = remove(&mut kernel, |found| found == owner.as_str());
+    linger::keep_open(kernel);
+    removed.and(forget_udp(&config.mappings))
 }
 
 fn check(call: &Call) -> Result<()> {
@@ -140,5 +142,7 @@ fn status(call: &Call) -> Result<()> {
 fn gc(call: &Call) -> Result<()> {
     let valid = call.valid_owners();
     let mut kernel = Netlink::open().map_err(nft("cannot remove port mappings"))?;
-    remove(&mut kernel, |found| Owner::is_stale(found, &call.network.name, &valid))
+    let removed = remove(&mut kernel, |found| Owner::is_stale(found, &call.network.name, &valid));
+    linger::keep_open(kernel);
+    removed
 }

@@ -61,12 +61,16 @@ fn missing_or_kept(config: &Config) -> Vec<Value> {
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": config.listen.port()}],
         },
     }));
-    objects.extend(config.cluster_dns.map(dns_service));
+    let dns_addresses: Vec<IpAddr> = config.cluster_dns.into_iter().chain(config.second_cluster_dns).collect();
+    if !dns_addresses.is_empty() {
+        objects.push(dns_service(&dns_addresses));
+    }
     objects
 }
 
 /// The Service whose address the nodes' DNS answers on; a DNS server of the cluster's own can stand behind it.
-fn dns_service(address: IpAddr) -> Value {
+fn dns_service(addresses: &[IpAddr]) -> Value {
+    let families: Vec<&str> = addresses.iter().map(|one| if one.is_ipv4() { "IPv4" } else { "IPv6" }).collect();
     let port = |name: &str, protocol: &str| json!({"name": name, "port": 53, "protocol": protocol, "targetPort": 53});
     json!({
         "apiVersion": "v1", "kind": "Service",
@@ -75,10 +79,10 @@ fn dns_service(address: IpAddr) -> Value {
             "labels": {"k8s-app": "kube-dns", "kubernetes.io/cluster-service": "true", "kubernetes.io/name": "CoreDNS"},
         },
         "spec": {
-            "type": "ClusterIP", "clusterIP": address, "clusterIPs": [address], "sessionAffinity": "None",
-            "selector": {"k8s-app": "kube-dns"},
-            "ipFamilies": [if address.is_ipv4() { "IPv4" } else { "IPv6" }],
-            "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster",
+            "type": "ClusterIP", "clusterIP": addresses.first(), "clusterIPs": addresses, "sessionAffinity": "None",
+            "selector": {"k8s-app": "kube-dns"}, "ipFamilies": families,
+            "ipFamilyPolicy": if addresses.len() > 1 { "RequireDualStack" } else { "SingleStack" },
+            "internalTrafficPolicy": "Cluster",
             "ports": [port("dns", "UDP"), port("dns-tcp", "TCP")],
         },
     })

@@ -16,8 +16,12 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// Service addresses are taken from here.
     pub service_cidr: IpNet,
+    /// Addresses of the other family, in a dual-stack cluster.
+    pub second_service_cidr: Option<IpNet>,
     /// The address of the `kube-dns` Service, one of `service_cidr`; none makes no such Service.
     pub cluster_dns: Option<IpAddr>,
+    /// Its address of the other family, one of `second_service_cidr`.
+    pub second_cluster_dns: Option<IpAddr>,
     /// The cluster's DNS domain.
     pub cluster_domain: String,
     /// Node ports are taken from here, both ends included.
@@ -50,7 +54,9 @@ impl Default for Config {
             listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 6443)),
             advertise_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             service_cidr: IpNet::V4(ipnet::Ipv4Net::new_assert(Ipv4Addr::new(10, 43, 0, 0), 16)),
+            second_service_cidr: None,
             cluster_dns: None,
+            second_cluster_dns: None,
             cluster_domain: "cluster.local".into(),
             node_port_range: (30000, 32767),
             cert_file: pki.join("apiserver.crt"),

@@ -179,7 +179,10 @@ async fn a_watch_shows_what_happens_to_what_it_selects() {
     let (what, left) = events.next().await.expect("it leaves the selection");
     assert_eq!((&*what, &left["metadata"]["labels"]["on"]), ("DELETED", &json!("yes")), "as it was last seen");
     let now = api.get(&format!("{MAPS}/a")).await.body;
-    assert_eq!(left["metadata"]["resourceVersion"], now["metadata"]["resourceVersion"], "at the revision of the change");
+    assert_eq!(
+        left["metadata"]["resourceVersion"], now["metadata"]["resourceVersion"],
+        "at the revision of the change"
+    );
     api.patch(&format!("{MAPS}/a"), MERGE, &json!({"metadata": {"labels": {"on": "yes"}}})).await.ok();
     assert_eq!(events.next().await.expect("it comes back").0, "ADDED");
     let gone_at = api.delete(&format!("{MAPS}/a"), &json!({})).await.ok();

@@ -18,8 +18,7 @@ async fn main() -> anyhow::Result<()> {
         stop.cancel();
     });
     let config = oarlock_controllers::Config {
-        cluster_cidr: "10.42.0.0/16".parse()?,
-        node_cidr_mask: 24,
+        cluster_cidrs: vec![("10.42.0.0/16".parse()?, 24)],
         root_ca_pem: "not a certificate\n".to_owned(),
     };
     oarlock_controllers::Controllers::new(client, config).run(shutdown).await?;

@@ -29,10 +29,9 @@ use shared::Shared;
 /// What the controllers need to know beside what the API tells them.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Pod addresses of the whole cluster; each node gets a slice of it.
-    pub cluster_cidr: IpNet,
-    /// Prefix length of a node's slice (24 for IPv4 by default).
-    pub node_cidr_mask: u8,
+    /// Pod addresses of the whole cluster, of one family or of each with the primary one first; each node gets a slice of
+    /// each, with the prefix length beside it (by default 24 for IPv4 and 64 for IPv6).
+    pub cluster_cidrs: Vec<(IpNet, u8)>,
     /// PEM of the cluster's CA, published as `kube-root-ca.crt` in each namespace.
     pub root_ca_pem: String,
 }
@@ -61,8 +60,10 @@ impl Controllers {
 
     /// Runs until `shutdown`. An error means that a task died; the caller should end the process.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        let cidrs = node::ipam::Pool::new(self.config.cluster_cidr, self.config.node_cidr_mask)
-            .ok_or(Error::NodeMask { cidr: self.config.cluster_cidr, mask: self.config.node_cidr_mask })?;
+        let pool = |(cidr, mask): &(IpNet, u8)| {
+            node::ipam::Pool::new(*cidr, *mask).ok_or(Error::NodeMask { cidr: *cidr, mask: *mask })
+        };
+        let cidrs = self.config.cluster_cidrs.iter().map(pool).collect::<Result<Vec<_>, _>>()?;
         let (recorder, writer) = Recorder::new(self.client.clone(), "controller-manager");
         let shared = Shared::new(self.client, recorder);
         let mut tasks: JoinSet<&'static str> = JoinSet::new();

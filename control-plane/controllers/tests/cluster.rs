@@ -30,8 +30,7 @@ fn cluster() -> Cluster {
         "status": {"conditions": [{"type": "Ready", "status": "True"}]},
     }));
     let stop = CancellationToken::new();
-    let config =
-        Config { cluster_cidr: "10.42.0.0/16".parse().unwrap(), node_cidr_mask: 24, root_ca_pem: "PEM".to_owned() };
+    let config = Config { cluster_cidrs: vec![("10.42.0.0/16".parse().unwrap(), 24)], root_ca_pem: "PEM".to_owned() };
     let controllers = Controllers::new(api.client(), config);
     let token = stop.clone();
     let running = tokio::spawn(async move { controllers.run(token).await.expect("the controllers run until stopped") });

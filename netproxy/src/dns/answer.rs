@@ -17,9 +17,9 @@ const SCHEMA_VERSION: &str = "1.1.0";
 #[derive(Debug, Clone)]
 pub struct Zone {
     pub domain: Name,
-    pub cluster_cidr: IpNet,
-    pub service_cidr: IpNet,
-    pub dns_address: IpAddr,
+    pub cluster_cidrs: Vec<IpNet>,
+    pub service_cidrs: Vec<IpNet>,
+    pub dns_addresses: Vec<IpAddr>,
 }
 
 /// What a question about the cluster's own names gets.
@@ -90,7 +90,9 @@ impl Zone {
             self.find(cluster, &labels, now_seconds)
         } else {
             match reverse_address(name) {
-                Some(address) if self.service_cidr.contains(&address) || self.cluster_cidr.contains(&address) => {
+                Some(address)
+                    if self.service_cidrs.iter().chain(&self.cluster_cidrs).any(|net| net.contains(&address)) =>
+                {
                     soa_owner = name.base_name();
                     self.reverse(cluster, address)
                 }
@@ -157,7 +159,7 @@ impl Zone {
             }
             ["dns-version"] => Found::of(vec![RData::TXT(TXT::new(vec![SCHEMA_VERSION.to_owned()]))]),
             ["dns"] | ["svc"] | ["pod"] => Found::empty(),
-            ["ns", "dns"] => Found::addresses([self.dns_address]),
+            ["ns", "dns"] => Found::addresses(self.dns_addresses.iter().copied()),
             [namespace, "svc" | "pod"] => {
                 if cluster.has_namespace(namespace) {
                     Found::empty()
@@ -186,7 +188,9 @@ impl Zone {
         let v4 = label.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::V4);
         let v6 = || label.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::V6);
         match v4.or_else(|_| v6()) {
-            Ok(address) if self.cluster_cidr.contains(&address) && cluster.has_namespace(namespace) => {
+            Ok(address)
+                if self.cluster_cidrs.iter().any(|net| net.contains(&address)) && cluster.has_namespace(namespace) =>
+            {
                 Found::addresses([address])
             }
             _ => Found::nothing(),
@@ -198,7 +202,7 @@ impl Zone {
         match below {
             [] => {
                 let addresses = match &service.shape {
-                    Shape::Virtual(addresses) => addresses.clone(),
+                    Shape::Virtual(addresses) => addresses.to_vec(),
                     _ => published(service, &slices).map(|endpoint| endpoint.address).collect(),
                 };
                 let mut found = Found::addresses(addresses);
@@ -254,11 +258,11 @@ impl Zone {
             }
         } else {
             for slice in slices {
-                for ((name, protocol), number) in &slice.ports {
-                    if is_wanted(name, *protocol) {
+                for port in &slice.ports {
+                    if is_wanted(&port.name, port.protocol) {
                         for endpoint in slice.endpoints.iter().filter(|endpoint| is_published(service, endpoint)) {
                             let target = self.child(&format!("{}.{own}", endpoint_label(endpoint)));
-                            add(*number, target, &[endpoint.address]);
+                            add(port.number, target, &[endpoint.address]);
                         }
                     }
                 }
@@ -312,14 +316,14 @@ fn reverse_address(name: &Name) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::{BTreeMap, HashSet};
+    use std::collections::HashSet;
 
     fn zone() -> Zone {
         Zone {
             domain: Name::from_ascii("cluster.local.").unwrap(),
-            cluster_cidr: "10.42.0.0/16".parse().unwrap(),
-            service_cidr: "10.43.0.0/16".parse().unwrap(),
-            dns_address: "10.43.0.10".parse().unwrap(),
+            cluster_cidrs: vec!["10.42.0.0/16".parse().unwrap(), "fd42::/48".parse().unwrap()],
+            service_cidrs: vec!["10.43.0.0/16".parse().unwrap(), "fd43::/112".parse().unwrap()],
+            dns_addresses: vec!["10.43.0.10".parse().unwrap(), "fd43::a".parse().unwrap()],
         }
     }
 
@@ -327,16 +331,19 @@ mod tests {
         Service {
             name: ServiceName::new("default", name),
             shape,
-            ports: vec![crate::service::Port {
+            ports: Box::new([crate::service::Port {
                 name: "http".into(),
                 protocol: Protocol::TCP,
                 number: 80,
                 node_port: None,
-            }],
+            }]),
             affinity_seconds: None,
             internal_local: false,
             external_local: false,
-            ingress: Vec::new(),
+            ingress: Box::default(),
+            external_ips: Box::default(),
+            source_ranges: Box::default(),
+            health_check_port: None,
             publish_not_ready: false,
             other_proxy: false,
         }
@@ -349,13 +356,14 @@ mod tests {
             serving: ready,
             terminating: false,
             local: true,
-            hostname: hostname.map(str::to_owned),
+            hostname: hostname.map(Into::into),
+            hints: None,
         }
     }
 
     fn cluster() -> Cluster {
         let mut cluster = Cluster::default();
-        let addresses = vec!["10.43.0.5".parse().unwrap(), "fd00::5".parse().unwrap()];
+        let addresses = Box::new(["10.43.0.5".parse().unwrap(), "fd43::5".parse().unwrap()]);
         let all = [
             service("web", Shape::Virtual(addresses)),
             service("db", Shape::Headless),
@@ -368,12 +376,12 @@ mod tests {
         let slice = Slice {
             service: ServiceName::new("default", "db"),
             name: "db-1".into(),
-            ports: BTreeMap::from([(("http".to_owned(), Protocol::TCP), 8080)]),
-            endpoints: vec![
+            ports: Box::new([crate::service::SlicePort { name: "http".into(), protocol: Protocol::TCP, number: 8080 }]),
+            endpoints: Box::new([
                 endpoint("10.42.0.2", Some("db-0"), true),
                 endpoint("10.42.0.3", None, true),
                 endpoint("10.42.0.4", Some("db-2"), false),
-            ],
+            ]),
         };
         cluster.set_slice(&("default".into(), "db-1".into()), Some(slice), &mut HashSet::new());
         cluster
@@ -393,7 +401,7 @@ mod tests {
     #[test]
     fn a_service_has_its_addresses_by_family() {
         assert_eq!(data("web.default.svc.cluster.local.", RecordType::A), ["10.43.0.5"]);
-        assert_eq!(data("WEB.Default.svc.cluster.local.", RecordType::AAAA), ["fd00::5"]);
+        assert_eq!(data("WEB.Default.svc.cluster.local.", RecordType::AAAA), ["fd43::5"]);
     }
 
     #[test]
@@ -446,6 +454,8 @@ mod tests {
     fn addresses_have_names() {
         assert_eq!(data("5.0.43.10.in-addr.arpa.", RecordType::PTR), ["web.default.svc.cluster.local."]);
         assert_eq!(data("2.0.42.10.in-addr.arpa.", RecordType::PTR), ["db-0.db.default.svc.cluster.local."]);
+        let in_ipv6 = "5.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.3.4.d.f.ip6.arpa.";
+        assert_eq!(data(in_ipv6, RecordType::PTR), ["web.default.svc.cluster.local."]);
         assert!(matches!(ask("9.0.43.10.in-addr.arpa.", RecordType::PTR), Answer::NoName(_)));
         assert_eq!(ask("1.1.168.192.in-addr.arpa.", RecordType::PTR), Answer::NotOurs);
     }
@@ -454,6 +464,8 @@ mod tests {
     fn the_rest_of_the_specification() {
         assert_eq!(data("dns-version.cluster.local.", RecordType::TXT), ["1.1.0"]);
         assert_eq!(data("10-42-0-9.default.pod.cluster.local.", RecordType::A), ["10.42.0.9"]);
+        assert_eq!(data("fd42--9.default.pod.cluster.local.", RecordType::AAAA), ["fd42::9"]);
+        assert_eq!(data("ns.dns.cluster.local.", RecordType::AAAA), ["fd43::a"]);
         assert!(matches!(ask("8-8-8-8.default.pod.cluster.local.", RecordType::A), Answer::NoName(_)));
         assert!(
             matches!(ask("elsewhere.default.svc.cluster.local.", RecordType::A), Answer::Alias(_, target) if target.to_ascii() == "example.org.")

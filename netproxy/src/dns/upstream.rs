@@ -40,7 +40,7 @@ pub enum UpstreamError {
 #[derive(Debug)]
 pub struct Upstream {
     path: PathBuf,
-    own: IpAddr,
+    own: Vec<IpAddr>,
     servers: Mutex<Servers>,
     cache: Mutex<Cache>,
     pending: Semaphore,
@@ -55,7 +55,7 @@ struct Servers {
 
 impl Upstream {
     /// Takes resolvers from the file at `path`, leaving out `own`, which would be a loop.
-    pub fn new(path: &Path, own: IpAddr) -> Upstream {
+    pub fn new(path: &Path, own: Vec<IpAddr>) -> Upstream {
         Upstream {
             path: path.to_owned(),
             own,
@@ -95,20 +95,20 @@ impl Upstream {
             let modified = fs::metadata(&self.path).and_then(|metadata| metadata.modified()).ok();
             if modified != servers.modified || servers.modified.is_none() {
                 servers.modified = modified;
-                servers.addresses = parse(&fs::read_to_string(&self.path).unwrap_or_default(), self.own);
+                servers.addresses = parse(&fs::read_to_string(&self.path).unwrap_or_default(), &self.own);
             }
         }
         servers.addresses.clone()
     }
 }
 
-fn parse(resolv_conf: &str, own: IpAddr) -> Vec<SocketAddr> {
+fn parse(resolv_conf: &str, own: &[IpAddr]) -> Vec<SocketAddr> {
     let addresses = resolv_conf.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
         (words.next() == Some("nameserver")).then(|| words.next()?.parse::<IpAddr>().ok()).flatten()
     });
     addresses
-        .filter(|address| *address != own)
+        .filter(|address| !own.contains(address))
         .take(MAX_SERVERS)
         .map(|address| SocketAddr::new(address, PORT))
         .collect()
@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn the_own_address_is_never_an_upstream() {
         let text = "# comment\nnameserver 10.43.0.10\nnameserver 192.0.2.1\nsearch x\nnameserver nonsense\nnameserver 2001:db8::1\n";
-        let found = parse(text, "10.43.0.10".parse().unwrap());
+        let found = parse(text, &["10.43.0.10".parse().unwrap()]);
         assert_eq!(found, ["192.0.2.1:53".parse().unwrap(), "[2001:db8::1]:53".parse().unwrap()]);
     }
 }

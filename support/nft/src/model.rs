@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::expression::Rule;
-use crate::key::{Bytes, Field};
+use crate::key::{Bytes, Field, fields_len};
 
 /// The address family of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -100,6 +100,11 @@ impl Set {
     /// A map from keys to verdicts.
     pub fn verdict_map(name: impl Into<String>, key: &[Field]) -> Set {
         Set { data: Some(SetData::Verdict), ..Set::new(name, key) }
+    }
+
+    /// How many bytes a key has.
+    pub fn key_len_bytes(&self) -> u32 {
+        fields_len(&self.key)
     }
 
     /// Lets rules add elements, which expire.

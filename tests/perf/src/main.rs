@@ -2,10 +2,16 @@
 //! Nothing here passes or fails by a time.
 
 mod cluster;
+mod cni;
+mod commits;
 mod cri;
+mod dns;
+mod list_server;
 mod memory;
+mod netproxy;
 mod peer;
 mod pod;
+mod proxy;
 mod table;
 mod up;
 
@@ -40,6 +46,30 @@ enum Bench {
     /// The same work through CRI alone: sandbox, create, start, stop, remove, memory and a burst
     #[command(alias = "cri")]
     Runtime(cri::CriFlags),
+    /// The Service proxy with thousands of Services: load, changes, memory, connections
+    Netproxy {
+        /// How many Services, each with three endpoints
+        #[arg(long, value_delimiter = ',', default_values_t = [1_000, 5_000, 10_000, 44_000])]
+        services: Vec<usize>,
+        /// Changes of each kind at each size
+        #[arg(long, default_value_t = 100)]
+        rounds: usize,
+    },
+    /// ADD and DEL of the CNI plugins, beside the reference plugins where they are installed
+    Cni {
+        #[arg(long, default_value_t = 50)]
+        rounds: usize,
+        /// Pods that are attached before
+        #[arg(long, default_value_t = 0)]
+        present: usize,
+    },
+    /// Cluster DNS: questions a second and the time of one
+    Dns {
+        #[arg(long, default_value_t = 5)]
+        seconds: u64,
+        #[arg(long, default_value_t = 5000)]
+        rounds: usize,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -51,5 +81,8 @@ fn main() -> anyhow::Result<()> {
         Bench::Memory { seconds } => memory::run(seconds),
         Bench::Pod { rounds } => pod::run(rounds),
         Bench::Runtime(flags) => cri::run(&flags),
+        Bench::Netproxy { services, rounds } => netproxy::run(&services, rounds),
+        Bench::Cni { rounds, present } => cni::run(rounds, present),
+        Bench::Dns { seconds, rounds } => dns::run(seconds, rounds),
     }
 }

@@ -141,6 +141,7 @@ pub(crate) fn on_update<'a>(
     service: &mut Value,
 ) -> ApiResult<Option<Reservation<'a>>> {
     keep_addresses(old, service);
+    drop_second_family(old, service);
     keep_node_ports(old, service);
     allocate(ctx, kind, service, &addresses(old), &node_ports(old))
 }
@@ -168,6 +169,20 @@ fn keep_addresses(old: &Value, service: &mut Value) {
     for field in ["ipFamilies", "ipFamilyPolicy", "internalTrafficPolicy"] {
         if let Some(value) = old["spec"].get(field).filter(|_| unset(spec.get(field))) {
             spec.insert(field.into(), value.clone());
+        }
+    }
+}
+
+/// A Service that becomes single-stack keeps its first family alone, when nothing else was said.
+fn drop_second_family(old: &Value, service: &mut Value) {
+    let was_dual = matches!(object::text(old, "/spec/ipFamilyPolicy"), "PreferDualStack" | "RequireDualStack");
+    if !was_dual || object::text(service, "/spec/ipFamilyPolicy") != "SingleStack" {
+        return;
+    }
+    for field in ["ipFamilies", "clusterIPs"] {
+        let unchanged = service["spec"].get(field) == old["spec"].get(field);
+        if let Some(list) = service["spec"].get_mut(field).and_then(Value::as_array_mut).filter(|_| unchanged) {
+            list.truncate(1);
         }
     }
 }
@@ -205,7 +220,7 @@ fn allocate<'a>(
     taken.refresh(&*ctx.core.store, kind);
     let mut wanted = Wanted {
         name: object::name(service).to_owned(),
-        cidr: ctx.core.config.service_cidr,
+        cidrs: [ctx.core.config.service_cidr].into_iter().chain(ctx.core.config.second_service_cidr).collect(),
         port_range: ctx.core.config.node_port_range,
         taken: &taken,
         own_addresses,
@@ -215,7 +230,7 @@ fn allocate<'a>(
         errors: Vec::new(),
     };
     wanted.families(service);
-    wanted.address(service);
+    wanted.cluster_addresses(service);
     wanted.node_ports(service);
     let Wanted { addresses, ports, errors, name, .. } = wanted;
     if !errors.is_empty() {
@@ -232,7 +247,8 @@ fn allocate<'a>(
 /// One Service's wishes against what is taken.
 struct Wanted<'t> {
     name: String,
-    cidr: IpNet,
+    /// One range for each family of the cluster, the primary one first.
+    cidrs: Vec<IpNet>,
     port_range: (u16, u16),
     taken: &'t Taken,
     own_addresses: &'t [IpAddr],
@@ -243,26 +259,62 @@ struct Wanted<'t> {
 }
 
 impl Wanted<'_> {
-    fn families(&self, service: &mut Value) {
+    /// Fills in and checks the families, the policy about them, and the internal traffic policy.
+    fn families(&mut self, service: &mut Value) {
         if service_type(service) == "ExternalName" {
             return;
         }
-        let family = if self.cidr.addr().is_ipv4() { "IPv4" } else { "IPv6" };
+        let own: Vec<&str> = self.cidrs.iter().map(|cidr| family_of(cidr.addr())).collect();
+        let mut families: Vec<String> =
+            object::strings(service.pointer("/spec/ipFamilies")).map(str::to_owned).collect();
+        if families.is_empty() {
+            let asked = asked_addresses(service);
+            families.extend(asked.iter().filter_map(|text| text.parse().ok()).map(|one| family_of(one).to_owned()));
+        }
+        // Whoever writes the endpoints of a headless Service without a selector may use any family.
+        let has_selector =
+            service.pointer("/spec/selector").and_then(Value::as_object).is_some_and(|map| !map.is_empty());
+        let is_anyones = is_headless(service) && !has_selector;
+        let mut policy = object::text(service, "/spec/ipFamilyPolicy").to_owned();
+        if policy.is_empty() {
+            let is_dual = families.len() > 1 || (is_anyones && families.is_empty());
+            policy = if is_dual { "RequireDualStack" } else { "SingleStack" }.to_owned();
+        }
+        if families.len() > 1 && policy == "SingleStack" {
+            let detail = "must be RequireDualStack or PreferDualStack when multiple IP families are specified";
+            self.errors.push(FieldError::invalid("spec.ipFamilyPolicy", policy.clone(), detail));
+        }
+        if !is_anyones {
+            self.check_families(&own, &families, &policy);
+        }
+        if families.is_empty() {
+            families.extend(own.first().map(|family| (*family).to_owned()));
+        }
+        let other = if families[0] == "IPv4" { "IPv6" } else { "IPv4" };
+        let wants_two = policy != "SingleStack" && families.len() == 1;
+        if wants_two && (is_anyones || own.contains(&other)) {
+            families.push(other.to_owned());
+        }
         let spec = object::section(service, "spec");
-        let unset =
-            |value: Option<&Value>| value.is_none_or(|value| value.is_null() || value == "" || value == &json!([]));
-        if unset(spec.get("ipFamilies")) {
-            spec.insert("ipFamilies".into(), json!([family]));
-        }
-        if unset(spec.get("ipFamilyPolicy")) {
-            spec.insert("ipFamilyPolicy".into(), "SingleStack".into());
-        }
-        if unset(spec.get("internalTrafficPolicy")) {
+        spec.insert("ipFamilies".into(), json!(families));
+        spec.insert("ipFamilyPolicy".into(), policy.into());
+        if spec.get("internalTrafficPolicy").is_none_or(|value| value.is_null() || value == "") {
             spec.insert("internalTrafficPolicy".into(), "Cluster".into());
         }
     }
 
-    fn address(&mut self, service: &mut Value) {
+    fn check_families(&mut self, own: &[&str], families: &[String], policy: &str) {
+        if policy == "RequireDualStack" && own.len() < 2 {
+            let detail = "this cluster is not configured for dual-stack services";
+            self.errors.push(FieldError::invalid("spec.ipFamilyPolicy", policy, detail));
+        }
+        for (at, family) in families.iter().enumerate().filter(|(_, family)| !own.contains(&family.as_str())) {
+            let path = format!("spec.ipFamilies[{at}]");
+            self.errors.push(FieldError::invalid(path, family.clone(), "not configured on this cluster"));
+        }
+    }
+
+    fn cluster_addresses(&mut self, service: &mut Value) {
         if service_type(service) == "ExternalName" {
             return;
         }
@@ -272,22 +324,31 @@ impl Wanted<'_> {
             spec.insert("clusterIPs".into(), json!(["None"]));
             return;
         }
-        let first = object::strings(service.pointer("/spec/clusterIPs")).next().unwrap_or_default().to_owned();
-        let asked = match object::text(service, "/spec/clusterIP") {
-            "" => first,
-            address => address.to_owned(),
-        };
-        let address = if asked.is_empty() { self.free_address() } else { self.asked_address(&asked) };
-        let Some(address) = address else { return };
-        if !self.own_addresses.contains(&address) {
-            self.addresses.push(address);
+        if !self.errors.is_empty() {
+            return;
+        }
+        let asked = asked_addresses(service);
+        let families: Vec<String> = object::strings(service.pointer("/spec/ipFamilies")).map(str::to_owned).collect();
+        let mut given: Vec<String> = Vec::new();
+        for (at, family) in families.iter().enumerate() {
+            let cidr = self.cidrs.iter().copied().find(|cidr| family_of(cidr.addr()) == family);
+            let Some(cidr) = cidr else { continue };
+            let address = match asked.get(at) {
+                Some(text) => self.asked_address(text, cidr),
+                None => self.free_address(cidr),
+            };
+            let Some(address) = address else { return };
+            if !self.own_addresses.contains(&address) {
+                self.addresses.push(address);
+            }
+            given.push(address.to_string());
         }
         let spec = object::section(service, "spec");
-        spec.insert("clusterIP".into(), address.to_string().into());
-        spec.insert("clusterIPs".into(), json!([address.to_string()]));
+        spec.insert("clusterIP".into(), json!(given.first()));
+        spec.insert("clusterIPs".into(), json!(given));
     }
 
-    fn asked_address(&mut self, asked: &str) -> Option<IpAddr> {
+    fn asked_address(&mut self, asked: &str, cidr: IpNet) -> Option<IpAddr> {
         let invalid = |detail: String| FieldError::invalid("spec.clusterIPs", json!([asked]), detail);
         let Ok(address) = asked.parse::<IpAddr>() else {
             self.errors.push(invalid("must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)".into()));
@@ -296,11 +357,10 @@ impl Wanted<'_> {
         if self.own_addresses.contains(&address) {
             return Some(address);
         }
-        if !self.cidr.contains(&address) {
+        if !cidr.contains(&address) {
             let detail = format!(
                 "failed to allocate IP {asked}: the provided IP ({asked}) is not in the valid range. The range of valid IPs \
-                 is {}",
-                self.cidr
+                 is {cidr}"
             );
             self.errors.push(invalid(detail));
             return None;
@@ -313,14 +373,14 @@ impl Wanted<'_> {
     }
 
     /// A free address, first from the upper part of the range, so that small numbers stay free for those who ask.
-    fn free_address(&mut self) -> Option<IpAddr> {
-        let size = range_size(self.cidr);
+    fn free_address(&mut self, cidr: IpNet) -> Option<IpAddr> {
+        let size = range_size(cidr);
         let lower = (size / 16).clamp(16, 256).min(size / 2);
         let start = lower + rand::rng().random_range(0..(size - lower).max(1));
         let order = (start..size).chain(lower..start).chain(1..lower);
         for offset in order {
-            let Some(address) = nth_address(self.cidr, offset) else { continue };
-            if address != self.cidr.broadcast() && !self.taken.has_address(&address) {
+            let Some(address) = nth_address(cidr, offset) else { continue };
+            if address != cidr.broadcast() && !self.taken.has_address(&address) {
                 return Some(address);
             }
         }
@@ -398,6 +458,21 @@ impl Wanted<'_> {
     }
 }
 
+fn family_of(address: IpAddr) -> &'static str {
+    if address.is_ipv4() { "IPv4" } else { "IPv6" }
+}
+
+/// The addresses that a Service asks for, in order.
+fn asked_addresses(service: &Value) -> Vec<String> {
+    let mut asked: Vec<String> = object::strings(service.pointer("/spec/clusterIPs")).map(str::to_owned).collect();
+    let first = object::text(service, "/spec/clusterIP");
+    if asked.is_empty() && !first.is_empty() {
+        asked.push(first.to_owned());
+    }
+    asked.retain(|text| !text.is_empty() && text != "None");
+    asked
+}
+
 fn range_size(cidr: IpNet) -> u64 {
     1u64 << u32::from(cidr.max_prefix_len() - cidr.prefix_len()).min(32)
 }
@@ -427,6 +502,86 @@ mod tests {
         let mut plain = json!({"spec": {"type": "ClusterIP", "ports": [{"port": 80, "nodePort": 30080}]}});
         keep_node_ports(&old, &mut plain);
         assert!(plain["spec"]["ports"][0].get("nodePort").is_none());
+    }
+
+    fn wanted<'t>(taken: &'t Taken, cidrs: &[&str]) -> Wanted<'t> {
+        Wanted {
+            name: "web".into(),
+            cidrs: cidrs.iter().map(|text| text.parse().expect("a range")).collect(),
+            port_range: (30_000, 32_767),
+            taken,
+            own_addresses: &[],
+            own_ports: &[],
+            addresses: Vec::new(),
+            ports: Vec::new(),
+            errors: Vec::new(),
+        }
+    }
+
+    /// Families, policy and how many addresses a Service gets, or the first error.
+    fn families_of(cidrs: &[&str], spec: Value) -> Result<(Value, String, Vec<String>), String> {
+        let taken = Taken::default();
+        let mut wanted = wanted(&taken, cidrs);
+        let mut service = json!({"spec": spec});
+        wanted.families(&mut service);
+        wanted.cluster_addresses(&mut service);
+        match wanted.errors.first() {
+            Some(error) => Err(error.to_string()),
+            None => Ok((
+                service["spec"]["ipFamilies"].clone(),
+                object::text(&service, "/spec/ipFamilyPolicy").to_owned(),
+                object::strings(service.pointer("/spec/clusterIPs")).map(family_of_text).collect(),
+            )),
+        }
+    }
+
+    fn family_of_text(text: &str) -> String {
+        text.parse().map_or_else(|_| text.to_owned(), |address| family_of(address).to_owned())
+    }
+
+    #[test]
+    fn families_follow_the_policy_and_what_the_cluster_has() {
+        const V4: &str = "10.43.0.0/16";
+        const V6: &str = "fd43::/112";
+        let selected = |more: Value| {
+            let mut spec = json!({"selector": {"app": "web"}});
+            spec.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+            spec
+        };
+        let single = |family: &str| Ok((json!([family]), "SingleStack".to_owned(), vec![family.to_owned()]));
+        assert_eq!(families_of(&[V4], selected(json!({}))), single("IPv4"));
+        assert_eq!(families_of(&[V6, V4], selected(json!({}))), single("IPv6"), "the cluster's first family");
+        assert_eq!(families_of(&[V4, V6], selected(json!({"ipFamilies": ["IPv6"]}))), single("IPv6"));
+        assert_eq!(families_of(&[V4, V6], selected(json!({"clusterIP": "fd43::7"}))), single("IPv6"));
+        let prefer = json!({"ipFamilyPolicy": "PreferDualStack"});
+        let both = |policy: &str, first: &str, second: &str| {
+            Ok((json!([first, second]), policy.to_owned(), vec![first.to_owned(), second.to_owned()]))
+        };
+        assert_eq!(families_of(&[V4, V6], selected(prefer.clone())), both("PreferDualStack", "IPv4", "IPv6"));
+        let alone = Ok((json!(["IPv4"]), "PreferDualStack".to_owned(), vec!["IPv4".to_owned()]));
+        assert_eq!(families_of(&[V4], selected(prefer)), alone);
+        let asked = json!({"ipFamilies": ["IPv6", "IPv4"]});
+        assert_eq!(families_of(&[V4, V6], selected(asked)), both("RequireDualStack", "IPv6", "IPv4"));
+        let require = selected(json!({"ipFamilyPolicy": "RequireDualStack"}));
+        assert!(families_of(&[V4], require).unwrap_err().contains("not configured for dual-stack"));
+        assert!(
+            families_of(&[V4], selected(json!({"ipFamilies": ["IPv6"]}))).unwrap_err().contains("not configured on")
+        );
+        let conflict = json!({"ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "SingleStack"});
+        assert!(families_of(&[V4, V6], selected(conflict)).unwrap_err().contains("when multiple IP families"));
+        let anyones = Ok((json!(["IPv4", "IPv6"]), "RequireDualStack".to_owned(), vec!["None".to_owned()]));
+        assert_eq!(families_of(&[V4], json!({"clusterIP": "None"})), anyones, "headless without a selector");
+    }
+
+    #[test]
+    fn a_service_that_becomes_single_stack_keeps_its_first_family() {
+        let old = json!({"spec": {"ipFamilyPolicy": "PreferDualStack", "ipFamilies": ["IPv4", "IPv6"],
+            "clusterIP": "10.43.1.1", "clusterIPs": ["10.43.1.1", "fd43::7"]}});
+        let mut new = json!({"spec": {"ipFamilyPolicy": "SingleStack"}});
+        keep_addresses(&old, &mut new);
+        drop_second_family(&old, &mut new);
+        assert_eq!(new["spec"]["ipFamilies"], json!(["IPv4"]));
+        assert_eq!(new["spec"]["clusterIPs"], json!(["10.43.1.1"]));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Pod addresses for nodes: each node gets one slice of the cluster's range, kept in `spec.podCIDR` for its lifetime.
+//! Pod addresses for nodes: each node gets one slice of each of the cluster's ranges, kept in `spec.podCIDRs` for its
+//! lifetime.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -87,28 +88,51 @@ impl Pool {
     }
 }
 
-fn pod_cidr(node: &Node) -> Option<IpNet> {
-    node.spec.as_ref()?.pod_cidr.as_ref()?.parse().ok()
+fn pod_cidrs(node: &Node) -> Vec<IpNet> {
+    let Some(spec) = &node.spec else { return Vec::new() };
+    let mut texts: Vec<&String> = spec.pod_cidrs.iter().flatten().collect();
+    if texts.is_empty() {
+        texts.extend(&spec.pod_cidr);
+    }
+    texts.into_iter().filter_map(|text| text.parse().ok()).collect()
 }
 
-pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken, pool: Pool) -> Task {
+/// One slice of each range, or of none: what was taken for a node that cannot have all is given back.
+fn assign(pools: &mut [Pool], node: &str) -> Option<Vec<IpNet>> {
+    let slices: Option<Vec<IpNet>> = pools.iter_mut().map(|pool| pool.assign(node)).collect();
+    if slices.is_none() {
+        release(pools, node);
+    }
+    slices
+}
+
+fn release(pools: &mut [Pool], node: &str) {
+    pools.iter_mut().for_each(|pool| pool.release(node));
+}
+
+pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken, pools: Vec<Pool>) -> Task {
     let queue: Arc<WorkQueue<String>> = WorkQueue::new();
-    let pool = Arc::new(Mutex::new(pool));
+    let pools = Arc::new(Mutex::new(pools));
     let recorder = shared.recorder.named("cidrAllocator");
-    let (listening, on_node) = (pool.clone(), queue.clone());
+    let (listening, on_node) = (pools.clone(), queue.clone());
     shared.nodes.on_change(move |change| {
         let node = change.object();
-        match (change, pod_cidr(node)) {
-            (Change::Deleted(_), _) => listening.lock().release(&node.name_any()),
-            (_, Some(slice)) => listening.lock().occupy(&node.name_any(), &slice),
-            (_, None) => on_node.add(node.name_any()),
+        let slices = pod_cidrs(node);
+        match change {
+            Change::Deleted(_) => release(&mut listening.lock(), &node.name_any()),
+            _ if slices.is_empty() => on_node.add(node.name_any()),
+            _ => {
+                for pool in listening.lock().iter_mut() {
+                    slices.iter().for_each(|slice| pool.occupy(&node.name_any(), slice));
+                }
+            }
         }
     });
     let (shared, stop) = (shared.clone(), stop.clone());
     Box::pin(async move {
         // Only when every node is known it is known which slices are free.
         shared.nodes.wait_synced().await;
-        let reconcile = |name| reconcile(shared.clone(), recorder.clone(), pool.clone(), name);
+        let reconcile = |name| reconcile(shared.clone(), recorder.clone(), pools.clone(), name);
         queue::work("node-ipam", queue, 1, stop, reconcile).await;
     })
 }
@@ -116,14 +140,14 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken, pool: Pool) 
 async fn reconcile(
     shared: Arc<Shared>,
     recorder: Recorder,
-    pool: Arc<Mutex<Pool>>,
+    pools: Arc<Mutex<Vec<Pool>>>,
     name: String,
 ) -> Result<Next, ApiError> {
-    let Some(node) = shared.nodes.get("", &name).filter(|node| pod_cidr(node).is_none()) else {
+    let Some(node) = shared.nodes.get("", &name).filter(|node| pod_cidrs(node).is_empty()) else {
         return Ok(Next::Done);
     };
-    let assigned = pool.lock().assign(&name);
-    let Some(slice) = assigned else {
+    let assigned = assign(&mut pools.lock(), &name);
+    let Some(slices) = assigned else {
         recorder.event(
             node.as_ref(),
             EventType::Normal,
@@ -133,11 +157,11 @@ async fn reconcile(
         return Ok(Next::After(std::time::Duration::from_secs(30)));
     };
     let api: Api<Node> = Api::all(shared.client.clone());
-    let cidr = slice.to_string();
-    let patch = json!({"metadata": {"uid": node.uid()}, "spec": {"podCIDR": cidr, "podCIDRs": [cidr]}});
+    let cidrs: Vec<String> = slices.iter().map(ToString::to_string).collect();
+    let patch = json!({"metadata": {"uid": node.uid()}, "spec": {"podCIDR": cidrs.first(), "podCIDRs": cidrs}});
     match merge("patch node podCIDR", &api, &name, &patch).await {
         Err(error) if error.is_not_found() => {
-            pool.lock().release(&name);
+            release(&mut pools.lock(), &name);
             Ok(Next::Done)
         }
         result => result.map(|_| Next::Done),
@@ -178,6 +202,18 @@ mod tests {
         assert!(Pool::new("10.42.0.0/16".parse().unwrap(), 15).is_none());
         assert!(Pool::new("10.42.0.0/16".parse().unwrap(), 33).is_none());
         assert_eq!(pool("fd00::/48", 64).assign("a").unwrap().to_string(), "fd00::/64");
+    }
+
+    #[test]
+    fn a_node_gets_a_slice_of_each_range_or_of_none() {
+        let mut pools = [pool("10.42.0.0/23", 24), pool("fd42::/63", 64)];
+        let given =
+            |slices: Option<Vec<IpNet>>| slices.map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(given(assign(&mut pools, "a")).unwrap(), ["10.42.0.0/24", "fd42::/64"]);
+        pools[1].occupy("old", &"fd42:0:0:1::/64".parse().unwrap());
+        assert_eq!(given(assign(&mut pools, "b")), None, "no IPv6 is left");
+        release(&mut pools, "old");
+        assert_eq!(given(assign(&mut pools, "c")).unwrap(), ["10.42.1.0/24", "fd42:0:0:1::/64"]);
     }
 
     proptest! {

@@ -1,7 +1,7 @@
 //! A node in fresh namespaces: a bridge with pods, a neighbour outside the cluster, a fake API and the real proxy.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,15 +9,90 @@ use std::time::Duration;
 use oarlock_machinery::fake::FakeApi;
 use oarlock_netlink::{Connection, Protocol, Route, VethPair};
 use oarlock_netns::{create_pinned, run_in};
-use oarlock_netproxy::{Config, Netproxy};
-use oarlock_testkit::wait_for;
+use oarlock_netproxy::{Config, Netproxy, Network};
+use oarlock_testkit::{in_fresh_namespaces, wait_for};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-pub const NODE_IP: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 1);
-pub const OUTSIDE_IP: Ipv4Addr = Ipv4Addr::new(192, 168, 7, 2);
+/// An address family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// Address `last` of a network: 7 for the link to the outside, 42 for pods, 43 for Services.
+    fn address(self, net: u8, last: u16) -> IpAddr {
+        match (self, net) {
+            (Family::V4, 7) => Ipv4Addr::new(192, 168, 7, last as u8).into(),
+            (Family::V4, net) => Ipv4Addr::new(10, net, 0, last as u8).into(),
+            (Family::V6, net) => Ipv6Addr::new(0xfd00 + u16::from(net), 0, 0, 0, 0, 0, 0, last).into(),
+        }
+    }
+
+    pub fn node(self) -> IpAddr {
+        self.address(7, 1)
+    }
+
+    pub fn outside(self) -> IpAddr {
+        self.address(7, 2)
+    }
+
+    pub fn gateway(self) -> IpAddr {
+        self.address(42, 1)
+    }
+
+    pub fn pod(self, last: u16) -> IpAddr {
+        self.address(42, last)
+    }
+
+    pub fn service(self, last: u16) -> IpAddr {
+        self.address(43, last)
+    }
+
+    pub fn loopback(self) -> IpAddr {
+        if self == Family::V4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
+    }
+
+    pub fn any(self) -> IpAddr {
+        if self == Family::V4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+    }
+
+    fn prefix(self) -> u8 {
+        if self == Family::V4 { 24 } else { 64 }
+    }
+
+    fn default_route(self) -> &'static str {
+        if self == Family::V4 { "0.0.0.0/0" } else { "::/0" }
+    }
+
+    pub fn table(self) -> &'static str {
+        if self == Family::V4 { "ip" } else { "ip6" }
+    }
+
+    fn network(self) -> Network {
+        let (pods, services) =
+            if self == Family::V4 { ("10.42.0.0/16", "10.43.0.0/16") } else { ("fd2a::/48", "fd2b::/112") };
+        Network {
+            cluster_cidr: pods.parse().unwrap(),
+            service_cidr: services.parse().unwrap(),
+            cluster_dns: self.service(10),
+            node_ip: Some(self.node()),
+        }
+    }
+}
+
+/// Runs a test body in a cluster of one family, of the other, and of both: in that one once for each family.
+pub fn in_mode(families: &'static [Family], test: fn(&mut World, Family)) {
+    in_fresh_namespaces(move || {
+        let mut world = World::start(families);
+        families.iter().for_each(|family| test(&mut world, *family));
+    });
+}
+
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 const NODE: &str = "node-1";
 
@@ -26,28 +101,43 @@ pub struct World {
     pub runtime: Runtime,
     pub api: Arc<FakeApi>,
     pub directory: tempfile::TempDir,
+    pub families: &'static [Family],
     running: Option<(CancellationToken, JoinHandle<Result<(), oarlock_netproxy::Error>>)>,
 }
 
 impl World {
     /// Makes the network and starts the proxy; the caller is in namespaces of its own.
-    pub fn start() -> World {
+    pub fn start(families: &'static [Family]) -> World {
         oarlock_netns::bring_loopback_up().unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let mut connection = Connection::open(Protocol::Route).unwrap();
         connection.create_bridge("oar0", None, 0, false).unwrap();
         let bridge = connection.require_link("oar0").unwrap();
         connection.set_up(bridge.index).unwrap();
-        connection.add_address(bridge.index, "10.42.0.1/24".parse().unwrap()).unwrap();
+        for family in families {
+            let gateway = format!("{}/{}", family.gateway(), family.prefix());
+            connection.add_address(bridge.index, gateway.parse().unwrap()).unwrap();
+        }
         let directory = tempfile::tempdir().unwrap();
-        let mut world = World { runtime, api: FakeApi::new(), directory, running: None };
-        world.attach("outside", None, OUTSIDE_IP, NODE_IP, 24);
+        let mut world = World { runtime, api: FakeApi::new(), directory, families, running: None };
+        world.attach("outside", None, Family::outside, Family::node);
         let link = connection.require_link("to-outside").unwrap();
-        connection.add_address(link.index, format!("{NODE_IP}/24").parse().unwrap()).unwrap();
+        for family in families {
+            let own = format!("{}/{}", family.node(), family.prefix());
+            connection.add_address(link.index, own.parse().unwrap()).unwrap();
+        }
+        let cidrs: Vec<String> =
+            families.iter().map(|family| format!("{}/{}", family.address(42, 0), family.prefix())).collect();
+        let addresses: Vec<Value> =
+            families.iter().map(|family| json!({"type": "InternalIP", "address": family.node().to_string()})).collect();
         world.api.create(json!({
-            "apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}, "spec": {"podCIDR": "10.42.0.0/24"},
-            "status": {"addresses": [{"type": "InternalIP", "address": NODE_IP.to_string()}]},
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": NODE, "labels": {"topology.kubernetes.io/zone": "here"}},
+            "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs}, "status": {"addresses": addresses},
         }));
+        for (name, last) in [("a", 11), ("b", 12), ("client", 13)] {
+            world.pod(name, last);
+        }
         world.start_proxy();
         world
     }
@@ -56,7 +146,9 @@ impl World {
         std::fs::write(self.directory.path().join("resolv.conf"), "# nothing to ask\n").unwrap();
         Config {
             node_name: NODE.to_owned(),
-            node_ip: NODE_IP.into(),
+            networks: self.families.iter().map(|family| family.network()).collect(),
+            external_ips_allowed: vec!["198.51.100.0/24".parse().unwrap(), "fd99::/64".parse().unwrap()],
+            health_listen: ([0, 0, 0, 0], 10_256).into(),
             cni_conf_dir: Some(self.directory.path().join("net.d")),
             cni_state_dir: self.directory.path().join("ipam"),
             upstream_resolv_conf: self.directory.path().join("resolv.conf"),
@@ -83,7 +175,13 @@ impl World {
         self.runtime.block_on(handle).unwrap().unwrap();
     }
 
-    fn attach(&mut self, name: &str, bridge: Option<u32>, address: Ipv4Addr, gateway: Ipv4Addr, prefix: u8) {
+    fn attach(
+        &mut self,
+        name: &str,
+        bridge: Option<u32>,
+        address: impl Fn(Family) -> IpAddr,
+        gateway: impl Fn(Family) -> IpAddr,
+    ) {
         let netns = netns(name);
         create_pinned(&netns).unwrap();
         let file = std::fs::File::open(&netns).unwrap();
@@ -105,44 +203,19 @@ impl World {
         let mut inside = Connection::open_in(Protocol::Route, &netns).unwrap();
         let link = inside.require_link("eth0").unwrap();
         inside.set_up(link.index).unwrap();
-        inside.add_address(link.index, format!("{address}/{prefix}").parse().unwrap()).unwrap();
-        inside.add_route(&Route::new("0.0.0.0/0".parse().unwrap(), Some(gateway.into()), link.index)).unwrap();
+        for family in self.families {
+            let net = format!("{}/{}", address(*family), family.prefix());
+            inside.add_address(link.index, net.parse().unwrap()).unwrap();
+            let any = family.default_route().parse().unwrap();
+            inside.add_route(&Route::new(any, Some(gateway(*family)), link.index)).unwrap();
+        }
     }
 
     /// A pod with servers on TCP and UDP port 8080 that answer with the pod's name and the client's address.
-    pub fn pod(&mut self, name: &str, last: u8) -> Ipv4Addr {
+    fn pod(&mut self, name: &str, last: u16) {
         let bridge = Connection::open(Protocol::Route).unwrap().require_link("oar0").unwrap();
-        let address = Ipv4Addr::new(10, 42, 0, last);
-        self.attach(name, Some(bridge.index), address, Ipv4Addr::new(10, 42, 0, 1), 24);
-        let (listener, socket) = run_in(&netns(name), || {
-            (TcpListener::bind((address, 8080)).unwrap(), UdpSocket::bind((address, 8080)).unwrap())
-        })
-        .unwrap();
-        let own = name.to_owned();
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let Ok(mut stream) = stream else { return };
-                let Ok(peer) = stream.peer_addr() else { continue };
-                let _ = stream.write_all(format!("{own} {}\n", peer.ip()).as_bytes());
-                // Afterwards an echo, for tests that keep their connection.
-                std::thread::spawn(move || {
-                    let mut buffer = [0; 64];
-                    while let Ok(length) = stream.read(&mut buffer) {
-                        if length == 0 || stream.write_all(&buffer[..length]).is_err() {
-                            return;
-                        }
-                    }
-                });
-            }
-        });
-        let own = name.to_owned();
-        std::thread::spawn(move || {
-            let mut buffer = [0; 64];
-            while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
-                let _ = socket.send_to(format!("{own} {}\n", peer.ip()).as_bytes(), peer);
-            }
-        });
-        address
+        self.attach(name, Some(bridge.index), |family| family.pod(last), Family::gateway);
+        self.families.iter().for_each(|family| serve(name, family.pod(last)));
     }
 
     /// Makes or changes a Service `default/<name>` with this specification.
@@ -151,19 +224,51 @@ impl World {
     }
 
     /// Makes the slice of a Service with these endpoints on port 8080.
-    pub fn slice(&self, service: &str, protocol: &str, endpoints: &[Ipv4Addr]) {
+    pub fn slice(&self, service: &str, protocol: &str, endpoints: &[IpAddr]) {
+        let family = if endpoints.iter().any(IpAddr::is_ipv6) { "IPv6" } else { "IPv4" };
         self.api.create(json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
             "metadata": {"name": format!("{service}-1"), "namespace": "default", "labels": {"kubernetes.io/service-name": service}},
-            "addressType": "IPv4", "ports": [{"name": "p", "port": 8080, "protocol": protocol}], "endpoints": endpoint_list(endpoints),
+            "addressType": family, "ports": [{"name": "p", "port": 8080, "protocol": protocol}], "endpoints": endpoint_list(endpoints),
         }));
     }
 
-    pub fn set_endpoints(&self, service: &str, endpoints: &[Ipv4Addr]) {
+    pub fn set_endpoints(&self, service: &str, endpoints: &[IpAddr]) {
         self.api.edit("endpointslices", "default", &format!("{service}-1"), |slice| {
             slice["endpoints"] = endpoint_list(endpoints)
         });
     }
+}
+
+fn serve(name: &str, address: IpAddr) {
+    let (listener, socket) = run_in(&netns(name), || {
+        (TcpListener::bind((address, 8080)).unwrap(), UdpSocket::bind((address, 8080)).unwrap())
+    })
+    .unwrap();
+    let own = name.to_owned();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let Ok(peer) = stream.peer_addr() else { continue };
+            let _ = stream.write_all(format!("{own} {}\n", peer.ip()).as_bytes());
+            // Afterwards an echo, for tests that keep their connection.
+            std::thread::spawn(move || {
+                let mut buffer = [0; 64];
+                while let Ok(length) = stream.read(&mut buffer) {
+                    if length == 0 || stream.write_all(&buffer[..length]).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    let own = name.to_owned();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+            let _ = socket.send_to(format!("{own} {}\n", peer.ip()).as_bytes(), peer);
+        }
+    });
 }
 
 impl Drop for World {
@@ -174,7 +279,7 @@ impl Drop for World {
     }
 }
 
-fn endpoint_list(endpoints: &[Ipv4Addr]) -> Value {
+pub fn endpoint_list(endpoints: &[IpAddr]) -> Value {
     endpoints
         .iter()
         .map(|address| json!({"addresses": [address.to_string()], "conditions": {"ready": true}, "nodeName": NODE}))

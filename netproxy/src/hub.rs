@@ -1,0 +1,263 @@
+//! The owner of the cluster's state: events in, jobs for the worker, the node's configuration and what balancers are told out.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use oarlock_netlink::{Connection, Protocol as NetlinkProtocol};
+use parking_lot::RwLock;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::balancer_health::Wanted;
+use crate::cluster::Cluster;
+use crate::config::Config;
+use crate::health::Status;
+use crate::host;
+use crate::node::{self, Node};
+use crate::plan::{self, Context};
+use crate::service::ServiceName;
+use crate::watch::{Event, Kind};
+use crate::worker::Job;
+
+const EVENT_BATCH: usize = 4096;
+const AUDIT_INTERVAL: Duration = Duration::from_secs(3);
+const HOST_AUDIT_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The owner of the cluster's state.
+pub struct Hub {
+    config: Arc<Config>,
+    /// One for each network of the configuration.
+    contexts: Vec<Context>,
+    cluster: Arc<RwLock<Cluster>>,
+    status: Arc<Status>,
+    jobs: mpsc::Sender<Job>,
+    balancers: watch::Sender<Arc<Wanted>>,
+    nodes: HashMap<Arc<str>, Node>,
+    listed: HashSet<Kind>,
+    dirty: HashSet<ServiceName>,
+    /// What balancers are told, by Service.
+    health_ports: BTreeMap<ServiceName, (u16, usize)>,
+}
+
+/// Where a hub's results go.
+pub struct Outputs {
+    pub cluster: Arc<RwLock<Cluster>>,
+    pub status: Arc<Status>,
+    pub jobs: mpsc::Sender<Job>,
+    pub balancers: watch::Sender<Arc<Wanted>>,
+}
+
+impl Hub {
+    pub fn new(config: Arc<Config>, outputs: Outputs) -> Hub {
+        let context = |network: &crate::Network| Context {
+            is_ipv4: network.is_ipv4(),
+            dns_address: Some(network.cluster_dns),
+            node_name: config.node_name.clone(),
+            zone: None,
+            external_allowed: config.external_ips_allowed.clone(),
+        };
+        Hub {
+            contexts: config.networks.iter().map(context).collect(),
+            config,
+            cluster: outputs.cluster,
+            status: outputs.status,
+            jobs: outputs.jobs,
+            balancers: outputs.balancers,
+            nodes: HashMap::new(),
+            listed: HashSet::new(),
+            dirty: HashSet::new(),
+            health_ports: BTreeMap::new(),
+        }
+    }
+
+    pub async fn run(mut self, mut events: mpsc::Receiver<Event>, shutdown: CancellationToken) {
+        let mut audit = tokio::time::interval(AUDIT_INTERVAL);
+        let mut host_audit = tokio::time::interval(HOST_AUDIT_INTERVAL);
+        let mut batch = Vec::with_capacity(EVENT_BATCH);
+        let mut conflist_pending = false;
+        loop {
+            let nodes_changed = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                count = events.recv_many(&mut batch, EVENT_BATCH) => {
+                    if count == 0 {
+                        return;
+                    }
+                    let nodes_changed = self.take(&mut batch);
+                    if nodes_changed {
+                        self.note_zone();
+                    }
+                    if self.apply().await.is_err() {
+                        return;
+                    }
+                    nodes_changed
+                }
+                _ = audit.tick() => {
+                    // A full queue means that the worker is busy, and the next tick is soon.
+                    let _ = self.jobs.try_send(Job::Audit);
+                    conflist_pending
+                }
+                _ = host_audit.tick() => {
+                    self.check_host().await;
+                    true
+                }
+            };
+            if nodes_changed && self.listed.contains(&Kind::Nodes) {
+                conflist_pending = !self.sync_nodes().await;
+            }
+        }
+    }
+
+    /// Takes events in; says whether some were about nodes.
+    fn take(&mut self, batch: &mut Vec<Event>) -> bool {
+        let mut nodes_changed = false;
+        let mut cluster = self.cluster.write();
+        for event in batch.drain(..) {
+            match event {
+                Event::Service(name, service) => {
+                    if cluster.set_service(&name, service.map(|service| *service)) {
+                        self.dirty.insert(name);
+                    }
+                }
+                Event::Slice(name, slice) => cluster.set_slice(&name, slice, &mut self.dirty),
+                Event::Node(name, node) => {
+                    nodes_changed |= match node {
+                        Some(node) => self.nodes.insert(name, node.clone()) != Some(node),
+                        None => self.nodes.remove(&name).is_some(),
+                    };
+                }
+                Event::Listed(kind) => {
+                    self.listed.insert(kind);
+                    nodes_changed |= kind == Kind::Nodes;
+                }
+            }
+        }
+        self.status.services.store(cluster.service_count() as u64, Ordering::Relaxed);
+        nodes_changed
+    }
+
+    /// The node's zone decides which endpoints are near, for every Service.
+    fn note_zone(&mut self) {
+        let zone = self.nodes.get(self.config.node_name.as_str()).and_then(|node| node.zone.clone());
+        if self.contexts.iter().all(|context| context.zone == zone) {
+            return;
+        }
+        info!(?zone, "zone of this node");
+        self.contexts.iter_mut().for_each(|context| context.zone = zone.clone());
+        self.dirty.extend(self.cluster.read().names());
+    }
+
+    /// Plans what is dirty and hands it on. Nothing is planned before everything is known: a proxy that starts must not take
+    /// away what it has not heard of yet.
+    async fn apply(&mut self) -> Result<(), mpsc::error::SendError<Job>> {
+        let complete = [Kind::Services, Kind::Slices, Kind::Nodes].iter().all(|kind| self.listed.contains(kind));
+        let started = self.status.queued_at.load(Ordering::Relaxed) != 0;
+        if !complete || (started && self.dirty.is_empty()) {
+            return Ok(());
+        }
+        let mut planned = Vec::with_capacity(self.dirty.len());
+        let mut balancers_changed = false;
+        {
+            let cluster = self.cluster.read();
+            for name in self.dirty.drain() {
+                let slices: Vec<_> = cluster.slices(&name).collect();
+                let service = cluster.service(&name);
+                let entries = |context| service.map(|service| plan::service(service, &slices, context));
+                let by_family = self.contexts.iter().map(|context| entries(context).unwrap_or_default()).collect();
+                let port = service.filter(|service| !service.other_proxy).and_then(|one| one.health_check_port);
+                let told = port.map(|port| (port, plan::local_endpoints(&slices)));
+                balancers_changed |= match told {
+                    Some(told) => self.health_ports.insert(name.clone(), told) != Some(told),
+                    None => self.health_ports.remove(&name).is_some(),
+                };
+                planned.push((name, by_family));
+            }
+        }
+        if balancers_changed {
+            let by_port = |(name, (port, count)): (&ServiceName, &(u16, usize))| (*port, (name.clone(), *count));
+            self.balancers.send_replace(Arc::new(self.health_ports.iter().map(by_port).collect()));
+        }
+        self.status.queued();
+        self.jobs.send(Job::Apply(planned)).await?;
+        Ok(())
+    }
+
+    /// The CNI configuration and the routes to other nodes; says whether all of it could be done.
+    async fn sync_nodes(&self) -> bool {
+        let config = self.config.clone();
+        let own = self.nodes.get(config.node_name.as_str()).cloned();
+        let mut others: Vec<(Arc<str>, Node)> = self
+            .nodes
+            .iter()
+            .filter(|(name, _)| name.as_ref() != config.node_name)
+            .map(|(a, b)| (a.clone(), b.clone()))
+            .collect();
+        others.sort_by(|a, b| a.0.cmp(&b.0));
+        let others: Vec<Node> = others.into_iter().map(|(_, node)| node).collect();
+        let work = move || {
+            let mut complete = true;
+            if let (Some(directory), Some(own)) = (&config.cni_conf_dir, own.filter(|own| !own.pod_cidrs.is_empty())) {
+                let clusters: Vec<_> = config.networks.iter().map(|network| network.cluster_cidr).collect();
+                let content = node::conflist(&own.pod_cidrs, &clusters, &config.cni_state_dir);
+                match node::write_conflist(directory, &content) {
+                    Ok(true) => info!(pod_cidrs = ?own.pod_cidrs, "CNI configuration written"),
+                    Ok(false) => {}
+                    Err(error) => {
+                        warn!(
+                            error = &error as &dyn std::error::Error,
+                            "CNI configuration cannot be written; trying again"
+                        );
+                        complete = false;
+                    }
+                }
+            }
+            match node::sync_routes(&others) {
+                Ok(0) => {}
+                Ok(changed) => info!(changed, "routes to other nodes changed"),
+                Err(error) => {
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        "routes to other nodes cannot be set; trying again"
+                    );
+                    complete = false;
+                }
+            }
+            complete
+        };
+        tokio::task::spawn_blocking(work).await.unwrap_or(false)
+    }
+
+    /// What others may have taken from the host meanwhile.
+    async fn check_host(&self) {
+        let networks = self.config.networks.clone();
+        let work = move || networks.iter().try_for_each(check_network);
+        match tokio::task::spawn_blocking(work).await {
+            Ok(Err(error)) => warn!(error = &error as &dyn std::error::Error, "forwarding cannot be switched on"),
+            _ => debug!("host checked"),
+        }
+    }
+}
+
+fn check_network(network: &crate::Network) -> Result<(), host::SysctlError> {
+    let service_cidr = network.service_cidr;
+    let added = network.node_ip.map_or(Ok(false), |node_ip| node::ensure_service_route(service_cidr, node_ip));
+    match added {
+        Ok(true) => info!(%service_cidr, "route to Service addresses added"),
+        Ok(false) => {}
+        Err(error) => {
+            warn!(error = &error as &dyn std::error::Error, "route to Service addresses cannot be set")
+        }
+    }
+    if let Err(error) = ensure_dns_address(network.cluster_dns) {
+        warn!(error = &error as &dyn std::error::Error, "cluster DNS address cannot be set");
+    }
+    host::enable_forwarding(network.is_ipv4())
+}
+
+/// Puts the cluster DNS address on this node.
+pub fn ensure_dns_address(address: std::net::IpAddr) -> oarlock_netlink::Result<()> {
+    Connection::open(NetlinkProtocol::Route)?.ensure_node_address(address)
+}

@@ -1,0 +1,86 @@
+//! `bench cni`: ADD and DEL of the CNI plugins by exec, ours beside the distribution's reference plugins where installed.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use oarlock_cni::{Attachment, CniClient};
+use oarlock_testkit::binary;
+use serde_json::{Value, json};
+
+use crate::table::{self, Row};
+
+/// Where Debian's containernetworking-plugins are.
+const REFERENCE: &str = "/usr/lib/cni";
+
+pub(crate) fn run(rounds: usize, present: usize) -> anyhow::Result<()> {
+    oarlock_netns::bring_loopback_up()?;
+    let directory = tempfile::Builder::new().prefix("oarlock-perf-").tempdir()?;
+    let own = directory.path().join("bin");
+    std::fs::create_dir(&own)?;
+    for plugin in ["bridge", "host-local", "portmap", "loopback"] {
+        std::os::unix::fs::symlink(binary("oarlock-cni-plugins"), own.join(plugin))?;
+    }
+    let mut rows = measure(&directory.path().join("own"), "oarlock", &own, rounds, present)?;
+    if Path::new(REFERENCE).join("bridge").exists() {
+        rows.extend(measure(&directory.path().join("reference"), "reference", Path::new(REFERENCE), rounds, present)?);
+    } else {
+        println!(
+            "{REFERENCE} has no plugins, so there is nothing to compare with (Debian: containernetworking-plugins)"
+        );
+    }
+    table::print(&format!("CNI bridge with masquerade and portmap, {present} pods present"), &rows);
+    Ok(())
+}
+
+fn list(name: &str, own: bool, state: &Path) -> Value {
+    let (bridge, subnet) = if own { ("oar0", "10.42.0.0/16") } else { ("ref0", "10.44.0.0/16") };
+    let mut plugin = json!({
+        "type": "bridge", "bridge": bridge, "isGateway": true, "ipMasq": true, "hairpinMode": true,
+        "ipam": {"type": "host-local", "dataDir": state, "ranges": [[{"subnet": subnet}]], "routes": [{"dst": "0.0.0.0/0"}]},
+    });
+    if own {
+        plugin["ipMasqExclude"] = json!(["10.42.0.0/16"]);
+    }
+    let portmap = json!({"type": "portmap", "capabilities": {"portMappings": true}, "snat": true});
+    json!({"cniVersion": "1.0.0", "name": name, "plugins": [plugin, portmap]})
+}
+
+fn measure(directory: &Path, name: &str, plugins: &Path, rounds: usize, present: usize) -> anyhow::Result<Vec<Row>> {
+    let path = |part: &str| directory.join(part);
+    std::fs::create_dir_all(path("net.d"))?;
+    std::fs::write(path("net.d/10-bench.conflist"), list(name, name == "oarlock", &path("ipam")).to_string())?;
+    let client = CniClient::new(path("net.d"), vec![plugins.to_owned()], path("cache"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let pod = |number: usize| -> anyhow::Result<(Attachment, PathBuf)> {
+        let netns = path(&format!("netns-{number}"));
+        oarlock_netns::create_pinned(&netns)?;
+        Ok((Attachment::for_pod(&format!("{name}-{number}"), &netns, "default", "bench", "uid"), netns))
+    };
+    for number in 0..present {
+        let (attachment, _) = pod(number)?;
+        runtime.block_on(client.add(&attachment))?;
+    }
+    let row = |what: &str| Row { name: format!("{name} {what}"), samples: Vec::new() };
+    let (mut add, mut del, mut gone) = (row("ADD"), row("DEL"), row("DEL, namespace gone first"));
+    for round in 0..rounds {
+        for (is_gone, row) in [(false, &mut del), (true, &mut gone)] {
+            let (attachment, netns) = pod(present + round)?;
+            let begin = Instant::now();
+            runtime.block_on(client.add(&attachment))?;
+            add.samples.push(begin.elapsed().as_secs_f64() * 1000.0);
+            if is_gone {
+                oarlock_netns::remove_pinned(&netns)?;
+            }
+            let begin = Instant::now();
+            runtime.block_on(client.del(&attachment))?;
+            row.samples.push(begin.elapsed().as_secs_f64() * 1000.0);
+            if !is_gone {
+                oarlock_netns::remove_pinned(&netns)?;
+            }
+        }
+    }
+    for number in 0..present {
+        oarlock_netns::remove_pinned(&path(&format!("netns-{number}")))?;
+    }
+    Ok(vec![add, del, gone])
+}
