@@ -36,6 +36,10 @@ const PACKAGES: &[&str] = &[
 /// The end-to-end cases that run in the guest, where everything is slow: those that cgroups, the kernel or systemd touch.
 const CASES: &[&str] =
     &["limits_are_enforced", "oom_killed", "logs_in", "exec_piped", "names_resolve", "all_four_killed"];
+/// The test programs that `cargo xtask test` runs in the guest: those that meet cgroups, systemd's mounts or another kernel.
+pub(crate) const DEFAULT_TESTS: &[&str] = &["cni", "e2e", "netns", "runtime", "shim"];
+/// Whether this machine can run the guest.
+pub(crate) const CAN_RUN: bool = cfg!(target_arch = "x86_64");
 const MEMORY_MEGABYTES: u32 = 1536;
 const DISK_MEGABYTES: u32 = 4096;
 /// How long the guest may take in all.
@@ -53,7 +57,7 @@ pub(crate) struct LabFlags {
 enum LabChore {
     /// Run the privileged tests and some end-to-end cases in a guest
     Test {
-        /// Run these test programs only (cni, e2e, netns, netproxy, nft, runtime, shim, volumes)
+        /// Run these test programs (cni, e2e, netns, netproxy, nft, runtime, shim, volumes …) and not those of every run
         #[arg(long)]
         only: Vec<String>,
         /// Use KVM instead of software emulation
@@ -65,15 +69,16 @@ enum LabChore {
 pub(crate) fn run(flags: &LabFlags) -> anyhow::Result<()> {
     let LabChore::Test { only, kvm } = &flags.chore;
     let bin = build::run()?;
-    let (counts, succeeded) = test(&bin, only, *kvm)?;
+    let only: Vec<&str> = only.iter().map(String::as_str).collect();
+    let (counts, succeeded) = test(&bin, if only.is_empty() { DEFAULT_TESTS } else { &only }, *kvm)?;
     println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.not_run);
     anyhow::ensure!(succeeded && counts.failed == 0 && counts.passed > 0, "the tests in the guest failed");
     Ok(())
 }
 
-/// Makes the guest, runs the tests in it and adds up their results.
-pub(crate) fn test(bin: &Path, only: &[String], kvm: bool) -> anyhow::Result<(Counts, bool)> {
-    anyhow::ensure!(cfg!(target_arch = "x86_64"), "the guest is an x86_64 machine; this one is not");
+/// Makes the guest, runs the test programs of these names in it and adds up their results.
+pub(crate) fn test(bin: &Path, names: &[&str], kvm: bool) -> anyhow::Result<(Counts, bool)> {
+    anyhow::ensure!(CAN_RUN, "the guest is an x86_64 machine; this one is not");
     packages::ensure(packages::LAB)?;
     let lab = target_dir().join("lab");
     fs::create_dir_all(&lab).with_context(|| format!("cannot make {}", lab.display()))?;
@@ -83,7 +88,8 @@ pub(crate) fn test(bin: &Path, only: &[String], kvm: bool) -> anyhow::Result<(Co
     fs::create_dir_all(&root)?;
     step::run("unpack the guest's system", Command::new("tar").arg("xf").arg(&system).arg("-C").arg(&root))?;
     let tests = test_programs()?;
-    let tests: Vec<_> = tests.into_iter().filter(|(name, _)| only.is_empty() || only.contains(name)).collect();
+    let tests: Vec<_> = tests.into_iter().filter(|(name, _)| names.contains(&name.as_str())).collect();
+    anyhow::ensure!(tests.len() == names.len(), "not all of these are test programs: {}", names.join(" "));
     furnish(&root, bin, &tests)?;
     let guest = Guest::make(&lab, &root)?;
     remove(&root)?;
@@ -241,7 +247,7 @@ impl Guest {
             .arg(&self.kernel)
             .arg("-initrd")
             .arg(&self.initrd)
-            .args(["-append", "console=ttyS0 root=/dev/vda rw quiet systemd.show_status=0"])
+            .args(["-append", "console=ttyS0 root=/dev/vda rw quiet loglevel=1 systemd.show_status=0"])
             .arg("-drive")
             .arg(format!("file={},if=virtio,format=raw,cache=unsafe", self.disk.display()))
             .stdin(Stdio::null())

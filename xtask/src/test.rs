@@ -1,6 +1,7 @@
 //! `cargo xtask test`: every check and test, with counts at the end.
 //!
-//! Order: formatting, lints, tidy, unit and crate tests, then the release build and the privileged and end-to-end tests on it.
+//! Order: formatting, lints, tidy, unit and crate tests, then the release build, the privileged and
+//! end-to-end tests on it, and some of them again in a virtual machine with cgroup version 2.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -8,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 
-use crate::{bin_dir, build, packages, root, step, target_dir, tidy};
+use crate::{bin_dir, build, lab, packages, root, step, target_dir, tidy};
 
 #[derive(clap::Args)]
 pub(crate) struct TestFlags {
@@ -98,6 +99,15 @@ pub(crate) fn run(flags: &TestFlags) -> anyhow::Result<()> {
                 ])
                 .env("OARLOCK_BIN_DIR", &bin),
         )?;
+        if lab::CAN_RUN {
+            let (counts, succeeded) = lab::test(&bin, lab::DEFAULT_TESTS, false)?;
+            total.add(counts);
+            if !succeeded {
+                problems.push("tests in a virtual machine".to_owned());
+            }
+        } else {
+            println!("==> not run: tests in a virtual machine, whose system is for x86_64 hosts");
+        }
     }
     println!(
         "==> {:.0} s in all; programs in {}, target in {}",

@@ -8,6 +8,7 @@ mod clock;
 mod durable;
 mod memory;
 mod record;
+mod resident;
 mod sqlite;
 mod view;
 mod watch;

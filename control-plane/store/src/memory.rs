@@ -1,15 +1,12 @@
 //! A store that keeps nothing over a restart: for tests and for trying things out.
 
-use std::sync::Arc;
-
-use async_trait::async_trait;
-
+use crate::StoreError;
 use crate::durable::Volatile;
+use crate::resident::Resident;
 use crate::view::{TailLimits, View};
 use crate::writer::Engine;
-use crate::{Op, Outcome, Page, Range, Record, Store, StoreError, Watch};
 
-/// A [`Store`] in memory.
+/// A [`Store`](crate::Store) in memory.
 pub struct MemoryStore {
     engine: Engine,
 }
@@ -21,41 +18,8 @@ impl MemoryStore {
     }
 }
 
-#[async_trait]
-impl Store for MemoryStore {
-    fn current_revision(&self) -> u64 {
-        self.engine.shared.view.read().revision
-    }
-
-    fn oldest_revision(&self) -> u64 {
-        self.engine.shared.view.read().oldest_revision()
-    }
-
-    fn get(&self, key: &str) -> Option<Arc<Record>> {
-        self.engine.shared.view.read().get(key).cloned()
-    }
-
-    fn range(&self, range: Range<'_>) -> Result<Page, StoreError> {
-        self.engine.range(range)
-    }
-
-    fn count(&self, prefix: &str) -> usize {
-        self.engine.shared.view.read().count(prefix)
-    }
-
-    fn last_change(&self, prefix: &str) -> u64 {
-        self.engine.shared.view.read().last_change(prefix)
-    }
-
-    async fn txn(&self, ops: Vec<Op>) -> Result<Vec<Outcome>, StoreError> {
-        self.engine.txn(ops).await
-    }
-
-    fn watch(&self, prefix: &str, revision: u64) -> Result<Watch, StoreError> {
-        self.engine.watch(prefix, revision)
-    }
-
-    async fn compact(&self, revision: u64) -> Result<(), StoreError> {
-        self.engine.compact(revision).await
+impl Resident for MemoryStore {
+    fn engine(&self) -> &Engine {
+        &self.engine
     }
 }

@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, params};
 
+use crate::StoreError;
 use crate::clock::now_seconds;
 use crate::durable::Durable;
 use crate::record::{LoadedRow, Record};
+use crate::resident::Resident;
 use crate::view::{Event, EventKind, TailLimits, View};
 use crate::writer::Engine;
-use crate::{Op, Outcome, Page, Range, Store, StoreError, Watch};
 
 const FORMAT: i64 = 1;
 
@@ -36,7 +36,7 @@ impl SqliteOptions {
     }
 }
 
-/// A [`Store`] kept in one SQLite database.
+/// A [`Store`](crate::Store) kept in one SQLite database.
 pub struct SqliteStore {
     engine: Engine,
 }
@@ -51,42 +51,9 @@ impl SqliteStore {
     }
 }
 
-#[async_trait]
-impl Store for SqliteStore {
-    fn current_revision(&self) -> u64 {
-        self.engine.shared.view.read().revision
-    }
-
-    fn oldest_revision(&self) -> u64 {
-        self.engine.shared.view.read().oldest_revision()
-    }
-
-    fn get(&self, key: &str) -> Option<Arc<Record>> {
-        self.engine.shared.view.read().get(key).cloned()
-    }
-
-    fn range(&self, range: Range<'_>) -> Result<Page, StoreError> {
-        self.engine.range(range)
-    }
-
-    fn count(&self, prefix: &str) -> usize {
-        self.engine.shared.view.read().count(prefix)
-    }
-
-    fn last_change(&self, prefix: &str) -> u64 {
-        self.engine.shared.view.read().last_change(prefix)
-    }
-
-    async fn txn(&self, ops: Vec<Op>) -> Result<Vec<Outcome>, StoreError> {
-        self.engine.txn(ops).await
-    }
-
-    fn watch(&self, prefix: &str, revision: u64) -> Result<Watch, StoreError> {
-        self.engine.watch(prefix, revision)
-    }
-
-    async fn compact(&self, revision: u64) -> Result<(), StoreError> {
-        self.engine.compact(revision).await
+impl Resident for SqliteStore {
+    fn engine(&self) -> &Engine {
+        &self.engine
     }
 }
 

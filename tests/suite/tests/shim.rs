@@ -500,6 +500,10 @@ async fn a_container_cannot_change_its_own_limits() {
         mounts.push(json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]}));
         mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
             "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}));
+        // With version 2 the one hierarchy is seen from the container's own group.
+        if oarlock_cgroup::Layout::host().unwrap().is_v2() {
+            spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "cgroup"}));
+        }
     };
     pod.run("c", &Wish { patch, ..Wish::new(&["sleep"]) }).await;
     let v2 = oarlock_cgroup::Layout::host().unwrap().is_v2();
