@@ -83,6 +83,10 @@ pub(crate) struct RegistriesFile {
     pub(crate) mirrors: BTreeMap<String, Vec<String>>,
     /// Hosts spoken to in plain HTTP beside loopback.
     pub(crate) plain_http: Vec<String>,
+    /// PEM files of certificate authorities beside the system's.
+    pub(crate) certificate_authorities: Vec<PathBuf>,
+    /// A file of credentials in docker's form.
+    pub(crate) credentials: Option<PathBuf>,
 }
 
 /// The configuration with every default filled in.

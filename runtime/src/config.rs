@@ -47,6 +47,10 @@ pub struct Registries {
     pub mirrors: BTreeMap<String, Vec<String>>,
     /// Hosts spoken to in plain HTTP besides loopback.
     pub plain_http: Vec<String>,
+    /// PEM files of certificate authorities beside the system's.
+    pub certificate_authorities: Vec<PathBuf>,
+    /// A file of credentials in docker's form (`auths`), for pulls that bring none; read at each pull.
+    pub credentials: Option<PathBuf>,
 }
 
 impl Config {

@@ -15,6 +15,7 @@ use crate::error::Error;
 use crate::events::Events;
 use crate::joins::Joins;
 use crate::paths::Paths;
+use crate::prometheus::Calls;
 use crate::record::Store;
 use crate::spec::HostFacts;
 use crate::spec::namespace::SandboxModes;
@@ -30,6 +31,7 @@ pub(crate) struct Core {
     pub index: Index,
     pub joins: Joins,
     pub events: Events,
+    pub calls: Calls,
     pub images: ImageStore,
     pub cni: CniClient,
     /// Taken for writing while CNI frees what belongs to nobody: no sandbox may join the network in the middle.

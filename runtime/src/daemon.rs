@@ -22,6 +22,7 @@ use crate::events::Events;
 use crate::host;
 use crate::joins::Joins;
 use crate::paths::Paths;
+use crate::prometheus::Calls;
 use crate::reconcile;
 use crate::record::Store;
 use crate::serve::serve;
@@ -62,6 +63,7 @@ impl Runtime {
             index: Index::default(),
             joins: Joins::default(),
             events: Events::default(),
+            calls: Calls::default(),
             images,
             cni,
             network_gate: tokio::sync::RwLock::new(()),
@@ -186,6 +188,8 @@ fn registries(config: &Config) -> RegistryConfig {
         plain_http: config.registries.plain_http.clone(),
         // No registry may have it: what was brought by hand is not collected to save space.
         pin_imported: true,
+        ca_files: config.registries.certificate_authorities.clone(),
+        credentials: config.registries.credentials.clone(),
         pinned: Some(config.pause_image.clone()).filter(|image| !image.is_empty()).into_iter().collect(),
         ..RegistryConfig::default()
     }

@@ -19,6 +19,7 @@ mod joins;
 mod metrics;
 mod mounts;
 mod paths;
+mod prometheus;
 mod reconcile;
 mod record;
 mod rpc;

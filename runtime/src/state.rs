@@ -11,6 +11,7 @@ use oarlock_shim_api::Shim;
 use oci_spec::runtime::Process;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
+use tracing::{Instrument, debug_span};
 
 use crate::error::Error;
 use crate::record::{ContainerPhase, ContainerRecord, Kind, SandboxPhase, SandboxRecord, Store};
@@ -67,7 +68,7 @@ impl Sandbox {
         change: impl FnOnce(&mut SandboxRecord) + Send + 'static,
     ) -> Result<Arc<SandboxRecord>, Error> {
         let (sandbox, store) = (self.clone(), store.clone());
-        blocking("a record", move || {
+        let written = blocking("a record", move || {
             let _alone = sandbox.writing.lock();
             let mut record = SandboxRecord::clone(&sandbox.record.load());
             change(&mut record);
@@ -75,8 +76,8 @@ impl Sandbox {
             let record = Arc::new(record);
             sandbox.record.store(record.clone());
             Ok(record)
-        })
-        .await
+        });
+        written.instrument(debug_span!("record")).await
     }
 }
 
@@ -135,7 +136,8 @@ impl Container {
         change: impl FnOnce(&mut ContainerRecord) + Send + 'static,
     ) -> Result<Arc<ContainerRecord>, Error> {
         let (container, store) = (self.clone(), store.clone());
-        blocking("a record", move || container.change_blocking(&store, change, false)).await
+        let written = blocking("a record", move || container.change_blocking(&store, change, false));
+        written.instrument(debug_span!("record")).await
     }
 
     /// As [`Container::change`], but what happened is told to readers even if the disk refuses it: the end of a
@@ -146,7 +148,8 @@ impl Container {
         change: impl FnOnce(&mut ContainerRecord) + Send + 'static,
     ) -> Result<Arc<ContainerRecord>, Error> {
         let (container, store) = (self.clone(), store.clone());
-        blocking("a record", move || container.change_blocking(&store, change, true)).await
+        let written = blocking("a record", move || container.change_blocking(&store, change, true));
+        written.instrument(debug_span!("record")).await
     }
 
     fn change_blocking(

@@ -26,6 +26,8 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             registries: oarlock_runtime::Registries {
                 mirrors: settings.registries.mirrors.clone(),
                 plain_http: settings.registries.plain_http.clone(),
+                certificate_authorities: settings.registries.certificate_authorities.clone(),
+                credentials: settings.registries.credentials.clone(),
             },
             handlers: settings.runtime_handlers.clone(),
             ..oarlock_runtime::Config::default()

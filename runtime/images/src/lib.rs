@@ -16,6 +16,7 @@
 //! Layer blobs are not kept: a layer is verified and unpacked while it arrives, and nothing reads the blob again.
 
 mod archive;
+mod credentials;
 mod error;
 mod fetch;
 mod files;

@@ -51,6 +51,8 @@ pub struct RegistryConfig {
     pub plain_http: Vec<String>,
     /// PEM files of further certificate authorities.
     pub ca_files: Vec<PathBuf>,
+    /// A file of credentials in docker's form (`auths`), for pulls that bring none.
+    pub credentials: Option<PathBuf>,
     /// Store images from archives as pinned.
     pub pin_imported: bool,
     /// Image references that are pinned whenever they arrive.

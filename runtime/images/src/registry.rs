@@ -3,18 +3,23 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::StreamExt;
 use futures::stream::BoxStream;
-use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
+use oci_client::client::{BlobResponse, Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
 use oci_client::errors::OciDistributionError;
 use oci_client::manifest::OciDescriptor;
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference as Remote};
 
-use crate::{Auth, ImageError, Reference, RegistryConfig};
+use crate::{Auth, ImageError, Reference, RegistryConfig, credentials};
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 const READ_LIMIT: Duration = Duration::from_secs(60);
 const MANIFEST_LIMIT: Duration = Duration::from_secs(90);
+/// How often one transfer goes on after it broke off; the first few times even without progress.
+const RESUMPTIONS_MAX: u32 = 20;
+const RESUMPTIONS_FREE: u32 = 2;
+const RESUMPTION_PAUSE: Duration = Duration::from_millis(300);
 
 const ACCEPTED: &[&str] = &[
     "application/vnd.oci.image.index.v1+json",
@@ -42,12 +47,23 @@ pub(crate) fn sources(
     for rule in &config.mirrors {
         if rule.registry == reference.registry || rule.registry == "*" {
             for endpoint in &rule.endpoints {
-                sources.push(source(config, reference, endpoint, None)?);
+                let known = known(config, bare(endpoint), &reference.repository)?;
+                sources.push(source(config, reference, endpoint, known.as_ref())?);
             }
         }
     }
-    sources.push(source(config, reference, &reference.registry, auth)?);
+    let known = if auth.is_none() { known(config, &reference.registry, &reference.repository)? } else { None };
+    sources.push(source(config, reference, &reference.registry, auth.or(known.as_ref()))?);
     Ok(sources)
+}
+
+fn known(config: &RegistryConfig, registry: &str, repository: &str) -> Result<Option<Auth>, ImageError> {
+    config.credentials.as_deref().map_or(Ok(None), |file| credentials::find(file, registry, repository))
+}
+
+fn bare(endpoint: &str) -> &str {
+    let host = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://")).unwrap_or(endpoint);
+    host.trim_end_matches('/')
 }
 
 fn source(
@@ -56,12 +72,9 @@ fn source(
     endpoint: &str,
     auth: Option<&Auth>,
 ) -> Result<Source, ImageError> {
-    let (host, explicit) = match (endpoint.strip_prefix("http://"), endpoint.strip_prefix("https://")) {
-        (Some(host), _) => (host, Some(true)),
-        (_, Some(host)) => (host, Some(false)),
-        _ => (endpoint, None),
-    };
-    let host = host.trim_end_matches('/');
+    let host = bare(endpoint);
+    let explicit = endpoint.starts_with("http://").then_some(true);
+    let explicit = explicit.or_else(|| endpoint.starts_with("https://").then_some(false));
     let plain = explicit.unwrap_or_else(|| is_loopback(host) || config.plain_http.iter().any(|known| known == host));
     let remote = match (&reference.digest, &reference.tag) {
         (Some(digest), _) => Remote::with_digest(host.to_owned(), reference.repository.clone(), digest.clone()),
@@ -122,8 +135,48 @@ impl Source {
         }
     }
 
-    /// A blob as it comes.
+    /// A blob as it comes. A transfer that breaks off goes on where it was, as long as each try brings it further.
     pub(crate) async fn blob(
+        &self,
+        digest: &str,
+        size_bytes: u64,
+    ) -> Result<BoxStream<'static, std::io::Result<Bytes>>, ImageError> {
+        let stream = self.whole_blob(digest, size_bytes).await?;
+        let transfer = Transfer {
+            source: self.clone(),
+            digest: digest.to_owned(),
+            size_bytes,
+            stream,
+            arrived: 0,
+            arrived_before: 0,
+            resumptions: 0,
+        };
+        Ok(futures::stream::unfold(transfer, |mut transfer| async move {
+            transfer.next().await.map(|item| (item, transfer))
+        })
+        .boxed())
+    }
+
+    async fn rest_of_blob(
+        &self,
+        digest: &str,
+        size_bytes: u64,
+        offset: u64,
+    ) -> Result<BoxStream<'static, std::io::Result<Bytes>>, ImageError> {
+        let size = i64::try_from(size_bytes).unwrap_or(i64::MAX);
+        let descriptor = OciDescriptor { digest: digest.to_owned(), size, ..OciDescriptor::default() };
+        let length = size_bytes.saturating_sub(offset);
+        let fetch = self.client.pull_blob_stream_partial(&self.remote, &descriptor, offset, Some(length));
+        match tokio::time::timeout(MANIFEST_LIMIT, fetch).await {
+            Err(_) => Err(self.failed(format!("{} did not answer in time", self.name))),
+            Ok(Ok(BlobResponse::Partial(sized))) => Ok(sized.stream),
+            // It cannot do ranges: what is there already comes again and is passed over.
+            Ok(Ok(BlobResponse::Full(sized))) => Ok(skip(sized.stream, offset)),
+            Ok(Err(error)) => Err(self.translate(error)),
+        }
+    }
+
+    async fn whole_blob(
         &self,
         digest: &str,
         size_bytes: u64,
@@ -165,6 +218,60 @@ impl Source {
             _ => self.failed(chain(&error)),
         }
     }
+}
+
+type Blob = BoxStream<'static, std::io::Result<Bytes>>;
+
+/// One blob on its way.
+struct Transfer {
+    source: Source,
+    digest: String,
+    size_bytes: u64,
+    stream: Blob,
+    arrived: u64,
+    arrived_before: u64,
+    resumptions: u32,
+}
+
+impl Transfer {
+    async fn next(&mut self) -> Option<std::io::Result<Bytes>> {
+        loop {
+            let broken = match self.stream.next().await {
+                Some(Ok(chunk)) => {
+                    self.arrived += chunk.len() as u64;
+                    return Some(Ok(chunk));
+                }
+                None if self.arrived >= self.size_bytes => return None,
+                None => std::io::Error::from(std::io::ErrorKind::UnexpectedEof),
+                Some(Err(error)) => error,
+            };
+            // The first two tries are free; a later one must have brought something.
+            let stuck = self.resumptions >= RESUMPTIONS_FREE && self.arrived == self.arrived_before;
+            if stuck || self.resumptions >= RESUMPTIONS_MAX || self.arrived > self.size_bytes {
+                return Some(Err(broken));
+            }
+            tracing::debug!(digest = %self.digest, arrived = self.arrived, error = %broken, "transfer broke off and goes on");
+            self.arrived_before = self.arrived;
+            self.resumptions += 1;
+            tokio::time::sleep(RESUMPTION_PAUSE).await;
+            match self.source.rest_of_blob(&self.digest, self.size_bytes, self.arrived).await {
+                Ok(stream) => self.stream = stream,
+                Err(error) => return Some(Err(std::io::Error::other(error.to_string()))),
+            }
+        }
+    }
+}
+
+fn skip(stream: Blob, bytes: u64) -> Blob {
+    let mut left = usize::try_from(bytes).unwrap_or(usize::MAX);
+    let rest = stream.map(move |item| {
+        item.map(|mut chunk| {
+            let passed = left.min(chunk.len());
+            left -= passed;
+            chunk.split_off(passed)
+        })
+    });
+    rest.boxed()
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

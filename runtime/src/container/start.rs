@@ -7,6 +7,7 @@ use std::sync::Arc;
 use oarlock_failpoint::step;
 use oarlock_proto::cri;
 use oarlock_shim_api::{CreateRequest, ErrorKind, Shim, ShimError};
+use tracing::{Instrument, debug_span};
 
 use super::state_error;
 use super::stop::delete_in_engine;
@@ -84,9 +85,9 @@ async fn in_engine(
     };
     let limit = core.config.shim_timeout;
     let engine = async {
-        let created = shim.create(request).await?;
+        let created = shim.create(request).instrument(debug_span!("engine creates")).await?;
         step("the engine has made the container");
-        shim.start(&record.id).await?;
+        shim.start(&record.id).instrument(debug_span!("engine starts")).await?;
         step("the engine has started the container");
         Ok(created.pid)
     };

@@ -12,6 +12,8 @@ use oarlock_failpoint::step;
 use oarlock_netns::{PinOptions, Pins};
 use oarlock_shim_api::Shim;
 
+use tracing::{Instrument, debug_span};
+
 use super::network::{self, Joined};
 use crate::core::Core;
 use crate::error::Error;
@@ -34,6 +36,7 @@ pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &De
         step("the sandbox's directory is made");
         create_group(&group)
     })
+    .instrument(debug_span!("directory and cgroup"))
     .await?;
     step("the sandbox's control group is made");
     // A shared PID namespace belongs to the sandbox's user namespace, so the shim has to wait for that.
@@ -47,10 +50,10 @@ pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &De
             if !pinned_first {
                 pin_namespaces(decision, sandbox, &paths).await?;
             }
-            make_network(core, sandbox, decision).await
+            make_network(core, sandbox, decision).instrument(debug_span!("network")).await
         },
-        make_shim(core, sandbox, decision),
-        make_files(decision, sandbox, &paths)
+        make_shim(core, sandbox, decision).instrument(debug_span!("shim")),
+        make_files(decision, sandbox, &paths).instrument(debug_span!("files"))
     );
     shim?;
     files?;
@@ -78,6 +81,7 @@ async fn pin_namespaces(decision: &Decision, sandbox: &Arc<Sandbox>, paths: &San
             source,
         })
     })
+    .instrument(debug_span!("namespaces"))
     .await?;
     step("namespaces are pinned");
     Ok(())

@@ -11,6 +11,7 @@ use oarlock_failpoint::step;
 use oarlock_netns::{Pins, remove_pinned};
 use oarlock_proto::cri;
 use oarlock_shim_api::{Shim, ShimError, read_shim_record};
+use tracing::{Instrument, debug_span};
 
 use super::{forget, network};
 use crate::container;
@@ -37,7 +38,7 @@ async fn stop_locked(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(), Err
     }
     sandbox.change(&core.records, |record| record.phase = SandboxPhase::Stopping).await?;
     let id = sandbox.id();
-    let mut failures = stop_containers(core, &id).await;
+    let mut failures = stop_containers(core, &id).instrument(debug_span!("stop containers")).await;
     step("the sandbox's containers are stopped");
     let left = tear_down(core, sandbox).await;
     failures.extend(left.network.into_iter().chain(left.local));
@@ -98,21 +99,23 @@ pub(super) async fn tear_down(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Failu
     sandbox.set_shim(None);
     let group = record.owns_cgroup_parent.then(|| record.cgroup_parent.clone());
     let ended = async {
-        let shim = end_shim(core, &record.id, held).await;
+        let shim = end_shim(core, &record.id, held).instrument(debug_span!("end shim")).await;
         step("the shim has ended");
         shim.err().map(|error| error.full_message())
     };
     let (local, network) = if network::is_own(&record) {
-        let unpinned = unpin(core, &record.id).await.err().map(|error| error.full_message());
+        let unpinned =
+            unpin(core, &record.id).instrument(debug_span!("unpin")).await.err().map(|error| error.full_message());
         step("the network namespace is gone");
         let local = async {
             let mut local: Vec<String> = unpinned.into_iter().chain(ended.await).collect();
             local.extend(clear_away(core, &record.id, group).await);
             local
         };
-        tokio::join!(local, network::detach(core, &record))
+        tokio::join!(local, network::detach(core, &record).instrument(debug_span!("network")))
     } else {
-        let (ended, network) = tokio::join!(ended, network::detach(core, &record));
+        let detached = network::detach(core, &record).instrument(debug_span!("network"));
+        let (ended, network) = tokio::join!(ended, detached);
         let mut local: Vec<String> = ended.into_iter().collect();
         local.extend(clear_away(core, &record.id, group).await);
         (local, network)
@@ -163,8 +166,9 @@ pub(crate) async fn clear_away(core: &Arc<Core>, id: &str, group: Option<String>
     let (paths, id) = (core.paths.sandbox(id), id.to_owned());
     // Both wait for the kernel, not for one another.
     let (mounts, group) = tokio::join!(
-        blocking("clearing away", move || Ok(clear_mounts(&paths, &id))),
+        blocking("clearing away", move || Ok(clear_mounts(&paths, &id))).instrument(debug_span!("mounts")),
         blocking("clearing away", move || group.as_deref().map_or(Ok(()), remove_group))
+            .instrument(debug_span!("cgroup"))
     );
     let mut failures = mounts.unwrap_or_else(|error| vec![error.full_message()]);
     failures.extend(group.err().map(|error| error.full_message()));

@@ -5,6 +5,8 @@
 use std::io::IsTerminal;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::format::FmtSpan;
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,8 +32,11 @@ pub struct FilterError {
 pub fn init(filter: &str, format: Format) -> Result<(), FilterError> {
     let filter = std::env::var("OARLOCK_LOG").unwrap_or_else(|_| filter.to_owned());
     let parsed = EnvFilter::try_new(&filter).map_err(|source| FilterError { filter, source })?;
+    // Spans are below the levels of daily use; who asks for them wants to know how long each step took.
+    let spans = if parsed.max_level_hint() >= Some(LevelFilter::DEBUG) { FmtSpan::CLOSE } else { FmtSpan::NONE };
     let builder = tracing_subscriber::fmt()
         .with_env_filter(parsed)
+        .with_span_events(spans)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
     // Failure means that a subscriber is there already, which is what the caller wants.

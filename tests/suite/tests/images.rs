@@ -1,5 +1,6 @@
 //! The image store: pulls from a registry on loopback, imports, and archives that mean harm. Needs root (owners, whiteouts).
 
+#[allow(dead_code, reason = "shared with the tests of other files, which use the rest")]
 mod image_files;
 
 use std::fs;

@@ -317,3 +317,34 @@ fn containers_of_other_runtimes_are_run_watched_and_removed_like_our_own() {
         daemon
     });
 }
+
+#[test]
+fn the_daemon_s_metrics_are_on_its_socket_and_count_what_was_called() {
+    with_daemon("metrics", |mut daemon| async move {
+        let sandbox = daemon.sandbox("metrics").await;
+        daemon.container(&sandbox, container_config("main", &["sleep"])).await;
+        let unknown = cri::ContainerStatusRequest { container_id: "unknown".to_owned(), verbose: false };
+        daemon.runtime.container_status(unknown).await.unwrap_err();
+        let socket = daemon.socket();
+        let text = tokio::task::spawn_blocking(move || {
+            let mut stream = std::os::unix::net::UnixStream::connect(socket).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: runtime\r\nconnection: close\r\n\r\n").unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            text
+        })
+        .await
+        .unwrap();
+        assert!(text.starts_with("HTTP/1.1 200") && text.contains("text/plain; version=0.0.4"), "{text}");
+        for line in [
+            "oarlock_runtime_sandboxes 1",
+            "oarlock_runtime_containers_running 1",
+            "grpc_server_handled_total{grpc_service=\"runtime.v1.RuntimeService\",grpc_method=\"RunPodSandbox\",grpc_code=\"OK\"} 1",
+            "grpc_server_handled_total{grpc_service=\"runtime.v1.RuntimeService\",grpc_method=\"ContainerStatus\",grpc_code=\"NotFound\"} 1",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        daemon
+    });
+}

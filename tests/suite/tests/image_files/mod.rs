@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
@@ -111,6 +112,15 @@ pub struct Built {
 
 /// Makes an image of layers (uncompressed tars), each stored gzipped; the index has another architecture's entry first.
 pub fn build(layers: &[Vec<u8>]) -> Built {
+    build_as(layers, "application/vnd.oci.image.layer.v1.tar+gzip", gzip)
+}
+
+/// The same with layers as they are.
+pub fn build_uncompressed(layers: &[Vec<u8>]) -> Built {
+    build_as(layers, "application/vnd.oci.image.layer.v1.tar", <[u8]>::to_vec)
+}
+
+fn build_as(layers: &[Vec<u8>], kind: &str, pack: fn(&[u8]) -> Vec<u8>) -> Built {
     let mut blobs = BTreeMap::new();
     let mut add = |bytes: Vec<u8>| {
         let digest = sha256(&bytes);
@@ -119,7 +129,7 @@ pub fn build(layers: &[Vec<u8>]) -> Built {
     };
     let architecture = if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" };
     let diff_ids: Vec<String> = layers.iter().map(|layer| sha256(layer)).collect();
-    let packed: Vec<Vec<u8>> = layers.iter().map(|layer| gzip(layer)).collect();
+    let packed: Vec<Vec<u8>> = layers.iter().map(|layer| pack(layer)).collect();
     let sizes: Vec<usize> = packed.iter().map(Vec::len).collect();
     let layer_digests: Vec<String> = packed.into_iter().map(&mut add).collect();
     let config = json!({"architecture": architecture, "os": "linux", "config": {"Cmd": ["/bin/true"]},
@@ -130,7 +140,7 @@ pub fn build(layers: &[Vec<u8>]) -> Built {
     let descriptors: Vec<Value> = layer_digests
         .iter()
         .zip(&sizes)
-        .map(|(digest, size)| json!({"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", "digest": digest, "size": size}))
+        .map(|(digest, size)| json!({"mediaType": kind, "digest": digest, "size": size}))
         .collect();
     let manifest = serde_json::to_vec(&json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
         "config": {"mediaType": "application/vnd.oci.image.config.v1+json", "digest": config_digest, "size": config_size},
@@ -188,7 +198,25 @@ struct State {
     requests: Mutex<Vec<String>>,
     /// Paths whose next answer breaks off in the middle.
     broken: Mutex<Vec<String>>,
+    /// Parts of blobs can be asked for.
+    ranges: AtomicBool,
+    /// Bytes of blobs sent.
+    sent: AtomicUsize,
+    protection: Mutex<Protection>,
 }
+
+/// What a caller has to show.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub enum Protection {
+    #[default]
+    None,
+    /// `user:password` in base64.
+    Basic(String),
+    /// The same, for a token of the registry's own.
+    Token(String),
+}
+
+const TOKEN: &str = "a-token";
 
 impl Registry {
     pub async fn start(built: &Built) -> Registry {
@@ -214,6 +242,18 @@ impl Registry {
         self.state.broken.lock().unwrap().push(digest.into());
     }
 
+    pub fn serve_ranges(&self) {
+        self.state.ranges.store(true, Ordering::Relaxed);
+    }
+
+    pub fn protect(&self, protection: Protection) {
+        *self.state.protection.lock().unwrap() = protection;
+    }
+
+    pub fn bytes_sent(&self) -> usize {
+        self.state.sent.load(Ordering::Relaxed)
+    }
+
     pub fn requests_for(&self, digest: &str) -> usize {
         self.state.requests.lock().unwrap().iter().filter(|path| path.contains(digest)).count()
     }
@@ -230,6 +270,15 @@ async fn answer(mut stream: TcpStream, state: Arc<State>) {
     }
     let head = String::from_utf8_lossy(&head).into_owned();
     let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
+    let header = |name: &str| {
+        let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with(&format!("{name}:")));
+        line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
+    };
+    if let Some(answer) = refusal(&state, &path, &header("authorization"), &header("host")) {
+        let _ = stream.write_all(answer.as_bytes()).await;
+        let _ = stream.shutdown().await;
+        return;
+    }
     state.requests.lock().unwrap().push(path.clone());
     let name = path.rsplit('/').next().unwrap_or_default().to_owned();
     let digest = state.tags.lock().unwrap().get(&name).cloned().unwrap_or(name);
@@ -250,12 +299,47 @@ async fn answer(mut stream: TcpStream, state: Arc<State>) {
         (_, Some(body)) => ("200 OK", body),
         _ => ("404 Not Found", br#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#.to_vec()),
     };
+    let wanted = header("range");
+    let wanted = wanted.strip_prefix("bytes=").filter(|_| state.ranges.load(Ordering::Relaxed));
+    let (first, last) = wanted.and_then(|range| range.split_once('-')).unwrap_or_default();
+    let (status, body) = match (first.parse::<usize>(), last.parse::<usize>()) {
+        (Ok(first), last) if status == "200 OK" => {
+            let end = last.map_or(body.len(), |last| (last + 1).min(body.len()));
+            ("206 Partial Content", body[first.min(end)..end].to_vec())
+        }
+        _ => (status, body),
+    };
     let length = body.len();
     let head = format!(
         "HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\ndocker-content-digest: {digest}\r\nconnection: close\r\n\r\n"
     );
     let body = if broken { &body[..length / 2] } else { &body[..] };
+    if path.contains("/blobs/") {
+        state.sent.fetch_add(body.len(), Ordering::Relaxed);
+    }
     let _ = stream.write_all(head.as_bytes()).await;
     let _ = stream.write_all(body).await;
     let _ = stream.shutdown().await;
+}
+
+/// The answer to a caller without the right papers, and the tokens for one with them.
+fn refusal(state: &State, path: &str, shown: &str, host: &str) -> Option<String> {
+    let answer = |status: &str, head: &str, body: &str| {
+        let length = body.len();
+        Some(format!("HTTP/1.1 {status}\r\n{head}content-length: {length}\r\nconnection: close\r\n\r\n{body}"))
+    };
+    match state.protection.lock().unwrap().clone() {
+        Protection::Basic(known) if shown != format!("Basic {known}") => {
+            answer("401 Unauthorized", "www-authenticate: Basic realm=\"here\"\r\n", "{}")
+        }
+        Protection::Token(known) if path.starts_with("/token") => match shown == format!("Basic {known}") {
+            true => answer("200 OK", "content-type: application/json\r\n", &format!("{{\"token\":\"{TOKEN}\"}}")),
+            false => answer("401 Unauthorized", "", "{}"),
+        },
+        Protection::Token(_) if shown != format!("Bearer {TOKEN}") => {
+            let challenge = format!("www-authenticate: Bearer realm=\"http://{host}/token\",service=\"here\"\r\n");
+            answer("401 Unauthorized", &challenge, "{}")
+        }
+        _ => None,
+    }
 }
