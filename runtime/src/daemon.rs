@@ -191,7 +191,6 @@ fn registries(config: &Config) -> RegistryConfig {
         ca_files: config.registries.certificate_authorities.clone(),
         credentials: config.registries.credentials.clone(),
         pinned: Some(config.pause_image.clone()).filter(|image| !image.is_empty()).into_iter().collect(),
-        ..RegistryConfig::default()
     }
 }
 
