@@ -27,6 +27,7 @@ const PACKAGES: &[&str] = &[
     "curl",
     "iproute2",
     "linux-image-cloud-amd64",
+    "netbase",
     "nftables",
     "procps",
     "systemd-resolved",

@@ -13,7 +13,8 @@ pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-c
 /// What a running node needs.
 pub(crate) const RUN: &[&str] = &["nftables", "iproute2"];
 /// What the tests need beside these.
-pub(crate) const TEST: &[&str] = &["conntrack", "crun", "curl", "docker-registry", "runc", "skopeo", "unzip"];
+pub(crate) const TEST: &[&str] =
+    &["conntrack", "crun", "curl", "docker-registry", "netbase", "runc", "skopeo", "unzip"];
 
 /// What the virtual machine of `lab` needs.
 pub(crate) const LAB: &[&str] =
