@@ -70,9 +70,14 @@ impl Core {
             container_root: self.paths.engine(),
             shared_pid_namespace: modes.shared_pid.then(|| paths.pid_namespace()),
             user_namespace: modes.user.map(|_| paths.namespaces().join("user")),
-            cgroup: Some(format!("{}/shims", self.config.cgroup_root.trim_matches('/'))),
+            cgroup: Some(self.shim_group()),
             systemd_cgroup: false,
         }
+    }
+
+    /// The control group of all shims.
+    pub(crate) fn shim_group(&self) -> String {
+        format!("{}/shims", self.config.cgroup_root.trim_matches('/'))
     }
 
     /// The streaming server, once it is bound.

@@ -30,7 +30,10 @@ pub(crate) fn overlay(rootfs: &Rootfs, target: &Path, owner: Option<&Owner>) -> 
     let (lower, staged) = layers_for(&rootfs.lower, target, owner)?;
     let options =
         format!("lowerdir={},upperdir={},workdir={}", joined(&lower), escape(&rootfs.upper), escape(&rootfs.work));
-    let mounted = overlay_with(&options, target, MsFlags::empty());
+    // A container's own layer is never mounted a second time, so the disk need not have it: without `volatile` every unmount
+    // waits for all that anybody has written to the file system of the layers. Kernels before 5.10 do not know it.
+    let mounted = overlay_with(&format!("{options},volatile"), target, MsFlags::empty())
+        .or_else(|_| overlay_with(&options, target, MsFlags::empty()));
     staged.map_or(Ok(()), |staged| remove_tree(&staged)).and(mounted)
 }
 

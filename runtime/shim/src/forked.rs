@@ -44,10 +44,19 @@ pub(crate) struct Running {
 ///
 /// The job owns what it was given: dropping it in the parent closes the parent's copies.
 pub(crate) fn spawn(keep: &[RawFd], job: impl FnOnce() -> Finished) -> io::Result<Running> {
+    spawn_in(None, keep, job)
+}
+
+/// As [`spawn`], with the child born in a group of the version 2 hierarchy if the kernel lets it be.
+pub(crate) fn spawn_in(
+    birthplace: Option<BorrowedFd<'_>>,
+    keep: &[RawFd],
+    job: impl FnOnce() -> Finished,
+) -> io::Result<Running> {
     let kind = SockType::SeqPacket;
     let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
     // SAFETY: this process has one thread, so the child may allocate and lock as it likes.
-    match unsafe { fork() }? {
+    match unsafe { fork_in(birthplace) }? {
         ForkResult::Parent { child } => Ok(Running { pid: child, channel: ours }),
         ForkResult::Child => {
             let mut kept = keep.to_vec();
@@ -62,6 +71,31 @@ pub(crate) fn spawn(keep: &[RawFd], job: impl FnOnce() -> Finished) -> io::Resul
             unsafe { libc::_exit(0) }
         }
     }
+}
+
+/// fork(2), into a cgroup where that is wanted and possible: moving a process there later waits for the kernel.
+///
+/// # Safety
+/// As for fork: this process must have one thread.
+pub(crate) unsafe fn fork_in(birthplace: Option<BorrowedFd<'_>>) -> nix::Result<ForkResult> {
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    if let Some(group) = birthplace {
+        // SAFETY: an all-zero value is a valid one of this plain C struct.
+        let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+        arguments.flags = CLONE_INTO_CGROUP;
+        arguments.exit_signal = libc::SIGCHLD as u64;
+        arguments.cgroup = group.as_raw_fd() as u64;
+        // SAFETY: without a stack of its own and without shared memory the child goes on as after fork; one thread.
+        let result = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<libc::clone_args>()) };
+        match result {
+            0 => return Ok(ForkResult::Child),
+            pid if pid > 0 => return Ok(ForkResult::Parent { child: Pid::from_raw(pid as i32) }),
+            // An older kernel, or a group that takes no processes now.
+            _ => {}
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { fork() }
 }
 
 fn report(channel: BorrowedFd<'_>, finished: Finished) {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -292,8 +292,9 @@ impl Server {
         };
         let mut kept = job.ends.numbers();
         kept.push(job.init_handle.as_raw_fd());
-        let running =
-            forked::spawn(&kept, move || crate::exec::exec(job)).map_err(engine::io_failed("fork a helper"))?;
+        let group = job.cgroup.as_deref().and_then(|path| oarlock_cgroup::Cgroup::new(path).ok()?.birthplace());
+        let running = forked::spawn_in(group.as_ref().map(AsFd::as_fd), &kept, move || crate::exec::exec(job))
+            .map_err(engine::io_failed("fork a helper"))?;
         container.execs.push(Exec { id: body.exec_id.clone(), process: None, terminal: None });
         self.watch_helper(running, Purpose::Exec { container: slot, exec_id: body.exec_id, to, client_ends });
         Ok(())

@@ -13,10 +13,11 @@ use nix::fcntl::OFlag;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::Mode;
-use nix::unistd::{ForkResult, chdir, dup2_stderr, fork, setsid};
+use nix::unistd::{ForkResult, chdir, dup2_stderr, setsid};
 use oarlock_cgroup::Cgroup;
 use oarlock_shim_api::{ShimRecord, process_start_time, shim_record_path, socket_path, write_atomically};
 
+use crate::forked::fork_in;
 use crate::pidns;
 use crate::server::Server;
 
@@ -68,8 +69,13 @@ impl Config {
 
 /// Detaches, sets up and serves. The first process returns at once; its child is the shim.
 pub(crate) fn run(config: Config) -> ExitCode {
+    let group = config.cgroup.as_deref().and_then(|path| {
+        let group = Cgroup::new(path).ok()?;
+        group.create().ok()?;
+        group.birthplace()
+    });
     // SAFETY: no thread has been started.
-    match unsafe { fork() } {
+    match unsafe { fork_in(group.as_ref().map(AsFd::as_fd)) } {
         Ok(ForkResult::Parent { .. }) => return ExitCode::SUCCESS,
         Ok(ForkResult::Child) => {}
         Err(errno) => {
@@ -124,8 +130,7 @@ fn prepare(config: &Config) -> io::Result<Server> {
     // Not everyone may go below the score they have; the shim then is as likely a victim as others.
     let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     if let Some(path) = &config.cgroup {
-        let joined = Cgroup::new(path)
-            .and_then(|cgroup| cgroup.create().and_then(|()| cgroup.attach(std::process::id() as i32)));
+        let joined = Cgroup::new(path).and_then(|cgroup| cgroup.create().and_then(|()| cgroup.join()));
         joined.map_err(|error| io::Error::other(crate::engine::chain(&error)))?;
     }
     // SAFETY: takes numbers only.

@@ -1,7 +1,7 @@
 //! One group: its life, members and limits.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -19,7 +19,7 @@ use crate::{CgroupError, Layout, Limits, path};
 /// How long a kill or a removal waits for processes to be gone.
 const GONE_LIMIT: Duration = Duration::from_secs(5);
 const FREEZE_LIMIT: Duration = Duration::from_secs(2);
-const POLL: Duration = Duration::from_millis(2);
+const POLL: Duration = Duration::from_micros(500);
 
 /// A group, which may or may not exist yet.
 #[derive(Debug, Clone)]
@@ -173,6 +173,45 @@ impl<'a> Cgroup<'a> {
         self.dirs().try_for_each(|dir| attach_in(&dir, pid))
     }
 
+    /// Moves the calling process, which has one thread, into the group in every hierarchy.
+    ///
+    /// Moving any process takes a lock for which the kernel waits a grace period, some milliseconds. On version 1 a thread that
+    /// moves itself does without; on version 2 a process can be born in its group (see [`Cgroup::birthplace`]), and then
+    /// nothing is left to do here.
+    pub fn join(&self) -> Result<(), CgroupError> {
+        let own = std::process::id() as i32;
+        self.dirs().try_for_each(|dir| {
+            if is_unified(&dir) {
+                if self.is_home_of_caller() { Ok(()) } else { attach_in(&dir, own) }
+            } else {
+                fs::write(dir.join("tasks"), "0").or_else(|_| attach_in(&dir, own))
+            }
+        })
+    }
+
+    /// The group's directory in the version 2 hierarchy, for clone3 with CLONE_INTO_CGROUP; None without such a hierarchy.
+    pub fn birthplace(&self) -> Option<File> {
+        let dir = self.dirs().find(|dir| is_unified(dir))?;
+        File::open(dir).ok()
+    }
+
+    /// Makes the next moves of processes quick: the kernel waits a grace period before the first of several, whichever it
+    /// is, and so may wait for this one, which moves a member of the group to where it is. Blocks for that long.
+    pub fn expect_moves(&self, member: i32) {
+        let Some(dir) = self.dirs().next() else { return };
+        let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        if members.lines().any(|line| line.parse() == Ok(member)) {
+            let _ = fs::write(dir.join("cgroup.procs"), member.to_string());
+        }
+    }
+
+    /// Whether the calling process is in this very group of the version 2 hierarchy.
+    fn is_home_of_caller(&self) -> bool {
+        let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let path = text.lines().find_map(|line| line.strip_prefix("0::/"));
+        path.is_some_and(|path| path == self.path)
+    }
+
     /// Moves a process only in the hierarchies without controllers (see [`Cgroup::create_without_controllers`]).
     pub fn attach_without_controllers(&self, pid: i32) -> Result<(), CgroupError> {
         self.bare_dirs().try_for_each(|dir| attach_in(&dir, pid))
@@ -288,6 +327,11 @@ impl<'a> Cgroup<'a> {
         let deadline = Instant::now() + GONE_LIMIT;
         self.dirs().try_for_each(|dir| remove_tree(&dir, deadline))
     }
+}
+
+/// Files of that name are in version 2 groups only.
+fn is_unified(dir: &Path) -> bool {
+    dir.join("cgroup.type").exists() || dir.join("cgroup.controllers").exists()
 }
 
 fn is_swap(file: &str) -> bool {

@@ -62,7 +62,7 @@ pub(crate) fn exec(job: ExecJob) -> Finished {
         let _ = fs::write("/proc/self/oom_score_adj", score.trim());
     }
     if let Some(cgroup) = &job.cgroup {
-        let joined = Cgroup::new(cgroup).and_then(|cgroup| cgroup.attach(std::process::id() as i32));
+        let joined = Cgroup::new(cgroup).and_then(|cgroup| cgroup.join());
         joined.map_err(|error| failed("join the container's cgroup", &error))?;
     }
     let user = (process.user().uid(), process.user().gid());
