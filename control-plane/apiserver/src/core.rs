@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::negotiate::Accept;
 use crate::object;
 use crate::request::RequestInfo;
+use crate::resource_metrics::ResourceMetrics;
 use crate::strategy::services::Allocator;
 use crate::tokens::Tokens;
 use crate::user::User;
@@ -31,6 +32,7 @@ pub(crate) struct Core {
     pub(crate) services: Allocator,
     pub(crate) kubelets: Kubelets,
     pub(crate) metrics: Metrics,
+    pub(crate) resource_metrics: ResourceMetrics,
     /// Places for requests that are being worked on; watches and connections through to nodes take none.
     pub(crate) places: Semaphore,
     /// Cancelled when the server stops: ends watches and other endless answers.

@@ -17,6 +17,7 @@ use crate::error::{ApiError, ApiResult};
 use crate::negotiate::Accept;
 use crate::registry;
 use crate::request::{RequestInfo, ResourcePath};
+use crate::resource_metrics;
 use crate::strategy::{connect, namespaces, pods, reviews, scale, token_requests};
 use crate::user::UNAUTHENTICATED;
 use crate::wire::{self, Answer, Body};
@@ -153,6 +154,9 @@ async fn resource(ctx: &mut Context, request: Request<Body>) -> ApiResult<Answer
     }
     if !kind.namespaced && path.namespace.is_some() && path.resource != "namespaces" {
         return Ok(wire::page_not_found());
+    }
+    if kind.group == "metrics.k8s.io" {
+        return resource_metrics::answer(ctx, kind, &target).await;
     }
     if !kind.stored {
         return review(ctx, kind, &path, request).await;

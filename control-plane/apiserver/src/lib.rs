@@ -26,6 +26,7 @@ mod negotiate;
 mod object;
 mod registry;
 mod request;
+mod resource_metrics;
 mod selector;
 mod server;
 mod serving_cert;
@@ -121,6 +122,7 @@ impl ApiServer {
             services: strategy::services::Allocator::default(),
             kubelets,
             metrics: metrics::Metrics::default(),
+            resource_metrics: Default::default(),
             places: tokio::sync::Semaphore::new(MAX_REQUESTS),
             stopping: CancellationToken::new(),
         };

@@ -37,6 +37,9 @@ const BASE: Kind = Kind {
 /// A row of a review kind: nothing is stored, POST only.
 const REVIEW: Kind = Kind { stored: false, namespaced: false, verbs: CREATE_ONLY, ..BASE };
 
+/// A row of what is measured when it is asked for.
+const MEASURED: Kind = Kind { stored: false, verbs: &["get", "list"], ..BASE };
+
 static KINDS: &[Kind] = &[
     Kind {
         kind: "Binding",
@@ -341,6 +344,16 @@ static KINDS: &[Kind] = &[
         validate_update: validate::events_event_update,
         ..BASE
     },
+    Kind {
+        group: "metrics.k8s.io",
+        version: "v1beta1",
+        kind: "NodeMetrics",
+        plural: "nodes",
+        singular: "",
+        namespaced: false,
+        ..MEASURED
+    },
+    Kind { group: "metrics.k8s.io", version: "v1beta1", kind: "PodMetrics", plural: "pods", singular: "", ..MEASURED },
     Kind {
         group: "node.k8s.io",
         kind: "RuntimeClass",

@@ -311,6 +311,11 @@ pub(crate) fn cluster_roles() -> Vec<Value> {
         role("system:kube-scheduler", &[], scheduler_rules()),
         role("system:kube-controller-manager", &[], controller_manager_rules()),
         role("system:kubelet-api-admin", &[], kubelet_api_admin_rules()),
+        role(
+            "system:aggregated-metrics-reader",
+            &[to("view")],
+            vec![rule(&["get", "list", "watch"], &["metrics.k8s.io"], &["nodes", "pods"])],
+        ),
         role("system:kube-dns", &[], vec![rule(&["list", "watch"], &[""], &["endpoints", "services"])]),
         role(
             "system:node-bootstrapper",

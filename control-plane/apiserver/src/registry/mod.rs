@@ -11,6 +11,7 @@ mod watch;
 pub(crate) use create::create;
 pub(crate) use delete::{DeleteOptions, delete, delete_collection, delete_object};
 pub(crate) use patch::{Patch, patch};
-pub(crate) use read::{get, list};
+pub(crate) use read::{get, list, select};
+pub(crate) use respond::spelled;
 pub(crate) use update::{Change, Mode, Written, modify, update, written_answer};
 pub(crate) use watch::watch;

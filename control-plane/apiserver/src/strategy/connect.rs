@@ -63,7 +63,7 @@ fn read(ctx: &Context, target: &Target) -> ApiResult<Value> {
 }
 
 /// The address of the server on a node.
-fn kubelet_address(ctx: &Context, node: &str) -> ApiResult<SocketAddr> {
+pub(crate) fn kubelet_address(ctx: &Context, node: &str) -> ApiResult<SocketAddr> {
     let nodes = row("nodes")?;
     let record = ctx.core.store.get(&object::key(nodes, "", node)).ok_or_else(|| ApiError::not_found(nodes, node))?;
     let node_object = object::parse(&record);

@@ -17,6 +17,7 @@ pub(crate) const CASES: &[Case] = &[
     ("a_manifest_on_the_node_runs_without_the_api", static_pod),
     ("the_end_of_the_log_stands_in_for_last_words", last_words),
     ("a_server_that_starts_slowly_is_ready_soon", slow_start),
+    ("top_shows_what_pods_and_nodes_use", top),
 ];
 
 fn resize(cluster: &Cluster) {
@@ -147,4 +148,22 @@ fn slow_start(cluster: &Cluster) {
     cluster.kubectl("wait --for=condition=Ready pod/slow --timeout=60s");
     assert!(began.elapsed() < Duration::from_secs(10), "it took {:?}", began.elapsed());
     cluster.kubectl("delete pod slow --timeout=60s");
+}
+
+/// `kubectl top` without anything installed: what pods and the node use now.
+fn top(cluster: &Cluster) {
+    cluster.apply(&pod("busy", &["/bin/stress"]));
+    cluster.kubectl("wait --for=condition=Ready pod/busy --timeout=60s");
+    let table = cluster.wait_for_output("top pod busy --no-headers", "a busy pod", |text| {
+        let cpu = text.split_whitespace().nth(1).and_then(|cell| cell.strip_suffix('m')?.parse::<u32>().ok());
+        cpu.is_some_and(|milli| milli > 100)
+    });
+    assert!(table.contains("busy") && table.contains("Mi"), "{table}");
+    let containers = cluster.kubectl("top pod busy --containers --no-headers");
+    assert!(containers.contains("main"), "{containers}");
+    let nodes = cluster.kubectl("top nodes --no-headers");
+    assert!(nodes.contains('%') && nodes.contains("Mi"), "{nodes}");
+    let selected = cluster.kubectl("top pods -l app=busy --no-headers");
+    assert_eq!(selected.lines().count(), 1, "{selected}");
+    cluster.kubectl("delete pod busy --timeout=60s");
 }
