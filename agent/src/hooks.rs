@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Empty};
-use hyper_util::rt::TokioIo;
 use k8s_openapi::api::core::v1::{Container, HTTPGetAction, LifecycleHandler};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use oarlock_probes::LifecycleGet;
 use tokio::net::TcpStream;
 
 use crate::cri::Runtime;
@@ -51,36 +50,16 @@ pub(crate) async fn run(runtime: &Runtime, hook: &Hook<'_>, limit: Duration) -> 
 }
 
 async fn http_get(hook: &Hook<'_>, http: &HTTPGetAction) -> Result<(), String> {
-    let port = port_number(hook.container, &http.port)?;
-    let host = http.host.as_deref().filter(|host| !host.is_empty()).unwrap_or(hook.host);
-    let path = http.path.as_deref().filter(|path| !path.is_empty()).unwrap_or("/");
-    let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
-    if http.scheme.as_deref() == Some("HTTPS") {
-        return Err("HTTPS lifecycle hooks are not supported on this node".to_owned());
-    }
-    let stream = TcpStream::connect((host, port)).await.map_err(|error| error.to_string())?;
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| error.to_string())?;
-    let connection = tokio::spawn(connection);
-    let shown = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
-    let mut request = http::Request::get(path).header("Host", shown).header("User-Agent", "kube-lifecycle/1.36");
-    for header in http.http_headers.iter().flatten() {
-        request = request.header(header.name.as_str(), header.value.as_str());
-    }
-    let request = request.body(Empty::<bytes::Bytes>::new()).map_err(|error| error.to_string())?;
-    let response = sender.send_request(request).await.map_err(|error| error.to_string());
-    let result = match response {
-        Ok(response) => {
-            let status = response.status();
-            // Read a little of the body so that the server is not cut off in the middle of a small answer.
-            let mut body = response.into_body();
-            let _ = body.frame().await;
-            if status.is_success() || status.is_redirection() { Ok(()) } else { Err(format!("answered {status}")) }
-        }
-        Err(error) => Err(error),
-    };
-    connection.abort();
-    result
+    let headers: Vec<(String, String)> =
+        http.http_headers.iter().flatten().map(|header| (header.name.clone(), header.value.clone())).collect();
+    oarlock_probes::lifecycle_get(LifecycleGet {
+        tls: http.scheme.as_deref() == Some("HTTPS"),
+        host: http.host.as_deref().filter(|host| !host.is_empty()).unwrap_or(hook.host),
+        port: port_number(hook.container, &http.port)?,
+        path: http.path.as_deref().unwrap_or_default(),
+        headers: &headers,
+    })
+    .await
 }
 
 /// A port by number, or by its name among the container's ports.

@@ -17,6 +17,7 @@ use crate::action::{Attempt, OUTPUT_LIMIT_BYTES};
 use crate::tcp::{describe, join_host_port};
 
 pub(crate) const AGENT: &str = "kube-probe/1.36";
+const LIFECYCLE_AGENT: &str = "kube-lifecycle/1.36";
 
 /// Redirects followed before giving up.
 const REDIRECT_LIMIT: usize = 10;
@@ -103,6 +104,37 @@ impl HttpProber {
             .await
             .map_err(|error| Failed::Other(format!("tls: {error}")))?;
         exchange(stream, request).await
+    }
+}
+
+/// A lifecycle hook's request: any answer is success, as upstream takes it.
+#[derive(Debug, Clone, Copy)]
+pub struct LifecycleGet<'a> {
+    /// HTTPS without a check of the certificate.
+    pub tls: bool,
+    pub host: &'a str,
+    pub port: u16,
+    pub path: &'a str,
+    pub headers: &'a [(String, String)],
+}
+
+/// Sends it. Not bounded in time.
+pub async fn lifecycle_get(get: LifecycleGet<'_>) -> Result<(), String> {
+    let prober = HttpProber::new();
+    let mut headers = get.headers.to_vec();
+    if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("user-agent")) {
+        headers.push(("User-Agent".to_owned(), LIFECYCLE_AGENT.to_owned()));
+    }
+    let headers = header_map(&headers)?;
+    let mut tls = get.tls;
+    loop {
+        let uri = uri_of(Target { tls, host: get.host, port: get.port, path: get.path })?;
+        match prober.once(&uri, &headers).await {
+            Ok(_) => return Ok(()),
+            // A server without TLS where TLS was asked for is asked again without, as upstream does.
+            Err(Failed::Other(message)) if tls && message.contains("InvalidContentType") => tls = false,
+            Err(Failed::Connect(message) | Failed::Other(message)) => return Err(format!("Get \"{uri}\": {message}")),
+        }
     }
 }
 

@@ -107,3 +107,30 @@ async fn a_silent_server_runs_into_the_timeout() {
     let port = listener.local_addr().unwrap().port();
     assert!(matches!(get(port, "/", &[]).await, Attempt::Failure(m) if m.contains("context deadline exceeded")));
 }
+
+#[tokio::test]
+async fn a_hook_takes_any_answer_and_a_server_without_tls() {
+    let (port, mut asked) = serve(vec![answer("500 X", "")]).await;
+    let get = LifecycleGet { tls: false, host: "127.0.0.1", port, path: "stop", headers: &[] };
+    assert_eq!(lifecycle_get(get).await, Ok(()));
+    let request = asked.recv().await.unwrap().to_lowercase();
+    assert!(request.starts_with("get /stop http/1.1\r\n") && request.contains("user-agent: kube-lifecycle/1.36"));
+
+    // The first connection gets a greeting that it takes for HTTP, the second one asks in plain.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = tokio::spawn(async move {
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut some = [0; 16];
+            let _ = stream.read(&mut some).await;
+            let _ = stream.write_all(answer("400 Bad Request", "connection: close\r\n").as_bytes()).await;
+        }
+    });
+    let get = LifecycleGet { tls: true, host: "127.0.0.1", port, path: "/", headers: &[] };
+    assert_eq!(lifecycle_get(get).await, Ok(()));
+    server.await.unwrap();
+
+    let get = LifecycleGet { tls: false, host: "127.0.0.1", port, path: "/", headers: &[] };
+    assert!(lifecycle_get(get).await.unwrap_err().contains("connection refused"));
+}

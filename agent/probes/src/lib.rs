@@ -13,5 +13,6 @@ mod tcp;
 mod tls;
 mod worker;
 
+pub use http::{LifecycleGet, lifecycle_get};
 pub use manager::ProbeManager;
 pub use model::{ExecProbe, InitialOutcomes, Kind, Outcome, Target, Update};

@@ -7,6 +7,9 @@ use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, Pod, Secret
 use super::expand::expand;
 use super::resources::{milli_value, value};
 
+/// What an environment file holds, None where there is no such file, or what is wrong with it.
+pub(crate) type EnvFile = Result<Option<BTreeMap<String, String>>, String>;
+
 /// Everything that references may point at.
 #[derive(Default)]
 pub(crate) struct Sources<'a> {
@@ -17,6 +20,8 @@ pub(crate) struct Sources<'a> {
     /// By name; None for one that does not exist.
     pub config_maps: BTreeMap<String, Option<ConfigMap>>,
     pub secrets: BTreeMap<String, Option<Secret>>,
+    /// By volume and path.
+    pub env_files: BTreeMap<(String, String), EnvFile>,
     /// Variables for the services that the pod links to, in order.
     pub services: Vec<(String, String)>,
     /// Thousandths of each resource that the node can give.
@@ -39,6 +44,15 @@ pub(crate) fn references(container: &Container) -> (Vec<String>, Vec<String>) {
         list.dedup();
     }
     (maps, secrets)
+}
+
+/// The volume and path of each environment file that a container's environment names.
+pub(crate) fn file_references(container: &Container) -> Vec<(String, String)> {
+    let sources = container.env.iter().flatten().filter_map(|env| env.value_from.as_ref()?.file_key_ref.as_ref());
+    let mut files: Vec<_> = sources.map(|file| (file.volume_name.clone(), file.path.clone())).collect();
+    files.sort();
+    files.dedup();
+    files
 }
 
 /// The environment in the order in which it is set, without repeats; Err is a CreateContainerConfigError message.
@@ -148,6 +162,21 @@ fn referenced(
         let bytes = secret.data.as_ref().and_then(|data| data.get(&reference.key));
         let text = bytes.map(|bytes| String::from_utf8_lossy(&bytes.0).into_owned());
         return missing_key(text, "secret", pod, (&reference.name, &reference.key), reference.optional);
+    }
+    if let Some(reference) = &source.file_key_ref {
+        let place = (reference.volume_name.clone(), reference.path.clone());
+        let optional = reference.optional.unwrap_or(false);
+        let shown = format!("env file {:?} of volume {:?}", reference.path, reference.volume_name);
+        let found = match sources.env_files.get(&place) {
+            Some(Ok(Some(file))) => file.get(&reference.key).cloned(),
+            Some(Err(error)) => return Err(format!("couldn't parse {shown}: {error}")),
+            Some(Ok(None)) | None if optional => None,
+            Some(Ok(None)) | None => return Err(format!("couldn't find {shown}")),
+        };
+        return match found {
+            None if !optional => Err(format!("couldn't find key {} in {shown}", reference.key)),
+            found => Ok(found),
+        };
     }
     Ok(Some(String::new()))
 }

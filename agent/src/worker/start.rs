@@ -13,7 +13,8 @@ use crate::model::ContainerId;
 use crate::plan::Outcome;
 use crate::recorder::Level;
 use crate::spec::container::{ContainerFacts, container_config, propagation};
-use crate::spec::env::{Sources, environment, references, service_variables};
+use crate::spec::env::{Sources, environment, file_references, references, service_variables};
+use crate::spec::env_file;
 use crate::spec::expand::expand;
 use crate::spec::security::ImageUser;
 use crate::{hooks, spec};
@@ -156,6 +157,16 @@ impl Job {
             let all = all.ok_or("services have not yet been read at least once, cannot construct envvars")?;
             service_variables(&all, namespace, spec.enable_service_links.unwrap_or(true))
         };
+        let mut env_files = BTreeMap::new();
+        for (volume, path) in file_references(container) {
+            let read = shared.volumes.read_file(&self.pod, &volume, &path, env_file::MAX_BYTES).await;
+            let read = read.map_err(|error| error.full_message());
+            let parsed = read.and_then(|bytes| match bytes {
+                Some(bytes) => env_file::parse(&String::from_utf8_lossy(&bytes)).map(Some),
+                None => Ok(None),
+            });
+            env_files.insert((volume, path), parsed);
+        }
         let pod_ips = self.pod_ips();
         let sources = Sources {
             pod_ips: &pod_ips,
@@ -164,6 +175,7 @@ impl Job {
             service_account: spec.service_account_name.as_deref().unwrap_or_default(),
             config_maps,
             secrets: found_secrets,
+            env_files,
             services,
             allocatable: shared.capacity.allocatable.clone(),
         };

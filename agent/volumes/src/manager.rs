@@ -18,6 +18,7 @@ use crate::mounter::{KernelMounter, Mounter};
 use crate::place::{Place, Shape};
 use crate::plan;
 use crate::source::ObjectSource;
+use crate::subpath;
 use crate::tokens::TokenCache;
 
 /// What a volume may need to know beside the pod itself.
@@ -162,6 +163,32 @@ impl VolumeManager {
         let place = self.place(dir);
         let _guard = self.lock(&place.dir.uid).await;
         blocking("binding a subPath", move || place.bind_sub_path(&base, &sub_path, &target)).await
+    }
+
+    /// Reads a file that a container may have left in an emptyDir, without following it anywhere else. None when there is none.
+    pub async fn read_file(
+        &self,
+        pod: &Pod,
+        volume: &str,
+        path: &str,
+        most_bytes: usize,
+    ) -> Result<Option<Vec<u8>>, VolumeError> {
+        let found = plan::find_volume(pod, volume)?;
+        let kind = VolumeKind::of(found)?;
+        if kind != VolumeKind::EmptyDir {
+            return Err(VolumeError::Invalid { message: format!("volume {volume:?} is not an emptyDir") });
+        }
+        let root = PodDir::of(&self.pods_root, pod)?.volume(kind, volume)?;
+        let (volume, path) = (volume.to_owned(), path.to_owned());
+        let failed = |error: subpath::SubPathError, volume, sub_path| VolumeError::SubPath {
+            volume,
+            sub_path,
+            reason: error.to_string(),
+        };
+        blocking("reading a file in a volume", move || {
+            subpath::read(&root, &path, most_bytes).map_err(|error| failed(error, volume, path))
+        })
+        .await
     }
 
     /// Unmounts and removes everything that was made for the pod, the pod's directory included. Takes every step and

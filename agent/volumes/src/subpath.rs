@@ -3,6 +3,7 @@
 //! The descriptor is what gets bound, so whatever a container does to the volume between the check and the mount is
 //! without effect. Links inside the volume are followed as long as they stay inside.
 
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path};
 
@@ -46,6 +47,31 @@ pub(crate) fn open(root: &Path, sub_path: &str) -> Result<OwnedFd, SubPathError>
         Err(SubPathError::Os(Errno::ENOENT)) => create(&root, path),
         other => other,
     }
+}
+
+/// Reads a regular file inside the volume at `root`; None when it is not there. More than `most` bytes are an error.
+pub(crate) fn read(root: &Path, path: &str, most: usize) -> Result<Option<Vec<u8>>, SubPathError> {
+    let relative = Path::new(path);
+    if !is_contained(relative) || path.contains('\0') {
+        return Err(SubPathError::Climbs);
+    }
+    let root = openat2(AT_FDCWD, root, OpenHow::new().flags(OFlag::O_PATH | OFlag::O_CLOEXEC))?;
+    // Not blocking, should it be a pipe.
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let file = match openat2(&root, relative, how) {
+        Ok(file) => std::fs::File::from(file),
+        Err(Errno::ENOENT) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let os = |error: std::io::Error| SubPathError::Os(Errno::from_raw(error.raw_os_error().unwrap_or(0)));
+    if !file.metadata().map_err(os)?.is_file() {
+        return Err(SubPathError::Os(Errno::EINVAL));
+    }
+    let mut bytes = Vec::new();
+    file.take(most as u64 + 1).read_to_end(&mut bytes).map_err(os)?;
+    if bytes.len() > most { Err(SubPathError::Os(Errno::EFBIG)) } else { Ok(Some(bytes)) }
 }
 
 fn beneath(root: &OwnedFd, path: &Path) -> Result<OwnedFd, SubPathError> {
@@ -191,5 +217,23 @@ mod tests {
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
         });
         assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_file_is_read_only_inside_the_volume() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let root = dir.path().join("volume");
+        std::fs::create_dir(&root).unwrap();
+        std::fs::write(dir.path().join("secret"), "outside").unwrap();
+        std::fs::write(root.join("file"), "A='1'").unwrap();
+        std::os::unix::fs::symlink("file", root.join("inner")).unwrap();
+        std::os::unix::fs::symlink("../secret", root.join("outer")).unwrap();
+        assert_eq!(read(&root, "file", 10), Ok(Some(b"A='1'".to_vec())));
+        assert_eq!(read(&root, "inner", 10), Ok(Some(b"A='1'".to_vec())));
+        assert_eq!(read(&root, "absent", 10), Ok(None));
+        assert_eq!(read(&root, "outer", 10), Err(SubPathError::Escapes));
+        assert_eq!(read(&root, "../secret", 10), Err(SubPathError::Climbs));
+        assert_eq!(read(&root, "file", 4), Err(SubPathError::Os(Errno::EFBIG)));
+        assert_eq!(read(&root, ".", 4), Err(SubPathError::Os(Errno::EINVAL)));
     }
 }
