@@ -6,8 +6,8 @@ use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm
 
 use crate::eviction::{self, Pressure};
 use crate::node::capacity::Capacity;
-use crate::spec;
 use crate::spec::resources::{Amounts, Qos, pod_requests, qos_of};
+use crate::{shutdown, spec};
 
 /// Why a pod may not run here: reason and message of its Failed status.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,11 +25,15 @@ pub(crate) struct Place<'a> {
     pub node: &'a Node,
     pub capacity: &'a Capacity,
     pub pressure: Pressure,
+    pub shutting_down: bool,
 }
 
 /// Judges `pod` beside those already running.
 pub(crate) fn admit(pod: &Pod, place: &Place<'_>, others: &[&Pod]) -> Result<(), Refusal> {
-    let Place { node, capacity, pressure } = place;
+    let Place { node, capacity, pressure, shutting_down } = place;
+    if *shutting_down {
+        return Err(refusal(shutdown::REFUSED_REASON, shutdown::REFUSED_MESSAGE));
+    }
     not_pressed(pod, *pressure)?;
     if let Some(os) = pod.spec.as_ref().and_then(|spec| spec.os.as_ref()).filter(|os| os.name != "linux") {
         let message = format!("Failed to admit pod as the OS field doesn't match node OS: {}", os.name);
@@ -193,7 +197,7 @@ mod tests {
     }
 
     fn judge(pod: &Pod, capacity: &Capacity, others: &[&Pod]) -> Result<(), Refusal> {
-        admit(pod, &Place { node: &node(), capacity, pressure: Pressure::default() }, others)
+        admit(pod, &Place { node: &node(), capacity, pressure: Pressure::default(), shutting_down: false }, others)
     }
 
     #[test]
@@ -205,7 +209,8 @@ mod tests {
             "tolerations": [{"key": "node.kubernetes.io/memory-pressure", "operator": "Exists", "effect": "NoSchedule"}]}));
         let critical = pod(serde_json::json!({"priority": 2_000_001_000, "containers": [{"name": "c"}]}));
         let on = |pod: &Pod, pressure: Pressure| {
-            admit(pod, &Place { node: &node(), capacity: &room(1000), pressure }, &[]).map_err(|r| r.message)
+            admit(pod, &Place { node: &node(), capacity: &room(1000), pressure, shutting_down: false }, &[])
+                .map_err(|r| r.message)
         };
         let memory = Pressure { memory: true, ..Default::default() };
         let disk = Pressure { disk: true, ..Default::default() };

@@ -24,7 +24,7 @@ use crate::pods::{Pods, Source};
 use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
 use crate::watched::Watched;
-use crate::{Config, Error, eviction, logs, pleg, recorder, sources};
+use crate::{Config, Error, eviction, logs, pleg, recorder, shutdown, sources};
 
 const NEWS: usize = 1024;
 const PROBE_UPDATES: usize = 1024;
@@ -43,8 +43,8 @@ impl ExecProbe for RuntimeExec {
     }
 }
 
-/// Runs the agent until `shutdown`.
-pub(crate) async fn run(config: Config, client: kube::Client, shutdown: CancellationToken) -> Result<(), Error> {
+/// Runs the agent until it is `asked` to end.
+pub(crate) async fn run(config: Config, client: kube::Client, asked: CancellationToken) -> Result<(), Error> {
     for path in [config.pods_root(), config.state_dir().join("pods"), config.pod_logs_dir.clone()] {
         let io = |source| Error::Io { operation: "create directory", path: path.clone(), source };
         tokio::fs::create_dir_all(&path).await.map_err(io)?;
@@ -77,6 +77,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
         node: ArcSwap::from_pointee(placeholder),
         runtime_ok: AtomicBool::new(true),
         pulls: Semaphore::new(config.max_parallel_image_pulls),
+        shutting_down: AtomicBool::new(false),
         pressure: Default::default(),
         node_changed: Default::default(),
         client: client.clone(),
@@ -89,8 +90,11 @@ pub(crate) async fn run(config: Config, client: kube::Client, shutdown: Cancella
     meet_runtime(&shared).await;
 
     let config = &shared.config;
-    let mut tasks = Tasks::new(shutdown);
+    // Everything goes on until the pods are seen to.
+    let rest = CancellationToken::new();
+    let mut tasks = Tasks::new(rest.clone());
     let token = tasks.token();
+    tasks.spawn("shutdown", finished(shutdown::follow(shared.clone(), news.clone(), asked, rest)));
     let mirror_touched = Arc::new(Notify::new());
     let mut known_sources = HashSet::from([Source::Api]);
     if let Some(directory) = config.static_pod_dir.clone() {

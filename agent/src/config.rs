@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 
-use crate::{Error, EvictionConfig, ImageGcConfig, KubeletConfiguration};
+use crate::{Error, EvictionConfig, ImageGcConfig, KubeletConfiguration, ShutdownConfig};
 
 /// Everything the agent needs to know. Start from [`Config::new`] and change what differs.
 #[derive(Debug, Clone)]
@@ -78,6 +78,7 @@ pub struct Config {
     /// When pods are ended because the node runs short.
     pub eviction: EvictionConfig,
     pub image_gc: ImageGcConfig,
+    pub shutdown: ShutdownConfig,
     /// What was given as KubeletConfiguration, for `/configz`.
     pub kubelet: KubeletConfiguration,
 }
@@ -129,6 +130,7 @@ impl Config {
             node_lease_duration: Duration::from_secs(40),
             eviction: EvictionConfig::default(),
             image_gc: ImageGcConfig::default(),
+            shutdown: ShutdownConfig::default(),
             kubelet: KubeletConfiguration::default(),
         }
     }

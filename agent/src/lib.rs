@@ -30,6 +30,7 @@ mod recorder;
 mod resize;
 mod server;
 mod shared;
+mod shutdown;
 mod sources;
 mod spec;
 mod status;
@@ -42,6 +43,7 @@ pub use error::Error;
 pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshold};
 pub use images::ImageGcConfig;
 pub use kubelet_config::{KubeletConfigError, KubeletConfiguration};
+pub use shutdown::ShutdownConfig;
 
 use tokio_util::sync::CancellationToken;
 

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
@@ -241,8 +242,12 @@ impl Pods {
         } else {
             let others: Vec<&Pod> = self.known.values().filter(|known| known.admitted).map(|k| &*k.pod).collect();
             let node = self.shared.node.load();
-            let place =
-                admission::Place { node: &node, capacity: &self.shared.capacity, pressure: self.shared.pressure() };
+            let place = admission::Place {
+                node: &node,
+                capacity: &self.shared.capacity,
+                pressure: self.shared.pressure(),
+                shutting_down: self.shared.shutting_down.load(Ordering::Relaxed),
+            };
             admission::admit(&pod, &place, &others)
         };
         let admitted = judged.is_ok() && !terminal(&pod);

@@ -46,6 +46,8 @@ pub(crate) struct Shared {
     pub runtime_ok: AtomicBool,
     /// Image pulls under way.
     pub pulls: Semaphore,
+    /// The machine is going down.
+    pub shutting_down: AtomicBool,
     /// What the node is short of.
     pub pressure: Mutex<Pressure>,
     /// Something that the node's status shows has changed.
@@ -116,6 +118,8 @@ pub(crate) struct PodEntry {
     pub pod: Arc<Pod>,
     pub status: Arc<PodStatus>,
     pub observed: Arc<Observed>,
+    /// Whether the API has the status.
+    pub told: bool,
 }
 
 impl PodEntry {

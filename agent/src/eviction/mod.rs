@@ -23,4 +23,4 @@ pub use threshold::{Amount, EvictionConfig, EvictionConfigError, Signal, Thresho
 pub(crate) use judge::Pressure;
 pub(crate) use manager::run;
 pub(crate) use message::{REASON, pressed};
-pub(crate) use rank::is_critical;
+pub(crate) use rank::{CRITICAL_PRIORITY, is_critical};

@@ -20,6 +20,7 @@ use crate::cgroups::PodCgroups;
 use crate::objects::Delays;
 use crate::recorder::Level;
 use crate::shared::Shared;
+use crate::shutdown;
 
 const CALL: Duration = Duration::from_secs(10);
 /// How often a node that is not Ready is looked at.
@@ -126,6 +127,9 @@ impl NodeSync {
         }
         health.images = self.images.clone();
         health.pressure = shared.pressure();
+        if shared.shutting_down.load(Ordering::Relaxed) {
+            health.troubles.push(shutdown::NOT_READY.to_owned());
+        }
         health
     }
 

@@ -399,10 +399,11 @@ impl Worker {
             pod: self.pod.clone(),
             status: Arc::new(self.report.current.clone()),
             observed: Arc::new(observed),
+            told: false,
         };
-        self.shared.table.set(&self.uid, entry);
         let wake = self.send_status();
         self.state.status_sent = self.report.settled();
+        self.shared.table.set(&self.uid, PodEntry { told: self.state.status_sent, ..entry });
         wake
     }
 

@@ -82,6 +82,13 @@ impl Node {
         self
     }
 
+    /// Asks the agent to end and waits until it has.
+    pub async fn stop_agent(&mut self) {
+        let (task, token) = self.agent.take().expect("a running agent");
+        token.cancel();
+        task.await.expect("the agent's task");
+    }
+
     /// Ends the agent as a kill would: without a word to anyone.
     pub async fn kill_agent(&mut self) {
         let (task, _token) = self.agent.take().expect("a running agent");

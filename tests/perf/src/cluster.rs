@@ -8,6 +8,7 @@ use oarlock_testkit::{binary, image_archive};
 
 pub(crate) struct Cluster {
     directory: tempfile::TempDir,
+    config: Option<std::path::PathBuf>,
     /// What `up` printed.
     pub(crate) output: String,
 }
@@ -15,8 +16,18 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// `oarlock up --detach`, with the demo or without.
     pub(crate) fn start(demo: bool) -> anyhow::Result<Self> {
+        Self::start_with(demo, None)
+    }
+
+    /// The same with a configuration file of that content.
+    pub(crate) fn start_with(demo: bool, config: Option<&str>) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new().prefix("oarlock-perf-").tempdir()?;
-        let mut cluster = Self { directory, output: String::new() };
+        let mut cluster = Self { directory, config: None, output: String::new() };
+        if let Some(text) = config {
+            let path = cluster.path().join("config.yaml");
+            std::fs::write(&path, text)?;
+            cluster.config = Some(path);
+        }
         let mut command = cluster.oarlock();
         command.args(["up", "--detach", "--image"]).arg(image_archive());
         if demo {
@@ -31,7 +42,10 @@ impl Cluster {
     /// The `oarlock` program on this cluster's directory.
     pub(crate) fn oarlock(&self) -> Command {
         let mut command = Command::new(binary("oarlock"));
-        command.arg("--data-dir").arg(self.directory.path()).stdin(Stdio::null());
+        command.arg("--data-dir").arg(self.data_dir()).stdin(Stdio::null());
+        if let Some(config) = &self.config {
+            command.arg("--config").arg(config);
+        }
         command
     }
 
@@ -39,8 +53,23 @@ impl Cluster {
         self.directory.path()
     }
 
+    fn data_dir(&self) -> std::path::PathBuf {
+        // A configuration file of ours lies beside the data, which `reset` removes.
+        if self.config.is_some() { self.path().join("data") } else { self.path().to_owned() }
+    }
+
+    /// The process of one daemon.
+    pub(crate) fn daemon(&self, name: &str) -> anyhow::Result<i32> {
+        let directory = self.data_dir().to_string_lossy().into_owned();
+        let mut all = procfs::process::all_processes()?.flatten();
+        let found = all.find(|process| {
+            process.cmdline().is_ok_and(|words| words.last().is_some_and(|w| w == name) && words.contains(&directory))
+        });
+        found.map(|process| process.pid).with_context(|| format!("{name} does not run"))
+    }
+
     pub(crate) async fn client(&self) -> anyhow::Result<Client> {
-        let kubeconfig = kube::config::Kubeconfig::read_from(self.path().join("admin.kubeconfig"))?;
+        let kubeconfig = kube::config::Kubeconfig::read_from(self.data_dir().join("admin.kubeconfig"))?;
         let config =
             kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await?;
         Ok(Client::try_from(config)?)

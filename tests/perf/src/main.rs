@@ -1,6 +1,7 @@
 //! Benchmarks of the release binaries in fresh namespaces: a table for people on standard output, JSON for machines after it.
 //! Nothing here passes or fails by a time.
 
+mod agent;
 mod cluster;
 mod cni;
 mod commits;
@@ -43,6 +44,8 @@ enum Bench {
         #[arg(long, default_value_t = 30)]
         rounds: usize,
     },
+    /// Pods through the API beside others: at a rate, in bursts; memory and CPU of the agent
+    Agent(agent::AgentFlags),
     /// The same work through CRI alone: sandbox, create, start, stop, remove, memory and a burst
     #[command(alias = "cri")]
     Runtime(cri::CriFlags),
@@ -80,6 +83,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Up { rounds } => up::run(rounds),
         Bench::Memory { seconds } => memory::run(seconds),
         Bench::Pod { rounds } => pod::run(rounds),
+        Bench::Agent(flags) => agent::run(&flags),
         Bench::Runtime(flags) => cri::run(&flags),
         Bench::Netproxy { services, rounds } => netproxy::run(&services, rounds),
         Bench::Cni { rounds, present } => cni::run(rounds, present),

@@ -54,6 +54,19 @@ pub(crate) fn run(seconds: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Proportional set size of a process.
+pub(crate) fn pss_kib(pid: i32) -> anyhow::Result<u64> {
+    let rollup = Process::new(pid)?.smaps_rollup()?;
+    let map = rollup.memory_map_rollup.0.first().map(|map| map.extension.map.clone()).unwrap_or_default();
+    Ok(map.get("Pss").copied().unwrap_or(0) / 1024)
+}
+
+/// CPU time that a process has used.
+pub(crate) fn cpu_seconds(pid: i32) -> anyhow::Result<f64> {
+    let stat = Process::new(pid)?.stat()?;
+    Ok((stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64)
+}
+
 /// Every process that has the cluster's directory in its command line.
 fn samples(cluster: &Cluster) -> Vec<Sample> {
     let directory = cluster.path().to_string_lossy().into_owned();

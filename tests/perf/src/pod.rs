@@ -66,7 +66,7 @@ async fn wait(api: &Api<Pod>, name: &str, version: &str, done: impl Fn(&Pod) -> 
     anyhow::bail!("pod {name} did not get there within 60 s")
 }
 
-fn is_ready(pod: &Pod) -> bool {
+pub(crate) fn is_ready(pod: &Pod) -> bool {
     pod.status
         .iter()
         .flat_map(|status| status.conditions.iter().flatten())

@@ -1,5 +1,7 @@
 //! Tests of reading a KubeletConfiguration: what is taken, what is refused, and with which words.
 
+use std::path::PathBuf;
+
 use super::*;
 use crate::{Amount, Signal};
 
@@ -52,7 +54,8 @@ containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
 fn what_is_wrong_is_refused_and_named() {
     for (text, expected) in [
         ("evictionHrad: {}", "unknown field `evictionHrad`"),
-        ("shutdownGracePeriod: 30s", "shutdownGracePeriod: this agent does not implement the field"),
+        ("staticPodURL: x", "staticPodURL: this agent does not implement the field"),
+        ("shutdownGracePeriodCriticalPods: 30s", "must be <= shutdownGracePeriod"),
         ("kind: Pod", "kind: must be KubeletConfiguration"),
         ("apiVersion: v1", "apiVersion: must be"),
         ("maxPods: many", "invalid type"),

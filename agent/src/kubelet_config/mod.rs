@@ -3,16 +3,16 @@
 //! A field that does not exist is refused, and so is one that exists upstream and would be promised but not kept here. Those
 //! that events or the runtime have made meaningless are taken and named in [`KubeletConfiguration::without_effect`].
 
+mod fields;
+
 use std::collections::BTreeMap;
-use std::net::IpAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Taint;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
-use crate::{Config, EvictionConfig, EvictionConfigError, go_duration};
+use self::fields::{ByPodPriority, Fields, GoDuration};
+use crate::{Config, EvictionConfig, EvictionConfigError, ShutdownConfig, go_duration};
 
 /// Fields that are taken and change nothing.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -74,9 +74,6 @@ const UNSUPPORTED: &[&str] = &[
     "runOnce",
     "serverTLSBootstrap",
     "showHiddenMetricsForVersion",
-    "shutdownGracePeriod",
-    "shutdownGracePeriodByPodPriority",
-    "shutdownGracePeriodCriticalPods",
     "singleProcessOOMKill",
     "staticPodURL",
     "staticPodURLHeader",
@@ -90,144 +87,6 @@ const UNSUPPORTED: &[&str] = &[
     "userNamespaces",
     "volumePluginDir",
 ];
-
-/// The fields that have an effect. Absent ones keep what [`Config`] has.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Fields {
-    kind: Option<String>,
-    api_version: Option<String>,
-    static_pod_path: Option<PathBuf>,
-    pod_logs_dir: Option<PathBuf>,
-    address: Option<IpAddr>,
-    port: Option<u16>,
-    read_only_port: Option<u16>,
-    tls_cert_file: Option<PathBuf>,
-    tls_private_key_file: Option<PathBuf>,
-    authentication: Option<Authentication>,
-    authorization: Option<Authorization>,
-    cluster_domain: Option<String>,
-    #[serde(rename = "clusterDNS")]
-    cluster_dns: Option<Vec<IpAddr>>,
-    node_status_update_frequency: Option<GoDuration>,
-    node_status_report_frequency: Option<GoDuration>,
-    node_lease_duration_seconds: Option<u64>,
-    node_status_max_images: Option<i32>,
-    #[serde(rename = "imageMinimumGCAge")]
-    image_minimum_gc_age: Option<GoDuration>,
-    #[serde(rename = "imageMaximumGCAge")]
-    image_maximum_gc_age: Option<GoDuration>,
-    #[serde(rename = "imageGCHighThresholdPercent")]
-    image_gc_high_threshold_percent: Option<u8>,
-    #[serde(rename = "imageGCLowThresholdPercent")]
-    image_gc_low_threshold_percent: Option<u8>,
-    cgroup_root: Option<String>,
-    #[serde(rename = "cgroupsPerQOS")]
-    cgroups_per_qos: Option<bool>,
-    cpu_manager_policy: Option<String>,
-    memory_manager_policy: Option<String>,
-    topology_manager_policy: Option<String>,
-    max_pods: Option<u32>,
-    pods_per_core: Option<u32>,
-    pod_pids_limit: Option<i64>,
-    resolv_conf: Option<PathBuf>,
-    #[serde(rename = "cpuCFSQuota")]
-    cpu_cfs_quota: Option<bool>,
-    #[serde(rename = "cpuCFSQuotaPeriod")]
-    cpu_cfs_quota_period: Option<GoDuration>,
-    serialize_image_pulls: Option<bool>,
-    max_parallel_image_pulls: Option<usize>,
-    eviction_hard: Option<BTreeMap<String, String>>,
-    eviction_soft: Option<BTreeMap<String, String>>,
-    eviction_soft_grace_period: Option<BTreeMap<String, String>>,
-    eviction_pressure_transition_period: Option<GoDuration>,
-    eviction_max_pod_grace_period: Option<u64>,
-    eviction_minimum_reclaim: Option<BTreeMap<String, String>>,
-    merge_default_eviction_settings: Option<bool>,
-    fail_swap_on: Option<bool>,
-    memory_swap: Option<MemorySwap>,
-    container_log_max_size: Option<String>,
-    container_log_max_files: Option<usize>,
-    container_log_monitor_interval: Option<GoDuration>,
-    system_reserved: Option<BTreeMap<String, String>>,
-    kube_reserved: Option<BTreeMap<String, String>>,
-    enforce_node_allocatable: Option<Vec<String>>,
-    crash_loop_back_off: Option<CrashLoopBackOff>,
-    seccomp_default: Option<bool>,
-    register_with_taints: Option<Vec<Taint>>,
-    register_node: Option<bool>,
-    provider_id: Option<String>,
-    container_runtime_endpoint: Option<String>,
-    image_service_endpoint: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Authentication {
-    x509: Option<X509>,
-    webhook: Option<Webhook>,
-    anonymous: Option<Switch>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct X509 {
-    #[serde(rename = "clientCAFile")]
-    client_ca_file: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Webhook {
-    enabled: Option<bool>,
-    /// Verdicts are kept for upstream's default times.
-    #[serde(rename = "cacheTTL")]
-    cache_ttl: Option<GoDuration>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Switch {
-    enabled: Option<bool>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct Authorization {
-    mode: Option<String>,
-    webhook: Option<BTreeMap<String, Value>>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct MemorySwap {
-    swap_behavior: Option<String>,
-}
-
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
-struct CrashLoopBackOff {
-    max_container_restart_period: Option<GoDuration>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq)]
-struct GoDuration(Duration);
-
-impl<'de> Deserialize<'de> for GoDuration {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(from)?;
-        let duration = go_duration::parse(&text);
-        duration
-            .map(GoDuration)
-            .ok_or_else(|| serde::de::Error::custom(format!("{text:?} is not a duration such as 5m0s")))
-    }
-}
-
-impl Serialize for GoDuration {
-    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.serialize_str(&go_duration::show(self.0))
-    }
-}
 
 /// A KubeletConfiguration as written.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -301,6 +160,7 @@ impl KubeletConfiguration {
         fields.eviction(&mut config.eviction)?;
         fields.images_and_logs(config)?;
         fields.resources(config)?;
+        fields.shutdown(config)?;
         fields.plain(config)?;
         config.kubelet = self.clone();
         Ok(())
@@ -452,6 +312,26 @@ impl Fields {
         Ok(())
     }
 
+    fn shutdown(&self, config: &mut Config) -> Result<(), KubeletConfigError> {
+        let whole = self.shutdown_grace_period.map(|period| period.0);
+        let critical = self.shutdown_grace_period_critical_pods.map_or(Duration::ZERO, |period| period.0);
+        if let Some(groups) = self.shutdown_grace_period_by_pod_priority.as_ref().filter(|groups| !groups.is_empty()) {
+            if whole.is_some() || !critical.is_zero() {
+                let problem = "cannot be set together with shutdownGracePeriod or shutdownGracePeriodCriticalPods";
+                return Err(wrong("shutdownGracePeriodByPodPriority", problem));
+            }
+            let group =
+                |group: &ByPodPriority| (group.priority, Duration::from_secs(group.shutdown_grace_period_seconds));
+            config.shutdown.groups = groups.iter().map(group).collect();
+            config.shutdown.groups.sort_unstable();
+        } else if whole.is_some() || !critical.is_zero() {
+            let longer = || wrong("shutdownGracePeriodCriticalPods", "must be <= shutdownGracePeriod");
+            let groups = ShutdownConfig::of_periods(whole.unwrap_or_default(), critical);
+            config.shutdown.groups = groups.ok_or_else(longer)?;
+        }
+        Ok(())
+    }
+
     fn plain(self, config: &mut Config) -> Result<(), KubeletConfigError> {
         fn set<T>(target: &mut T, value: Option<T>) {
             if let Some(value) = value {
@@ -501,5 +381,4 @@ impl Fields {
 }
 
 #[cfg(test)]
-#[path = "kubelet_config_tests.rs"]
 mod tests;
