@@ -35,6 +35,7 @@ pub struct Hub {
     status: Arc<Status>,
     jobs: mpsc::Sender<Job>,
     balancers: watch::Sender<Arc<Wanted>>,
+    pod_cidrs: watch::Sender<Vec<ipnet::IpNet>>,
     nodes: HashMap<Arc<str>, Node>,
     listed: HashSet<Kind>,
     dirty: HashSet<ServiceName>,
@@ -48,6 +49,8 @@ pub struct Outputs {
     pub status: Arc<Status>,
     pub jobs: mpsc::Sender<Job>,
     pub balancers: watch::Sender<Arc<Wanted>>,
+    /// The addresses of this node's pods.
+    pub pod_cidrs: watch::Sender<Vec<ipnet::IpNet>>,
 }
 
 impl Hub {
@@ -66,6 +69,7 @@ impl Hub {
             status: outputs.status,
             jobs: outputs.jobs,
             balancers: outputs.balancers,
+            pod_cidrs: outputs.pod_cidrs,
             nodes: HashMap::new(),
             listed: HashSet::new(),
             dirty: HashSet::new(),
@@ -89,6 +93,7 @@ impl Hub {
                     let nodes_changed = self.take(&mut batch);
                     if nodes_changed {
                         self.note_zone();
+                        self.note_pod_cidrs();
                     }
                     if self.apply().await.is_err() {
                         return;
@@ -148,6 +153,16 @@ impl Hub {
         info!(?zone, "zone of this node");
         self.contexts.iter_mut().for_each(|context| context.zone = zone.clone());
         self.dirty.extend(self.cluster.read().names());
+    }
+
+    fn note_pod_cidrs(&self) {
+        let cidrs = self.nodes.get(self.config.node_name.as_str()).map(|node| node.pod_cidrs.clone());
+        self.pod_cidrs.send_if_modified(|known| {
+            let cidrs = cidrs.unwrap_or_default();
+            let changed = *known != cidrs;
+            *known = cidrs;
+            changed
+        });
     }
 
     /// Plans what is dirty and hands it on. Nothing is planned before everything is known: a proxy that starts must not take

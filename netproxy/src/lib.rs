@@ -4,9 +4,9 @@
 //! maps a Service means, `rules` holds the fixed chains, `ledger` puts all Services together and knows what a change changes:
 //! all pure. `sync` carries it out as single transactions on the thread of `worker`, repairs what others break, and
 //! `conntrack` forgets stale flows. `dns` answers names from the same state. `node` writes the CNI configuration and routes
-//! to other nodes' pods. `hub` owns the cluster's state, and `proxy` puts the parts together.
+//! to other nodes' pods. `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
 //!
-//! One table is ours, and nothing else of the host's is touched.
+//! These tables are ours, and nothing else of the host's is touched.
 
 mod balancer_health;
 mod cluster;
@@ -24,6 +24,7 @@ mod memory;
 mod model_tests;
 mod node;
 mod plan;
+mod policy;
 mod proxy;
 mod rules;
 mod service;
@@ -49,13 +50,14 @@ pub enum RemoveError {
 pub fn remove_everything(config: &Config) -> Result<(), RemoveError> {
     use oarlock_nft::{Command, Kernel, Netlink, Transaction};
     for network in &config.networks {
-        let table = proxy::table(config, network);
-        let failed = |source| RemoveError::Table { table: table.name.clone(), source };
-        let mut kernel = Netlink::open().map_err(failed)?;
-        if kernel.table_comment(&table).map_err(failed)?.is_some() {
-            let mut transaction = Transaction::new(table.clone());
-            transaction.push(Command::DeleteTable);
-            kernel.commit(&transaction).map_err(failed)?;
+        for table in [proxy::table(config, network), policy::table(network.is_ipv4())] {
+            let failed = |source| RemoveError::Table { table: table.name.clone(), source };
+            let mut kernel = Netlink::open().map_err(failed)?;
+            if kernel.table_comment(&table).map_err(failed)?.is_some() {
+                let mut transaction = Transaction::new(table.clone());
+                transaction.push(Command::DeleteTable);
+                kernel.commit(&transaction).map_err(failed)?;
+            }
         }
     }
     let dns: Vec<_> = config.networks.iter().map(|network| network.cluster_dns).collect();

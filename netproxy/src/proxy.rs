@@ -22,7 +22,7 @@ use crate::rules::Settings;
 use crate::sync::Proxier;
 use crate::watch as watches;
 use crate::worker::{self, Family};
-use crate::{balancer_health, dns_service};
+use crate::{balancer_health, dns_service, policy};
 
 const EVENT_QUEUE: usize = 4096;
 const JOB_QUEUE: usize = 16;
@@ -101,7 +101,15 @@ impl Netproxy {
         let worker_status = status.clone();
         let worker = tokio::task::spawn_blocking(move || worker::run(families, &worker_status, jobs));
         tasks.spawn("nftables worker", worker);
-        let outputs = Outputs { cluster, status: status.clone(), jobs: jobs_in, balancers: balancers_in };
+        let (cidrs_in, pod_cidrs) = watch::channel(Vec::new());
+        let policies = policy::Scope {
+            node_name: config.node_name.clone(),
+            families: config.networks.iter().map(Network::is_ipv4).collect(),
+            pod_cidrs,
+        };
+        tasks.spawn("network policies", policy::run(client.clone(), policies, token.clone()));
+        let outputs =
+            Outputs { cluster, status: status.clone(), jobs: jobs_in, balancers: balancers_in, pod_cidrs: cidrs_in };
         let hub = Hub::new(config.clone(), outputs);
         tasks.spawn("hub", infallible(hub.run(events, token.clone())));
         for address in &dns_addresses {

@@ -40,7 +40,7 @@ impl Protocol {
     pub const UDP: Protocol = Protocol(libc::IPPROTO_UDP as u8);
     pub const SCTP: Protocol = Protocol(libc::IPPROTO_SCTP as u8);
 
-    fn parse(text: Option<&str>) -> Option<Protocol> {
+    pub fn parse(text: Option<&str>) -> Option<Protocol> {
         match text.unwrap_or("TCP") {
             "TCP" => Some(Protocol::TCP),
             "UDP" => Some(Protocol::UDP),

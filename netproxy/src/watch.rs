@@ -24,7 +24,7 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
 
 /// A change of the cluster.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Event {
     Service(ServiceName, Option<Box<Service>>),
     Slice(SliceName, Option<Slice>),
@@ -49,7 +49,7 @@ pub async fn services(client: Client, events: Sender<Event>, shutdown: Cancellat
     let event = |name: ServiceName, object: Option<core::Service>| {
         Event::Service(name, object.as_ref().and_then(Service::read).map(Box::new))
     };
-    run(Api::all(client), Kind::Services, name, event, events, shutdown).await;
+    run(Api::all(client), Event::Listed(Kind::Services), name, event, events, shutdown).await;
 }
 
 /// Tells of EndpointSlices until shutdown.
@@ -61,25 +61,27 @@ pub async fn slices(client: Client, own_node: String, events: Sender<Event>, shu
     let event = move |name: SliceName, object: Option<EndpointSlice>| {
         Event::Slice(name, object.and_then(|object| Slice::read(&object, &own_node)))
     };
-    run(Api::all(client), Kind::Slices, name, event, events, shutdown).await;
+    run(Api::all(client), Event::Listed(Kind::Slices), name, event, events, shutdown).await;
 }
 
 /// Tells of Nodes until shutdown.
 pub async fn nodes(client: Client, events: Sender<Event>, shutdown: CancellationToken) {
     let name = |object: &core::Node| object.metadata.name.as_deref().map(Arc::<str>::from);
     let event = |name: Arc<str>, object: Option<core::Node>| Event::Node(name, object.as_ref().map(Node::read));
-    run(Api::all(client), Kind::Nodes, name, event, events, shutdown).await;
+    run(Api::all(client), Event::Listed(Kind::Nodes), name, event, events, shutdown).await;
 }
 
-async fn run<K, N>(
+/// Tells of all objects of a kind until shutdown; `listed` is what is told whenever everything that exists has been.
+pub async fn run<K, N, E>(
     api: Api<K>,
-    kind: Kind,
+    listed: E,
     name: impl Fn(&K) -> Option<N>,
-    event: impl Fn(N, Option<K>) -> Event,
-    events: Sender<Event>,
+    event: impl Fn(N, Option<K>) -> E,
+    events: Sender<E>,
     shutdown: CancellationToken,
 ) where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+    E: Clone,
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
     N: Clone + Eq + Hash,
 {
     let mut known: HashSet<N> = HashSet::new();
@@ -96,7 +98,7 @@ async fn run<K, N>(
             None => return,
             Some(Err(error)) => {
                 // The stream goes on where it was, or starts over with a list, when it is asked again.
-                warn!(kind = ?kind, error = &error as &dyn std::error::Error, "watch was interrupted");
+                warn!(kind = %K::kind(&()), error = &error as &dyn std::error::Error, "watch was interrupted");
                 tokio::select! {
                     () = tokio::time::sleep(backoff) => {}
                     () = shutdown.cancelled() => return,
@@ -116,8 +118,8 @@ async fn run<K, N>(
                 // What was there before and is not in the new list was deleted while nobody looked.
                 out.extend(known.difference(&listing).cloned().map(|name| event(name, None)));
                 known = std::mem::take(&mut listing);
-                debug!(kind = ?kind, objects = known.len(), "listed");
-                out.push(Event::Listed(kind));
+                debug!(kind = %K::kind(&()), objects = known.len(), "listed");
+                out.push(listed.clone());
             }
             Some(Ok(WatcherEvent::Apply(object))) => {
                 if let Some(name) = name(&object) {

@@ -355,6 +355,22 @@ static KINDS: &[Kind] = &[
     },
     Kind { group: "metrics.k8s.io", version: "v1beta1", kind: "PodMetrics", plural: "pods", singular: "", ..MEASURED },
     Kind {
+        group: "networking.k8s.io",
+        kind: "NetworkPolicy",
+        plural: "networkpolicies",
+        singular: "networkpolicy",
+        short_names: &["netpol"],
+        storage: "networking.k8s.io/networkpolicies",
+        default: defaults::network_policy,
+        prepare_create: strategy::generation_create,
+        prepare_update: strategy::generation_update,
+        columns: columns::NETWORK_POLICY,
+        row: columns::network_policy,
+        validate: validate::network_policy,
+        validate_update: validate::network_policy_update,
+        ..BASE
+    },
+    Kind {
         group: "node.k8s.io",
         kind: "RuntimeClass",
         plural: "runtimeclasses",

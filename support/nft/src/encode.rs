@@ -304,6 +304,7 @@ fn expression_name(expression: &Expr) -> &'static str {
         Expr::LoadBytes { .. } | Expr::Verdict(_) => "immediate",
         Expr::Bitwise { .. } => "bitwise",
         Expr::Compare { .. } => "cmp",
+        Expr::Between { .. } => "range",
         Expr::InSet { .. } | Expr::LoadMap { .. } | Expr::VerdictMap { .. } => "lookup",
         Expr::Update { .. } => "dynset",
         Expr::Nat { .. } => "nat",
@@ -365,6 +366,13 @@ fn write_expression(w: &mut Writer, table: &Table, expression: &Expr) {
             w.be32(1, register.number());
             w.be32(2, u32::from(!equal));
             data(w, 3, value);
+        }
+        Expr::Between { register, first, last } => {
+            const INSIDE: u32 = 0;
+            w.be32(1, register.number());
+            w.be32(2, INSIDE);
+            data(w, 3, first);
+            data(w, 4, last);
         }
         Expr::InSet { set, key, inverted } => {
             w.string(1, set);

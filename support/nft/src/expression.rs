@@ -114,6 +114,12 @@ pub enum Expr {
         equal: bool,
         value: Vec<u8>,
     },
+    /// Goes on only when a value in network order is between these two, which are included.
+    Between {
+        register: Reg,
+        first: Vec<u8>,
+        last: Vec<u8>,
+    },
     /// Goes on only when the key is in the set (or is not, with `inverted`).
     InSet {
         set: String,

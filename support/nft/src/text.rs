@@ -140,6 +140,7 @@ impl fmt::Display for Expr {
             Expr::Compare { register, equal, value } => {
                 write!(f, "{register} {} {}", if *equal { "==" } else { "!=" }, hex(value))
             }
+            Expr::Between { register, first, last } => write!(f, "{register} in {}-{}", hex(first), hex(last)),
             Expr::InSet { set, key, inverted } => write!(f, "{key} {}in @{set}", if *inverted { "not " } else { "" }),
             Expr::LoadMap { map, key, to } => write!(f, "{to} = @{map}[{key}]"),
             Expr::VerdictMap { map, key } => write!(f, "{key} vmap @{map}"),

@@ -217,6 +217,10 @@ fn run_expression(table: &mut FakeTable, expression: &Expr, registers: &mut Regi
         Expr::Compare { register, equal, value } => {
             return go_on_if((registers.load(*register, value.len()) == value.as_slice()) == *equal);
         }
+        Expr::Between { register, first, last } => {
+            let value = registers.load(*register, first.len());
+            return go_on_if(value >= first.as_slice() && value <= last.as_slice());
+        }
         Expr::InSet { set, key, inverted } => {
             return go_on_if(lookup(table, set, *key, registers).is_some() != *inverted);
         }

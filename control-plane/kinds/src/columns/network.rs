@@ -1,6 +1,6 @@
-//! The columns of Services, Endpoints and EndpointSlices.
+//! The columns of Services, Endpoints, EndpointSlices and NetworkPolicies.
 
-use super::{AGE, NAME, SELECTOR, age, column, first_three, labels, name, or};
+use super::{AGE, NAME, SELECTOR, age, column, first_three, label_selector, labels, name, or};
 use crate::access::{integer, list, text};
 use crate::kind::Column;
 use jiff::Timestamp;
@@ -27,6 +27,13 @@ pub(crate) fn service(object: &Value, now: Timestamp) -> Vec<Value> {
         age(object, now),
         Value::from(labels(object.pointer("/spec/selector"))),
     ]
+}
+
+pub(crate) const NETWORK_POLICY: &[Column] =
+    &[NAME, column("Pod-Selector", "string", "The pods that the policy is about."), AGE];
+
+pub(crate) fn network_policy(object: &Value, now: Timestamp) -> Vec<Value> {
+    vec![name(object), Value::from(label_selector(object.pointer("/spec/podSelector"))), age(object, now)]
 }
 
 fn external_address(object: &Value) -> String {

@@ -8,7 +8,7 @@ mod workload;
 
 pub(crate) use cluster::{namespace, node, priority_class, role_binding, secret};
 pub(crate) use pod::{pod, pod_spec};
-pub(crate) use service::{endpoint_slice, endpoints, service};
+pub(crate) use service::{endpoint_slice, endpoints, network_policy, service};
 pub(crate) use workload::{deployment, replica_set};
 
 #[cfg(test)]

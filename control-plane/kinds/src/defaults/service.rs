@@ -1,10 +1,27 @@
-//! Defaults of Services and of the endpoints behind them. Cluster addresses and node ports are allocated by the server.
+//! Defaults of Services, of the endpoints behind them, and of NetworkPolicies. Cluster addresses and node ports are allocated by the server.
 
 use crate::access::{child, elements_mut, remove, set, set_default, set_default_text, text};
 use serde_json::{Value, json};
 
 /// Three hours, the stickiness of `ClientIP` affinity.
 const AFFINITY_SECONDS: i64 = 10_800;
+
+/// The protocol of ports, and the directions that the policy is about.
+pub(crate) fn network_policy(object: &mut Value) {
+    let Some(spec) = child(object, "spec") else { return };
+    for direction in ["ingress", "egress"] {
+        for rule in elements_mut(spec, direction) {
+            for port in elements_mut(rule, "ports") {
+                set_default_text(port, "protocol", "TCP");
+            }
+        }
+    }
+    let filled = |name: &str| spec.get(name).and_then(Value::as_array).is_some_and(|list| !list.is_empty());
+    if !filled("policyTypes") {
+        let types = if filled("egress") { json!(["Ingress", "Egress"]) } else { json!(["Ingress"]) };
+        set(spec, "policyTypes", types);
+    }
+}
 
 pub(crate) fn service(object: &mut Value) {
     let Some(spec) = child(object, "spec") else { return };

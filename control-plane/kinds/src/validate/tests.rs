@@ -360,6 +360,21 @@ fn mistakes_in_the_other_kinds() {
             "roleRef.kind: Unsupported value: \"Role\": supported values: \"ClusterRole\"",
         ),
         (
+            "networking.k8s.io",
+            "v1",
+            "NetworkPolicy",
+            json!({"metadata": meta, "spec": {"ingress": [{"ports": [{"port": 90, "endPort": 80}]}]}}),
+            "spec.ingress[0].ports[0].endPort: Invalid value: 80: must be greater than or equal to `port`",
+        ),
+        (
+            "networking.k8s.io",
+            "v1",
+            "NetworkPolicy",
+            json!({"metadata": meta, "spec": {"egress": [{"to": [
+                {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/8"]}}]}]}}),
+            "spec.egress[0].to[0].ipBlock.except[0]: Invalid value: \"11.0.0.0/8\": must be a strict subset of `cidr`: 10.0.0.0/8",
+        ),
+        (
             "policy",
             "v1",
             "PodDisruptionBudget",

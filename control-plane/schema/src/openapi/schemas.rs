@@ -198,6 +198,7 @@ fn description(name: &str) -> Option<&'static str> {
         "core.v1.Endpoints" => "The addresses behind a service, in the older form.",
         "core.v1.Volume" => "A directory that containers of a pod can mount.",
         "discovery.v1.EndpointSlice" => "Some of the addresses behind a service.",
+        "networking.v1.NetworkPolicy" => "Which traffic pods may receive and send.",
         "coordination.v1.Lease" => "A time-limited claim, as nodes and leaders hold it.",
         "apps.v1.Deployment" => "Keeps a number of equal pods and rolls their template over.",
         "apps.v1.DeploymentSpec" => "How many pods a deployment keeps, from which template, and how it replaces them.",

@@ -1,4 +1,5 @@
 //! A node in fresh namespaces: a bridge with pods, a neighbour outside the cluster, a fake API and the real proxy.
+#![allow(dead_code, reason = "each test program uses a part")]
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
