@@ -47,6 +47,13 @@ pub(crate) struct ConfigFile {
     pub(crate) cluster_domain: Option<String>,
     /// Ports that NodePort Services get, as `low-high`.
     pub(crate) node_port_range: Option<String>,
+    /// Networks of the node's addresses that node ports are served on; all but loopback by default.
+    pub(crate) node_port_addresses: Vec<IpNet>,
+    /// Networks that `externalIPs` of Services may be in; none by default.
+    #[serde(rename = "externalIPsAllowed")]
+    pub(crate) external_ips_allowed: Vec<IpNet>,
+    /// DNS domains that have resolvers of their own.
+    pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
     /// The port of the API server.
     pub(crate) api_port: Option<u16>,
     /// The port of the agent's HTTPS server.
@@ -104,6 +111,9 @@ pub(crate) struct Settings {
     pub(crate) secondary: Option<Secondary>,
     pub(crate) cluster_domain: String,
     pub(crate) node_port_range: (u16, u16),
+    pub(crate) node_port_addresses: Vec<IpNet>,
+    pub(crate) external_ips_allowed: Vec<IpNet>,
+    pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
     pub(crate) api_port: u16,
     pub(crate) agent_port: u16,
     pub(crate) proxy_health_port: u16,
@@ -264,6 +274,9 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         secondary,
         cluster_domain: file.cluster_domain.unwrap_or_else(|| "cluster.local".to_owned()),
         node_port_range: port_range(file.node_port_range.as_deref().unwrap_or("30000-32767"))?,
+        node_port_addresses: file.node_port_addresses,
+        external_ips_allowed: file.external_ips_allowed,
+        stub_domains: file.stub_domains,
         api_port: file.api_port.unwrap_or(6443),
         agent_port: file.agent_port.unwrap_or(10250),
         proxy_health_port: file.proxy_health_port.unwrap_or(10256),

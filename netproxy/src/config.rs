@@ -44,6 +44,8 @@ pub struct Config {
     pub cni_state_dir: PathBuf,
     /// The resolvers that other names than the cluster's are asked of.
     pub upstream_resolv_conf: PathBuf,
+    /// Domains that have resolvers of their own, by name.
+    pub stub_domains: Vec<(String, Vec<SocketAddr>)>,
     /// The nftables table, in family `ip`, `ip6` or both.
     pub table_name: String,
 }
@@ -68,6 +70,7 @@ impl Default for Config {
             cni_conf_dir: None,
             cni_state_dir: "/var/lib/cni/networks".into(),
             upstream_resolv_conf: "/etc/resolv.conf".into(),
+            stub_domains: Vec::new(),
             table_name: "oarlock-netproxy".to_owned(),
         }
     }

@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
-use crate::dns::DnsServer;
+use crate::dns::{Counts, DnsServer};
 
 /// A change that waits longer than this for its commit makes the proxy unhealthy.
 const MAX_DELAY: Duration = Duration::from_secs(120);
@@ -145,7 +145,7 @@ fn health(status: &Status, now: u64) -> String {
     serde_json::json!({"lastUpdated": time(updated), "currentTime": time(now), "nodeEligible": true}).to_string()
 }
 
-fn metrics(status: &Status, (answered, forwarded): (u64, u64)) -> String {
+fn metrics(status: &Status, dns: Counts) -> String {
     let mut text = String::new();
     let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
     let name = "kubeproxy_sync_proxy_rules_duration_seconds";
@@ -180,8 +180,11 @@ fn metrics(status: &Status, (answered, forwarded): (u64, u64)) -> String {
         ),
         ("oarlock_netproxy_services", "gauge", "Services known.", read(&status.services)),
         ("oarlock_netproxy_elements", "gauge", "Map elements held.", read(&status.elements)),
-        ("oarlock_dns_requests_total", "counter", "Questions answered.", answered),
-        ("oarlock_dns_forwarded_total", "counter", "Questions asked of upstream resolvers.", forwarded),
+        ("oarlock_dns_requests_total", "counter", "Questions answered.", dns.answered),
+        ("oarlock_dns_forwarded_total", "counter", "Questions asked of upstream resolvers.", dns.forwarded),
+        ("oarlock_dns_cache_hits_total", "counter", "Answers from the cache.", dns.cached),
+        ("oarlock_dns_stale_answers_total", "counter", "Answers whose time was over.", dns.stale),
+        ("oarlock_dns_forward_failures_total", "counter", "Questions that no resolver answered.", dns.failed),
     ];
     for (name, kind, help, value) in rows {
         let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");

@@ -14,7 +14,7 @@ use tracing::warn;
 use crate::cluster::Cluster;
 use crate::config::{Config, Network};
 use crate::conntrack::Scope;
-use crate::dns::{DnsServer, Upstream, Zone};
+use crate::dns::{DnsServer, StubDomains, Upstream, Zone};
 use crate::health::{self, Status};
 use crate::host::{self, SysctlError};
 use crate::hub::{self, Hub, Outputs};
@@ -34,7 +34,7 @@ const DNS_PORT: u16 = 53;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    #[error("cluster domain {domain:?} is not a domain name")]
+    #[error("{domain:?} is not a domain name")]
     Domain { domain: String, source: hickory_proto::ProtoError },
     #[error("cannot prepare the node for forwarding")]
     Forwarding(#[source] SysctlError),
@@ -86,7 +86,7 @@ impl Netproxy {
             service_cidrs: config.networks.iter().map(|network| network.service_cidr).collect(),
             dns_addresses: dns_addresses.clone(),
         };
-        let upstream = Upstream::new(&config.upstream_resolv_conf, dns_addresses.clone());
+        let upstream = Upstream::new(&config.upstream_resolv_conf, dns_addresses.clone(), stub_domains(&config)?);
         let dns = Arc::new(DnsServer::new(zone, cluster.clone(), upstream));
 
         let mut tasks = Tasks::new(shutdown.child_token());
@@ -153,6 +153,10 @@ fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> 
 async fn infallible(task: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {
     task.await;
     Ok(())
+}
+
+fn stub_domains(config: &Config) -> Result<StubDomains, Error> {
+    config.stub_domains.iter().map(|(domain, servers)| Ok((parse_domain(domain)?, servers.clone()))).collect()
 }
 
 fn parse_domain(domain: &str) -> Result<Name, Error> {

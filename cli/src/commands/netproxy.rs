@@ -34,6 +34,13 @@ pub(crate) fn proxy_config(settings: &Settings) -> Config {
         networks: networks(settings),
         cluster_domain: settings.cluster_domain.clone(),
         node_port_range: settings.node_port_range,
+        node_port_addresses: settings.node_port_addresses.clone(),
+        external_ips_allowed: settings.external_ips_allowed.clone(),
+        stub_domains: settings
+            .stub_domains
+            .iter()
+            .map(|(domain, servers)| (domain.clone(), servers.iter().map(|server| (*server, 53).into()).collect()))
+            .collect(),
         health_listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.proxy_health_port)),
         cni_conf_dir: Some(settings.cni_conf_dir.clone()),
         cni_state_dir: settings.layout.data_dir().join("cni/networks"),

@@ -32,6 +32,8 @@ fn add(call: &Call) -> Result<CniResult> {
     }
     let addresses = previous.container_ips();
     let mut kernel = Netlink::open().map_err(nft("cannot map ports"))?;
+    // A call that was killed may have left some of the same container's elements.
+    remove(&mut kernel, |found| found == call.owner().as_str())?;
     for is_ipv4 in [true, false] {
         // A result without any address of a family has nothing to lead that family's mappings to.
         let Some(address) = addresses.iter().copied().find(|address| address.is_ipv4() == is_ipv4) else { continue };
@@ -51,8 +53,6 @@ fn add(call: &Call) -> Result<CniResult> {
 fn map(kernel: &mut Netlink, call: &Call, mappings: &[&Mapping], address: std::net::IpAddr, snat: bool) -> Result<()> {
     let failed = nft("cannot map ports");
     let owner = call.owner();
-    // A call that was killed may have left some of the same container's elements.
-    remove(kernel, |found| found == owner.as_str())?;
     let elements = rules::elements(owner.as_str(), mappings, address, snat);
     let outcome = match kernel.commit(&elements) {
         Err(error) if error.is_not_found() => {

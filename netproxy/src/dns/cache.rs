@@ -8,6 +8,9 @@ use hickory_proto::rr::{RData, RecordType};
 
 const MAX_ENTRIES: usize = 10_000;
 const MAX_TTL: Duration = Duration::from_secs(3600);
+/// How long after its time an answer is still given when no resolver can be asked (RFC 8767), and what time it then gets.
+const MAX_STALE: Duration = Duration::from_secs(24 * 3600);
+const STALE_TTL_SECONDS: u32 = 30;
 /// How long "no such name" is kept when the answer does not say.
 const NEGATIVE_TTL_SECONDS: u32 = 30;
 
@@ -50,13 +53,28 @@ impl Cache {
         Some(answer)
     }
 
+    /// The answer as it was, although its time is over: better than none.
+    pub fn stale(&self, question: &Question, now: Instant) -> Option<Message> {
+        let entry = self.entries.get(question).filter(|entry| now < entry.until + MAX_STALE)?;
+        let mut answer = entry.answer.clone();
+        for records in [&mut answer.answers, &mut answer.authorities, &mut answer.additionals] {
+            records.iter_mut().for_each(|record| record.ttl = record.ttl.min(STALE_TTL_SECONDS));
+        }
+        Some(answer)
+    }
+
     pub fn put(&mut self, question: Question, answer: &Message, now: Instant) {
         let Some(seconds) = lifetime_seconds(answer).filter(|seconds| *seconds > 0) else { return };
+        // What is over goes first, and of the rest whatever comes: room is made for many at once, so that it is cheap.
         if self.entries.len() >= MAX_ENTRIES {
             self.entries.retain(|_, entry| now < entry.until);
         }
         if self.entries.len() >= MAX_ENTRIES {
-            self.entries.clear();
+            let mut kept = 0;
+            self.entries.retain(|_, _| {
+                kept += 1;
+                kept <= MAX_ENTRIES / 2
+            });
         }
         let until = now + Duration::from_secs(u64::from(seconds)).min(MAX_TTL);
         self.entries.insert(question, Entry { answer: answer.clone(), since: now, until });
@@ -103,6 +121,17 @@ mod tests {
         cache.put(question.clone(), &message, now);
         assert_eq!(cache.get(&question, now + Duration::from_secs(4)).unwrap().answers[0].ttl, 6);
         assert!(cache.get(&question, now + Duration::from_secs(10)).is_none());
+    }
+
+    #[test]
+    fn an_answer_that_is_over_is_there_for_when_nobody_can_be_asked() {
+        let (mut cache, now) = (Cache::default(), Instant::now());
+        let (question, message) = answer(60);
+        cache.put(question.clone(), &message, now);
+        let later = now + Duration::from_secs(3600);
+        assert!(cache.get(&question, later).is_none());
+        assert_eq!(cache.stale(&question, later).unwrap().answers[0].ttl, STALE_TTL_SECONDS);
+        assert!(cache.stale(&question, later + MAX_STALE).is_none());
     }
 
     #[test]

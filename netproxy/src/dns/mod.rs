@@ -21,5 +21,5 @@ mod server;
 mod upstream;
 
 pub use answer::Zone;
-pub use server::DnsServer;
-pub use upstream::Upstream;
+pub use server::{Counts, DnsServer};
+pub use upstream::{StubDomains, Upstream};

@@ -44,6 +44,20 @@ pub struct DnsServer {
     forwarded: AtomicU64,
 }
 
+/// Questions by what became of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub answered: u64,
+    /// Asked of upstream resolvers.
+    pub forwarded: u64,
+    /// Answered from what upstream said before.
+    pub cached: u64,
+    /// Answered with what upstream said long before, because nobody could be asked.
+    pub stale: u64,
+    /// Not answered by anybody.
+    pub failed: u64,
+}
+
 /// What can be said about a question at once.
 enum Immediate {
     Message(Message),
@@ -59,9 +73,16 @@ impl DnsServer {
         DnsServer { zone, cluster, upstream, answered: AtomicU64::new(0), forwarded: AtomicU64::new(0) }
     }
 
-    /// Questions answered, and those of them that were forwarded.
-    pub fn counts(&self) -> (u64, u64) {
-        (self.answered.load(Ordering::Relaxed), self.forwarded.load(Ordering::Relaxed))
+    /// What the server has done so far.
+    pub fn counts(&self) -> Counts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counts {
+            answered: read(&self.answered),
+            forwarded: read(&self.forwarded),
+            cached: read(&self.upstream.counts.cached),
+            stale: read(&self.upstream.counts.stale),
+            failed: read(&self.upstream.counts.failed),
+        }
     }
 
     /// Serves `address` until shutdown.

@@ -1,12 +1,17 @@
-//! Names outside the cluster: asked of the resolvers in the node's resolv.conf.
+//! Names outside the cluster: asked of the resolvers in the node's resolv.conf, or for stub domains of their own.
+//!
+//! A resolver that does not answer is asked last for a while, and when none does, an answer whose time is over is given.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use hickory_proto::op::{Edns, Message, Query};
+use hickory_proto::op::{Edns, Message, Query, ResponseCode};
+use hickory_proto::rr::Name;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
@@ -19,6 +24,8 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 const MAX_SERVERS: usize = 3;
 /// Questions under way at once. It also ends a loop, should two resolvers ask each other in a circle.
 const MAX_PENDING: usize = 512;
+/// How long a resolver that did not answer is asked last.
+const GRUDGE: Duration = Duration::from_secs(10);
 const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 const PORT: u16 = 53;
 const UDP_PAYLOAD_BYTES: u16 = 1232;
@@ -34,6 +41,19 @@ pub enum UpstreamError {
     Encode(#[source] hickory_proto::ProtoError),
     #[error("resolver {server} did not answer")]
     Server { server: SocketAddr, source: io::Error },
+    #[error("resolver {server} answered {code}")]
+    Refused { server: SocketAddr, code: ResponseCode },
+}
+
+/// Domains with resolvers of their own, such as those of a company.
+pub type StubDomains = Vec<(Name, Vec<SocketAddr>)>;
+
+/// What happened to questions, for the metrics.
+#[derive(Debug, Default)]
+pub struct Counts {
+    pub cached: AtomicU64,
+    pub stale: AtomicU64,
+    pub failed: AtomicU64,
 }
 
 /// The resolvers of the node and what they answered lately.
@@ -41,7 +61,11 @@ pub enum UpstreamError {
 pub struct Upstream {
     path: PathBuf,
     own: Vec<IpAddr>,
+    stubs: StubDomains,
     servers: Mutex<Servers>,
+    /// Resolvers that did not answer, and when.
+    silent: Mutex<HashMap<SocketAddr, Instant>>,
+    pub counts: Counts,
     cache: Mutex<Cache>,
     pending: Semaphore,
 }
@@ -55,11 +79,16 @@ struct Servers {
 
 impl Upstream {
     /// Takes resolvers from the file at `path`, leaving out `own`, which would be a loop.
-    pub fn new(path: &Path, own: Vec<IpAddr>) -> Upstream {
+    pub fn new(path: &Path, own: Vec<IpAddr>, mut stubs: StubDomains) -> Upstream {
+        // The longest domain that a name is in decides.
+        stubs.sort_by_key(|(domain, _)| std::cmp::Reverse(domain.num_labels()));
         Upstream {
             path: path.to_owned(),
             own,
+            stubs,
             servers: Mutex::default(),
+            silent: Mutex::default(),
+            counts: Counts::default(),
             cache: Mutex::default(),
             pending: Semaphore::new(MAX_PENDING),
         }
@@ -67,23 +96,64 @@ impl Upstream {
 
     /// The answer as it was given not long ago.
     pub fn cached(&self, query: &Query, dnssec: bool) -> Option<Message> {
-        self.cache.lock().get(&Question::new(query, dnssec), Instant::now())
+        let found = self.cache.lock().get(&Question::new(query, dnssec), Instant::now())?;
+        self.counts.cached.fetch_add(1, Ordering::Relaxed);
+        Some(found)
     }
 
     /// Asks the resolvers one after the other. The answer's id is not the asker's.
     pub async fn resolve(&self, query: &Query, dnssec: bool) -> Result<Message, UpstreamError> {
+        let asked = self.ask_all(query, dnssec).await;
+        let question = Question::new(query, dnssec);
+        match asked {
+            Ok(answer) => {
+                self.cache.lock().put(question, &answer, Instant::now());
+                Ok(answer)
+            }
+            Err(error) => match self.cache.lock().stale(&question, Instant::now()) {
+                Some(answer) => {
+                    self.counts.stale.fetch_add(1, Ordering::Relaxed);
+                    Ok(answer)
+                }
+                None => {
+                    self.counts.failed.fetch_add(1, Ordering::Relaxed);
+                    Err(error)
+                }
+            },
+        }
+    }
+
+    async fn ask_all(&self, query: &Query, dnssec: bool) -> Result<Message, UpstreamError> {
         let _permit = self.pending.try_acquire().map_err(|_| UpstreamError::Busy)?;
         let mut failure = UpstreamError::NoServer { path: self.path.clone() };
-        for server in self.servers() {
+        for server in self.servers_for(query.name()) {
             match ask(server, query, dnssec).await {
                 Ok(answer) => {
-                    self.cache.lock().put(Question::new(query, dnssec), &answer, Instant::now());
-                    return Ok(answer);
+                    self.silent.lock().remove(&server);
+                    match answer.metadata.response_code {
+                        // Another may know better.
+                        code @ (ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp) => {
+                            failure = UpstreamError::Refused { server, code };
+                        }
+                        _ => return Ok(answer),
+                    }
                 }
-                Err(error) => failure = error,
+                Err(error) => {
+                    self.silent.lock().insert(server, Instant::now());
+                    failure = error;
+                }
             }
         }
         Err(failure)
+    }
+
+    /// The servers for a name, those last that were silent a moment ago.
+    fn servers_for(&self, name: &Name) -> Vec<SocketAddr> {
+        let stub = self.stubs.iter().find(|(domain, _)| domain.zone_of(name));
+        let mut servers = stub.map_or_else(|| self.servers(), |(_, servers)| servers.clone());
+        let silent = self.silent.lock();
+        servers.sort_by_key(|server| silent.get(server).is_some_and(|since| since.elapsed() < GRUDGE));
+        servers
     }
 
     /// The servers, read again when the file has changed.
@@ -171,6 +241,23 @@ async fn by_tcp(server: SocketAddr, question: &Message, bytes: &[u8]) -> io::Res
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::from_ascii(text).unwrap()
+    }
+
+    #[test]
+    fn the_longest_stub_domain_decides_and_silent_servers_are_asked_last() {
+        let server = |text: &str| -> SocketAddr { text.parse().unwrap() };
+        let (short, long) = (server("192.0.2.1:53"), server("192.0.2.2:53"));
+        let stubs = vec![(name("corp."), vec![short, long]), (name("lab.corp."), vec![long])];
+        let upstream = Upstream::new(Path::new("/nonexistent"), Vec::new(), stubs);
+        assert_eq!(upstream.servers_for(&name("www.lab.corp.")), [long]);
+        assert_eq!(upstream.servers_for(&name("www.corp.")), [short, long]);
+        assert!(upstream.servers_for(&name("example.org.")).is_empty());
+        upstream.silent.lock().insert(short, Instant::now());
+        assert_eq!(upstream.servers_for(&name("www.corp.")), [long, short]);
+    }
 
     #[test]
     fn the_own_address_is_never_an_upstream() {

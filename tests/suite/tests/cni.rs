@@ -16,6 +16,48 @@ use oarlock_testkit::{Snapshot, binary, in_fresh_namespaces};
 use serde_json::json;
 use tokio::runtime::Runtime;
 
+/// The subnets of a network: of one family, of the other, or of both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Ipv4,
+    Ipv6,
+    Dual,
+}
+
+impl Mode {
+    fn subnets(self) -> &'static [(&'static str, &'static str, &'static str)] {
+        const V4: (&str, &str, &str) = ("10.42.0.0/24", "10.42.0.0/16", "0.0.0.0/0");
+        const V6: (&str, &str, &str) = ("fd42::/64", "fd42::/48", "::/0");
+        match self {
+            Mode::Ipv4 => &[V4],
+            Mode::Ipv6 => &[V6],
+            Mode::Dual => &[V4, V6],
+        }
+    }
+}
+
+fn gateway(like: IpAddr) -> IpAddr {
+    if like.is_ipv4() { [10, 42, 0, 1].into() } else { "fd42::1".parse().unwrap() }
+}
+
+fn table_of(address: IpAddr) -> &'static str {
+    if address.is_ipv4() { "ip" } else { "ip6" }
+}
+
+macro_rules! in_each_mode {
+    ($($name:ident)*) => {
+        mod ipv4 { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Ipv4)); })* }
+        mod ipv6 { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Ipv6)); })* }
+        mod dual_stack { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Dual)); })* }
+    };
+}
+
+in_each_mode! {
+    pods_talk_to_each_other_and_the_node_and_leave_nothing_behind
+    host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod
+    what_leaves_the_cluster_is_masqueraded_and_addresses_are_usable_at_once
+}
+
 struct Node {
     directory: tempfile::TempDir,
     runtime: Runtime,
@@ -24,6 +66,10 @@ struct Node {
 
 impl Node {
     fn new() -> Node {
+        Node::with(Mode::Ipv4)
+    }
+
+    fn with(mode: Mode) -> Node {
         oarlock_netns::bring_loopback_up().unwrap();
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
@@ -33,9 +79,13 @@ impl Node {
         for plugin in ["bridge", "host-local", "portmap", "loopback"] {
             symlink(binary("oarlock-cni-plugins"), path("bin").join(plugin)).unwrap();
         }
+        let subnets = mode.subnets().iter();
+        let ranges: Vec<_> = subnets.clone().map(|(subnet, ..)| json!([{"subnet": subnet}])).collect();
+        let exclude: Vec<_> = subnets.clone().map(|(_, cluster, _)| cluster).collect();
+        let routes: Vec<_> = subnets.map(|(.., any)| json!({"dst": any})).collect();
         let list = json!({"cniVersion": "1.1.0", "name": "test", "plugins": [
-            {"type": "bridge", "bridge": "br0", "isGateway": true, "ipMasq": true, "ipMasqExclude": ["10.42.0.0/16"], "hairpinMode": true,
-             "ipam": {"type": "host-local", "dataDir": path("ipam"), "ranges": [[{"subnet": "10.42.0.0/24"}]], "routes": [{"dst": "0.0.0.0/0"}]}},
+            {"type": "bridge", "bridge": "br0", "isGateway": true, "ipMasq": true, "ipMasqExclude": exclude, "hairpinMode": true,
+             "ipam": {"type": "host-local", "dataDir": path("ipam"), "ranges": ranges, "routes": routes}},
             {"type": "portmap", "capabilities": {"portMappings": true}},
         ]});
         fs::write(path("net.d").join("10-test.conflist"), list.to_string()).unwrap();
@@ -55,7 +105,11 @@ impl Node {
     }
 
     fn add(&self, pod: &Attachment) -> Result<IpAddr, CniError> {
-        self.runtime.block_on(self.client.add(pod)).map(|result| result.container_ips()[0])
+        self.add_all(pod).map(|addresses| addresses[0])
+    }
+
+    fn add_all(&self, pod: &Attachment) -> Result<Vec<IpAddr>, CniError> {
+        self.runtime.block_on(self.client.add(pod)).map(|result| result.container_ips())
     }
 
     fn del(&self, pod: &Attachment) {
@@ -70,10 +124,10 @@ impl Node {
 }
 
 fn echo_server(pod: &Attachment, port: u16) {
-    let listener = run_in(pod.netns.as_deref().unwrap(), || TcpListener::bind(("0.0.0.0", port)).unwrap()).unwrap();
+    let listener = run_in(pod.netns.as_deref().unwrap(), || TcpListener::bind(("::", port)).unwrap()).unwrap();
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
-            let _ = stream.peer_addr().map(|peer| write!(stream, "{}", peer.ip()));
+            let _ = stream.peer_addr().map(|peer| write!(stream, "{}", peer.ip().to_canonical()));
         }
     });
 }
@@ -90,34 +144,81 @@ fn seen_from(pod: Option<&Attachment>, address: IpAddr, port: u16) -> std::io::R
 }
 
 fn masqueraded() -> String {
-    let output = Command::new("nft").args(["list", "map", "ip", "oarlock-cni", "pods"]).output().unwrap();
+    masqueraded_in("ip")
+}
+
+fn masqueraded_in(family: &str) -> String {
+    let output = Command::new("nft").args(["list", "map", family, "oarlock-cni", "pods"]).output().unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-#[test]
-fn pods_talk_to_each_other_and_the_node_and_leave_nothing_behind() {
-    in_fresh_namespaces(|| {
-        let node = Node::new();
-        let (a, b) = (node.pod("a"), node.pod("b"));
-        node.runtime.block_on(node.client.status()).unwrap();
-        let (address_a, address_b) = (node.add(&a).unwrap(), node.add(&b).unwrap());
+fn pods_talk_to_each_other_and_the_node_and_leave_nothing_behind(mode: Mode) {
+    let node = Node::with(mode);
+    let (a, b) = (node.pod("a"), node.pod("b"));
+    node.runtime.block_on(node.client.status()).unwrap();
+    let (of_a, of_b) = (node.add_all(&a).unwrap(), node.add_all(&b).unwrap());
+    assert_eq!(of_a.len(), mode.subnets().len());
+    echo_server(&a, 80);
+    for (address_a, address_b) in of_a.iter().zip(&of_b) {
         assert_ne!(address_a, address_b);
-        echo_server(&a, 80);
-        assert_eq!(seen_from(Some(&b), address_a, 80).unwrap(), address_b.to_string());
-        assert_eq!(seen_from(None, address_a, 80).unwrap(), "10.42.0.1");
-        assert!(masqueraded().contains(&address_a.to_string()));
-        node.runtime.block_on(node.client.check(&a)).unwrap();
-        for pod in [&a, &b] {
-            node.del(pod);
-            node.del(pod);
-            remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
-        }
-        assert!(node.reserved().is_empty());
-        assert!(!masqueraded().contains("10.42"));
-        let links = Connection::open(Protocol::Route).unwrap().links().unwrap();
-        let names: Vec<_> = links.iter().map(|link| link.name.as_str()).collect();
-        assert_eq!(names, ["lo", "br0"]);
-    });
+        assert_eq!(seen_from(Some(&b), *address_a, 80).unwrap(), address_b.to_string());
+        assert_eq!(seen_from(None, *address_a, 80).unwrap(), gateway(*address_a).to_string());
+        assert!(masqueraded_in(table_of(*address_a)).contains(&address_a.to_string()));
+    }
+    node.runtime.block_on(node.client.check(&a)).unwrap();
+    for pod in [&a, &b] {
+        node.del(pod);
+        node.del(pod);
+        remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
+    }
+    assert!(node.reserved().is_empty());
+    for address in of_a {
+        assert!(!masqueraded_in(table_of(address)).contains(&address.to_string()));
+    }
+    let links = Connection::open(Protocol::Route).unwrap().links().unwrap();
+    let names: Vec<_> = links.iter().map(|link| link.name.as_str()).collect();
+    assert_eq!(names, ["lo", "br0"]);
+}
+
+/// A neighbour of the node that knows nothing of pods sees the node; and IPv6 does not wait for duplicates to be looked for
+/// nor listens to routers.
+fn what_leaves_the_cluster_is_masqueraded_and_addresses_are_usable_at_once(mode: Mode) {
+    let node = Node::with(mode);
+    let outside = node.pod("outside");
+    let mut connection = Connection::open(Protocol::Route).unwrap();
+    let netns = outside.netns.as_deref().unwrap();
+    let file = fs::File::open(netns).unwrap();
+    let pair = oarlock_netlink::VethPair {
+        name: "uplink",
+        master: None,
+        mac: None,
+        peer_name: "eth0",
+        peer_mac: None,
+        peer_netns: std::os::fd::AsFd::as_fd(&file),
+        mtu: 0,
+    };
+    connection.create_veth(&pair).unwrap();
+    let near = connection.require_link("uplink").unwrap().index;
+    let mut far = Connection::open_in(Protocol::Route, netns).unwrap();
+    let eth0 = far.require_link("eth0").unwrap().index;
+    far.set_up(eth0).unwrap();
+    for (own, peer) in [("192.0.2.1/24", "192.0.2.2/24"), ("2001:db8::1/64", "2001:db8::2/64")] {
+        connection.add_address(near, own.parse().unwrap()).unwrap();
+        far.add_address(eth0, peer.parse().unwrap()).unwrap();
+    }
+    echo_server(&outside, 80);
+    let pod = node.pod("a");
+    for address in node.add_all(&pod).unwrap() {
+        let (own, peer): (IpAddr, IpAddr) = if address.is_ipv4() {
+            ([192, 0, 2, 1].into(), [192, 0, 2, 2].into())
+        } else {
+            ("2001:db8::1".parse().unwrap(), "2001:db8::2".parse().unwrap())
+        };
+        assert_eq!(seen_from(Some(&pod), peer, 80).unwrap(), own.to_string(), "at the first try");
+    }
+    let accepts =
+        run_in(pod.netns.as_deref().unwrap(), || fs::read_to_string("/proc/sys/net/ipv6/conf/eth0/accept_ra").unwrap());
+    assert_eq!(accepts.unwrap().trim(), "0", "router advertisements are refused");
 }
 
 #[test]
@@ -177,28 +278,28 @@ fn mapping(host_port: u16, container_port: u16) -> PortMapping {
     PortMapping { host_port, container_port, protocol: "tcp".into(), host_ip: None }
 }
 
-#[test]
-fn host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod() {
-    in_fresh_namespaces(|| {
-        let node = Node::new();
-        let pod = node.pod("a").with_port_mappings(&[mapping(8080, 80)]);
-        let address = node.add(&pod).unwrap();
-        let other = node.pod("b");
-        node.add(&other).unwrap();
-        echo_server(&pod, 80);
-        let gateway: IpAddr = [10, 42, 0, 1].into();
+fn host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod(mode: Mode) {
+    let node = Node::with(mode);
+    let pod = node.pod("a").with_port_mappings(&[mapping(8080, 80)]);
+    let addresses = node.add_all(&pod).unwrap();
+    let other = node.pod("b");
+    node.add(&other).unwrap();
+    echo_server(&pod, 80);
+    let open = |address: IpAddr| {
+        let gateway = gateway(address);
         assert!(seen_from(None, gateway, 8080).is_ok(), "from the node");
         assert!(seen_from(Some(&other), gateway, 8080).is_ok(), "from another pod");
         let seen = seen_from(Some(&pod), gateway, 8080).unwrap();
         assert_ne!(seen, address.to_string(), "the pod itself must not see its own address");
-        let rival = node.pod("c").with_port_mappings(&[mapping(8080, 81)]);
-        let error = node.add(&rival).unwrap_err();
-        assert!(error.to_string().contains("tcp/8080"), "{error}");
-        node.del(&rival);
-        assert!(seen_from(None, gateway, 8080).is_ok(), "the first pod keeps its port");
-        node.del(&pod);
-        assert!(seen_from(None, gateway, 8080).is_err());
-    });
+    };
+    addresses.iter().copied().for_each(open);
+    let rival = node.pod("c").with_port_mappings(&[mapping(8080, 81)]);
+    let error = node.add(&rival).unwrap_err();
+    assert!(error.to_string().contains("tcp/8080"), "{error}");
+    node.del(&rival);
+    addresses.iter().copied().for_each(open);
+    node.del(&pod);
+    assert!(addresses.iter().all(|address| seen_from(None, gateway(*address), 8080).is_err()));
 }
 
 #[test]
