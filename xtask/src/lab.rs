@@ -23,13 +23,16 @@ use crate::{build, packages, step, target_dir};
 const SUITE: &str = "trixie";
 /// What is installed in the guest beside the minimal system.
 const PACKAGES: &[&str] = &[
+    "ca-certificates",
     "conntrack",
+    "crun",
     "curl",
     "iproute2",
     "linux-image-cloud-amd64",
     "netbase",
     "nftables",
     "procps",
+    "runc",
     "systemd-resolved",
     "systemd-sysv",
     "util-linux-extra",
@@ -38,7 +41,7 @@ const PACKAGES: &[&str] = &[
 const CASES: &[&str] =
     &["limits_are_enforced", "oom_killed", "logs_in", "exec_piped", "names_resolve", "all_four_killed"];
 /// The test programs that `cargo xtask test` runs in the guest: those that meet cgroups, systemd's mounts or another kernel.
-pub(crate) const DEFAULT_TESTS: &[&str] = &["cni", "e2e", "netns", "runtime", "shim"];
+pub(crate) const DEFAULT_TESTS: &[&str] = &["cni", "e2e", "netns", "runtime", "runtime_pods", "shim"];
 /// Whether this machine can run the guest.
 pub(crate) const CAN_RUN: bool = cfg!(target_arch = "x86_64");
 const MEMORY_MEGABYTES: u32 = 1536;

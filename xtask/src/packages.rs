@@ -11,7 +11,7 @@ use crate::{step, target_dir};
 /// What the build needs.
 pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-config"];
 /// What a running node needs.
-pub(crate) const RUN: &[&str] = &["nftables", "iproute2"];
+pub(crate) const RUN: &[&str] = &["ca-certificates", "iproute2", "nftables"];
 /// What the tests need beside these.
 pub(crate) const TEST: &[&str] =
     &["conntrack", "crun", "curl", "docker-registry", "netbase", "runc", "skopeo", "unzip"];

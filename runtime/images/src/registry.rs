@@ -1,5 +1,6 @@
 //! Fetching from registries, through mirrors where configured. What arrives is verified by the callers' digests.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -88,15 +89,28 @@ fn source(
         Some(Auth::Basic { username, password }) => RegistryAuth::Basic(username.clone(), password.clone()),
         Some(Auth::Bearer(token)) => RegistryAuth::Bearer(token.clone()),
     };
-    let client = Client::new(ClientConfig {
+    ensure_roots(reference)?;
+    let client = Client::try_from(ClientConfig {
         protocol: if plain { ClientProtocol::Http } else { ClientProtocol::Https },
         extra_root_certificates: certificates(config)?,
         connect_timeout: Some(CONNECT_LIMIT),
         read_timeout: Some(READ_LIMIT),
         user_agent: concat!("oarlock/", env!("CARGO_PKG_VERSION")),
         ..ClientConfig::default()
-    });
+    })
+    .map_err(|error| ImageError::Registry { reference: reference.to_string(), message: error.to_string() })?;
     Ok(Source { client, remote, auth, name: host.to_owned() })
+}
+
+/// The client cannot be made at all, not even for plain HTTP, on a machine that knows no certificate authority.
+fn ensure_roots(reference: &Reference) -> Result<(), ImageError> {
+    static FOUND: AtomicBool = AtomicBool::new(false);
+    if FOUND.load(Ordering::Relaxed) || !rustls_native_certs::load_native_certs().certs.is_empty() {
+        FOUND.store(true, Ordering::Relaxed);
+        return Ok(());
+    }
+    let message = "this machine has no certificates of authorities; install the package ca-certificates".to_owned();
+    Err(ImageError::Registry { reference: reference.to_string(), message })
 }
 
 /// Nobody else can listen in or answer there.

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use oarlock_images::ImageError;
 use oarlock_proto::cri;
 use tonic::Status;
 
@@ -23,10 +24,23 @@ pub(super) async fn remove_image(
             let id = image.id.clone();
             tracing::debug!(image.id = %id, container.id = %user.id(), "image in use loses its names only");
         }
-        if last && image.pinned && !image.repo_tags.contains(&core.config.pause_image) {
-            core.images.set_pinned(reference, false).await.map_err(Error::from)?;
-        }
     }
-    core.images.remove(reference).await.map_err(Error::from)?;
+    match core.images.remove(reference).await {
+        Err(ImageError::Pinned { .. }) if !is_needed(core, reference) => {
+            core.images.set_pinned(reference, false).await.map_err(Error::from)?;
+            core.images.remove(reference).await.map_err(Error::from)?;
+        }
+        outcome => outcome.map_err(Error::from)?,
+    }
     Ok(cri::RemoveImageResponse {})
+}
+
+/// Whether this is the image of sandboxes.
+fn is_needed(core: &Core, reference: &str) -> bool {
+    let pause = &core.config.pause_image;
+    !pause.is_empty()
+        && match (core.images.status(reference), core.images.status(pause)) {
+            (Some(image), Some(pause)) => image.id == pause.id,
+            _ => false,
+        }
 }
