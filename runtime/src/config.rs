@@ -28,6 +28,8 @@ pub struct Config {
     pub registries: Registries,
     /// OCI runtimes by handler name; the built-in one is the handler "" and "oarlock".
     pub handlers: BTreeMap<String, PathBuf>,
+    /// Where files of the Container Device Interface are looked for; later directories win.
+    pub cdi_dirs: Vec<PathBuf>,
     /// Cgroup (below each hierarchy's root) for shims, and for pods that name no parent.
     pub cgroup_root: String,
     /// The image reported as the sandbox image, pinned against collection; no container is made of it.
@@ -79,6 +81,7 @@ impl Default for Config {
             streaming_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             registries: Registries::default(),
             handlers: BTreeMap::new(),
+            cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             cgroup_root: "oarlock".to_owned(),
             pause_image: String::new(),
             cni_timeout: Duration::from_secs(60),

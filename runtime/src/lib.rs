@@ -6,6 +6,7 @@
 //! it asks the pod's shim. It never calls setns: it asks `oarlock-netns`.
 
 mod backend;
+mod cdi;
 mod config;
 mod container;
 mod core;

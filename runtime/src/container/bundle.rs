@@ -12,6 +12,7 @@ use oarlock_images::Image;
 use oci_spec::runtime::LinuxSeccomp;
 
 use super::{devices, ids, volumes};
+use crate::cdi;
 use crate::core::Core;
 use crate::error::Error;
 use crate::idmap::Owner;
@@ -86,7 +87,12 @@ fn write(
     let options = context.and_then(|context| context.namespace_options.as_ref());
     let pid = spec::namespace::container_pid(options, sandbox.modes())?;
     let volumes = volumes::find(core, record, defaults, owner_of(core, sandbox)?.as_ref())?;
-    let devices = devices::find(&record.config, context.is_some_and(|context| context.privileged))?;
+    let mut devices = devices::find(&record.config, context.is_some_and(|context| context.privileged))?;
+    let edits = cdi::resolve(&core.config.cdi_dirs, &spec::container::cdi_names(&record.config))?;
+    for device in cdi::nodes(&edits)? {
+        devices.retain(|known| known.path != device.path);
+        devices.push(device);
+    }
     let spec = spec::container::build(spec::container::Inputs {
         config: &record.config,
         resources: &record.resources,
@@ -100,6 +106,7 @@ fn write(
         files: &sandbox::files(core, sandbox),
         volumes: &volumes,
         devices: &devices,
+        edits: &edits,
         rootfs: &paths.rootfs(),
         cgroup: &record.cgroup,
         seccomp_profile: profile(context)?,

@@ -69,6 +69,7 @@ fn info(core: &Core) -> HashMap<String, String> {
         "dataDir": core.config.data_dir,
         "runDir": core.config.run_dir,
         "stateDir": core.config.run_dir,
+        "cdiSpecDirs": core.config.cdi_dirs,
         "socket": core.config.socket,
         "shimBinary": core.config.shim_binary,
         "handlers": core.config.handlers.iter().map(|(name, path)| (name.clone(), json!(path))).collect::<serde_json::Map<_, _>>(),

@@ -7,6 +7,7 @@ use oarlock_proto::cri;
 use oarlock_proto::cri::security_profile::ProfileType;
 use oci_spec::runtime::{LinuxBuilder, LinuxSeccomp, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder};
 
+use super::cdi::{self, Edits};
 use super::device::{self, HostDevice};
 use super::image::{self, Defaults, OwnVariables};
 use super::mount::{self, SandboxFiles, Volume};
@@ -31,6 +32,8 @@ pub(crate) struct Inputs<'a> {
     pub files: &'a SandboxFiles,
     pub volumes: &'a [Volume],
     pub devices: &'a [HostDevice],
+    /// What the vendors of its devices want; their nodes are among `devices`.
+    pub edits: &'a Edits,
     pub rootfs: &'a Path,
     /// The container's control group, without a leading slash.
     pub cgroup: &'a str,
@@ -52,11 +55,8 @@ pub(crate) fn check(config: &cri::ContainerConfig, host: &HostFacts) -> Result<(
     if config.windows.is_some() {
         return Err(SpecError::unsupported("config.windows", "this is Linux"));
     }
-    if let Some(device) = config.cdi_devices.first() {
-        return Err(SpecError::unsupported(
-            "config.CDI_devices",
-            format!("{:?}: this runtime has no CDI", device.name),
-        ));
+    for device in cdi_names(config) {
+        cdi::check_name(&device)?;
     }
     if Path::new(&config.log_path).is_absolute()
         || Path::new(&config.log_path).components().any(|part| part.as_os_str() == "..")
@@ -81,6 +81,12 @@ pub(crate) fn check(config: &cri::ContainerConfig, host: &HostFacts) -> Result<(
         capability::decide(context.capabilities.as_ref(), context.privileged, &host.capabilities)?;
     }
     seccomp::choose(linux.security_context.as_ref()).map(drop)
+}
+
+/// The devices of the Container Device Interface that are asked for.
+pub(crate) fn cdi_names(config: &cri::ContainerConfig) -> Vec<String> {
+    let field = config.cdi_devices.iter().map(|device| device.name.as_str());
+    cdi::names(field, config.annotations.iter().map(|(key, value)| (key.as_str(), value.as_str())))
 }
 
 #[allow(deprecated, reason = "older clients only set apparmor_profile")]
@@ -174,6 +180,7 @@ pub(crate) fn build(inputs: Inputs<'_>) -> Result<Spec, SpecError> {
         .build()
         .map_err(failed)?;
     spec.set_hostname(None);
+    inputs.edits.apply(&mut spec)?;
     Ok(spec)
 }
 
@@ -246,6 +253,7 @@ mod tests {
             files: &SandboxFiles::default(),
             volumes: &[],
             devices: &[],
+            edits: &Edits::default(),
             rootfs: Path::new("/r"),
             cgroup: "oarlock/s/c",
             seccomp_profile: None,
@@ -292,7 +300,7 @@ mod tests {
     fn what_is_not_honoured_is_refused() {
         let host = HostFacts::default();
         let mut cdi = config();
-        cdi.cdi_devices = vec![cri::CdiDevice { name: "v/c=d".into() }];
+        cdi.cdi_devices = vec![cri::CdiDevice { name: "no device".into() }];
         assert!(check(&cdi, &host).is_err());
         let mut log = config();
         log.log_path = "../../etc/passwd".into();

@@ -5,6 +5,7 @@
 //! refused ([`SpecError`]), never dropped.
 
 pub(crate) mod capability;
+pub(crate) mod cdi;
 pub(crate) mod container;
 pub(crate) mod device;
 pub(crate) mod image;

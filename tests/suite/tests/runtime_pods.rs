@@ -348,3 +348,50 @@ fn the_daemon_s_metrics_are_on_its_socket_and_count_what_was_called() {
         daemon
     });
 }
+
+#[test]
+fn a_vendor_s_device_comes_with_what_its_file_says() {
+    with_daemon("cdi", |mut daemon| async move {
+        let files = daemon.path().join("cdi");
+        std::fs::create_dir(&files).unwrap();
+        std::fs::create_dir(daemon.path().join("driver")).unwrap();
+        std::fs::write(daemon.path().join("driver/version"), "42").unwrap();
+        let ran = daemon.path().join("hook-ran");
+        let content = serde_json::json!({
+            "cdiVersion": "0.6.0", "kind": "vendor.example/null",
+            "containerEdits": {
+                "env": ["DRIVER=here"],
+                "mounts": [{"hostPath": daemon.path().join("driver"), "containerPath": "/driver", "options": ["ro", "bind"]}],
+                "hooks": [{"hookName": "createRuntime", "path": "/usr/bin/touch", "args": ["touch", ran]}]
+            },
+            "devices": [{"name": "0", "containerEdits": {
+                "deviceNodes": [{"path": "/dev/vendor0", "hostPath": "/dev/full", "permissions": "rw"}], "additionalGids": [4242]
+            }}]
+        });
+        std::fs::write(files.join("vendor.json"), content.to_string()).unwrap();
+        let sandbox = daemon.sandbox("cdi").await;
+        let mut config = container_config("main", &["sleep"]);
+        config.cdi_devices = vec![cri::CdiDevice { name: "vendor.example/null=0".to_owned() }];
+        let id = daemon.container(&sandbox, config.clone()).await;
+        assert!(daemon.output(&id, &["env"]).await.lines().any(|line| line == "DRIVER=here"));
+        assert_eq!(daemon.output(&id, &["cat", "/driver/version"]).await, "42");
+        assert!(daemon.output(&id, &["ls", "/dev"]).await.contains("vendor0"));
+        // It is the device that the file names: writing to it fails for want of space.
+        let written = daemon.exec(&id, &["write", "/dev/vendor0", "x"]).await.unwrap();
+        assert!(String::from_utf8_lossy(&written.stderr).contains("No space left"), "{written:?}");
+        assert!(
+            daemon
+                .output(&id, &["cat", "/proc/1/status"])
+                .await
+                .lines()
+                .any(|line| line.starts_with("Groups:") && line.contains("4242"))
+        );
+        assert!(ran.exists());
+
+        config.metadata.as_mut().unwrap().name = "other".to_owned();
+        config.cdi_devices[0].name = "vendor.example/null=1".to_owned();
+        let refused = daemon.create(&sandbox, config).await.unwrap_err();
+        assert!(refused.message().contains("vendor.example/null=1"), "{refused}");
+        daemon
+    });
+}

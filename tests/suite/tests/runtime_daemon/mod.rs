@@ -247,6 +247,7 @@ pub fn config_in(directory: &Path, cgroup_root: &str) -> Config {
         cni_conf_dir: directory.join("cni-conf"),
         cni_bin_dirs: vec![directory.join("cni-bin")],
         cgroup_root: cgroup_root.to_owned(),
+        cdi_dirs: vec![directory.join("cdi")],
         handlers: [("crun", "/usr/bin/crun"), ("runc", "/usr/sbin/runc"), ("gone", "/no/such/runtime")]
             .map(|(name, path)| (name.to_owned(), path.into()))
             .into(),
