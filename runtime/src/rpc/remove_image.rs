@@ -25,22 +25,22 @@ pub(super) async fn remove_image(
             tracing::debug!(image.id = %id, container.id = %user.id(), "image in use loses its names only");
         }
     }
-    match core.images.remove(reference).await {
-        Err(ImageError::Pinned { .. }) if !is_needed(core, reference) => {
-            core.images.set_pinned(reference, false).await.map_err(Error::from)?;
-            core.images.remove(reference).await.map_err(Error::from)?;
-        }
-        outcome => outcome.map_err(Error::from)?,
-    }
+    remove(core, reference).await.map_err(Error::from)?;
     Ok(cri::RemoveImageResponse {})
 }
 
-/// Whether this is the image of sandboxes.
-fn is_needed(core: &Core, reference: &str) -> bool {
-    let pause = &core.config.pause_image;
-    !pause.is_empty()
-        && match (core.images.status(reference), core.images.status(pause)) {
-            (Some(image), Some(pause)) => image.id == pause.id,
-            _ => false,
+/// With its last name a pinned image goes as well; only the store knows which name that is.
+async fn remove(core: &Core, reference: &str) -> Result<(), ImageError> {
+    match core.images.remove(reference).await {
+        Err(error @ ImageError::Pinned { .. }) => {
+            let own =
+                core.images.status(reference).is_none_or(|image| image.repo_tags.contains(&core.config.pause_image));
+            if own {
+                return Err(error);
+            }
+            core.images.set_pinned(reference, false).await?;
+            core.images.remove(reference).await
         }
+        other => other,
+    }
 }
