@@ -142,14 +142,22 @@ fn close_range(first: RawFd, last: RawFd) {
     }
 }
 
-/// A container must not inherit the shim's blocked or ignored signals.
+/// A container must not inherit the shim's blocked or ignored signals. SIGPIPE stays ignored up to the program itself (see
+/// [`default_broken_pipe`]): a hook that does not read what it is told must not end the helper.
 fn reset_signals() {
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    for signal in [Signal::SIGPIPE, Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         // SAFETY: restores default actions, no handler involved.
         let _ = unsafe { sigaction(signal, &default) };
     }
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
+}
+
+/// Last of all before a program is executed.
+pub(crate) fn default_broken_pipe() {
+    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+    // SAFETY: restores the default action, no handler involved.
+    let _ = unsafe { sigaction(Signal::SIGPIPE, &default) };
 }
 
 #[cfg(test)]

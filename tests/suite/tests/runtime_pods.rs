@@ -253,8 +253,10 @@ fn containers_of_other_runtimes_are_run_watched_and_removed_like_our_own() {
         };
         let refused = daemon.runtime.run_pod_sandbox(request).await.unwrap_err();
         assert!(refused.message().contains("/no/such/runtime"), "{refused}");
-        for handler in ["crun", "runc"] {
-            let mut config = sandbox_config(handler, &daemon.log_directory(handler));
+        // The built-in one as well: whatever holds for others holds for it.
+        for handler in ["", "crun", "runc"] {
+            let name = if handler.is_empty() { "own" } else { handler };
+            let mut config = sandbox_config(name, &daemon.log_directory(name));
             config.hostname = "other".to_owned();
             let request = cri::RunPodSandboxRequest { config: Some(config), runtime_handler: handler.to_owned() };
             let sandbox = daemon.runtime.run_pod_sandbox(request).await.unwrap().into_inner().pod_sandbox_id;
@@ -269,6 +271,8 @@ fn containers_of_other_runtimes_are_run_watched_and_removed_like_our_own() {
             assert_eq!(daemon.output(&main, &["hostname"]).await.trim(), "other");
             let identity = daemon.output(&main, &["id"]).await;
             assert!(identity.contains("uid=0") && identity.contains("Seccomp:\t2"), "{handler}: {identity}");
+            let status = daemon.output(&main, &["cat", "/proc/1/status"]).await;
+            assert!(status.lines().any(|line| line == "Umask:\t0022"), "{handler}: {status}");
             assert_eq!(daemon.exec(&main, &["exit", "3"]).await.unwrap().exit_code, 3);
             let groups = daemon.output(&main, &["cat", "/proc/self/cgroup"]).await;
             assert!(groups.lines().all(|line| line.ends_with(&main) || line.ends_with(":/")), "{handler}: {groups}");

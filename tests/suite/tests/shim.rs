@@ -492,6 +492,27 @@ async fn a_helper_that_is_killed_fails_its_call_and_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_hook_that_reads_nothing_holds_up_nobody_and_programs_have_their_signals() {
+    let mut pod = Pod::start("hooks").await;
+    let patch = |spec: &mut serde_json::Value| {
+        // More than a pipe holds: writing it fails for sure.
+        spec["annotations"] = json!({"long": "x".repeat(200_000)});
+        spec["hooks"] = json!({"createRuntime": [{"path": "/bin/true"}], "poststop": [{"path": "/bin/true"}]});
+    };
+    pod.run("c", &Wish { patch, ..Wish::new(&["sleep"]) }).await;
+    for (exec, file) in [("first", "/proc/1/status"), ("own", "/proc/self/status")] {
+        let (output, _) = pod.exec("c", exec, process(&["cat", file])).await;
+        let ignored = output.lines().find(|line| line.starts_with("SigIgn:")).unwrap_or_default();
+        let broken_pipe = 1u64 << (nix::sys::signal::Signal::SIGPIPE as i32 - 1);
+        // A Rust program ignores that one by itself.
+        let mask = u64::from_str_radix(ignored.trim_start_matches("SigIgn:").trim(), 16).unwrap();
+        assert_eq!(mask & !broken_pipe, 0, "{file}: {ignored}");
+    }
+    pod.shim.delete("c").await.unwrap();
+    pod.finish().await;
+}
+
+#[tokio::test]
 async fn a_container_cannot_change_its_own_limits() {
     let mut pod = Pod::start("limits").await;
     let patch = |spec: &mut serde_json::Value| {

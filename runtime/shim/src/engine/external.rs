@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::libc;
 use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
+use nix::sys::stat::Mode;
 use oarlock_cgroup::{Cgroup, Layout};
 use oarlock_shim_api::{ErrorKind, RemoteError};
 use oci_spec::runtime::{Hook, Spec};
@@ -94,6 +95,8 @@ impl External {
         command.stdin(job.ends.stdin.map_or_else(Stdio::null, Stdio::from));
         command.stdout(job.ends.stdout.map_or_else(Stdio::null, Stdio::from));
         command.stderr(job.ends.stderr.map_or_else(Stdio::null, Stdio::from));
+        // The program inherits it where the specification names none.
+        nix::sys::stat::umask(Mode::from_bits_truncate(0o022));
         run(command, "create", &log)?;
         let text = fs::read_to_string(&pid_file).map_err(io_failed("read the container's pid"))?;
         let pid = text.trim().parse().map_err(|error| failed("read the container's pid", &error))?;
