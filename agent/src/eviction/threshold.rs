@@ -156,17 +156,6 @@ impl Default for EvictionConfig {
 }
 
 impl EvictionConfig {
-    /// For a machine that does other things too: its disk may be rather full without being in danger.
-    pub fn for_shared_machine() -> Self {
-        let mut config = Self::default();
-        for threshold in &mut config.thresholds {
-            if threshold.signal != Signal::MemoryAvailable {
-                threshold.below = Amount::Percent(5.0);
-            }
-        }
-        config
-    }
-
     /// The hard threshold of a signal, which is kept away from pods.
     pub(crate) fn hard(&self, signal: Signal) -> Option<Amount> {
         self.thresholds.iter().find(|t| t.signal == signal && t.grace.is_none()).map(|t| t.below)

@@ -88,7 +88,7 @@ fn what_changes_nothing_is_named_and_what_was_given_is_shown() {
 fn default_thresholds_can_be_kept_beside_own_ones() {
     let config = read("evictionHard: {memory.available: 1Gi}\nmergeDefaultEvictionSettings: true\n").expect("valid");
     assert_eq!(config.eviction.hard(Signal::MemoryAvailable), Some(Amount::Absolute(1 << 30)));
-    assert_eq!(config.eviction.hard(Signal::NodefsAvailable), Some(Amount::Percent(10.0)));
+    assert_eq!(config.eviction.hard(Signal::NodefsAvailable), Some(Amount::Percent(5.0)));
 }
 
 #[test]

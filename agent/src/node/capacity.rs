@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reservations_and_a_tenth_of_the_disk_are_kept_back() {
+    fn reservations_and_a_twentieth_of_the_disk_are_kept_back() {
         let machine = Machine {
             cpus: 2,
             memory_bytes: 1 << 30,
@@ -154,7 +154,7 @@ mod tests {
         let (all, left) = (quantities(&capacity.capacity), quantities(&capacity.allocatable));
         assert_eq!((all["cpu"].0.as_str(), left["cpu"].0.as_str()), ("2", "1500m"));
         assert_eq!((all["memory"].0.as_str(), left["memory"].0.as_str()), ("1048576Ki", "942080Ki"));
-        assert_eq!(left["ephemeral-storage"].0, "900");
+        assert_eq!(left["ephemeral-storage"].0, "950");
         assert_eq!(all["pods"].0, "110");
     }
 }

@@ -15,13 +15,13 @@ use tokio::sync::watch;
 use super::stats;
 use crate::go_duration::show;
 use crate::model::{Container, ContainerId, PodUid, RunState};
-use crate::shared::{PodEntry, Shared};
+use crate::shared::{PodEntry, PodTable, Shared};
 use crate::spec;
 use crate::{Amount, EvictionConfig};
 
 const RUN: Duration = Duration::from_secs(120);
-/// While a log is followed, the container is looked at this often.
-const FOLLOW: Duration = Duration::from_millis(500);
+/// While a log is followed, its container is looked at anyway this often.
+const FOLLOW: Duration = Duration::from_secs(600);
 
 /// Answers from the table of pods and from the runtime.
 pub(crate) struct Backend {
@@ -221,16 +221,15 @@ impl Backend {
         if record.state == RunState::Running {
             let (shared, id): (_, ContainerId) = (self.shared.clone(), record.id.clone());
             tokio::spawn(async move {
-                let runs = || {
-                    let entry = shared.table.get(&uid);
+                let runs = |table: &PodTable| {
+                    let entry = table.get(&uid);
                     let record = entry.and_then(|e| e.observed.containers.iter().find(|c| c.id == id).cloned());
                     record.is_some_and(|record| record.state == RunState::Running)
                 };
-                while runs() {
-                    tokio::select! {
-                        () = sender.closed() => return,
-                        () = tokio::time::sleep(FOLLOW) => {}
-                    }
+                let ended = async { while !shared.table.wait_for(FOLLOW, |table| !runs(table)).await {} };
+                tokio::select! {
+                    () = sender.closed() => return,
+                    () = ended => {}
                 }
                 sender.send_replace(false);
             });

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use oarlock_agent::{Agent, Config, EvictionConfig, ImageGcConfig};
+use oarlock_agent::{Agent, Config, ImageGcConfig};
 
 use super::daemon;
 use crate::config::Settings;
@@ -36,7 +36,6 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         config.max_pods = settings.max_pods;
         config.static_pod_dir = Some(settings.static_pod_dir.clone());
         config.node_labels = settings.node_labels.clone();
-        config.eviction = EvictionConfig::for_shared_machine();
         config.image_gc = ImageGcConfig::for_shared_machine();
         settings.kubelet.apply(&mut config)?;
         let port = config.listen.port();
