@@ -27,7 +27,9 @@ impl Planner<'_> {
         }
         if self.state.gone || self.state.reclaim {
             self.remove_everything(observed);
-        } else if self.state.deletion.is_some()
+        }
+        if !self.state.gone
+            && self.state.deletion.is_some()
             && self.state.status_sent
             && !self.state.deletion_finished
             && self.free(&Key::Deletion)

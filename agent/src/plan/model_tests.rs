@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use super::tests::{container, sandbox, view};
 use super::*;
-use crate::model::{Container, Observed, RunState};
+use crate::model::{Container, ContainerId, Observed, RunState};
 
 /// One thing that happens.
 #[derive(Debug, Clone)]
@@ -29,6 +29,12 @@ enum Step {
     LoseSandbox,
     /// Liveness of the nth live container fails.
     Unhealthy(usize),
+    /// The nth main container is given another size.
+    Resize(usize, u16),
+    /// The node needs the pod to end.
+    Evict,
+    /// Room is needed on the disk.
+    Reclaim,
     /// Time passes.
     Sleep(u16),
     Delete,
@@ -60,6 +66,9 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..4usize, prop_oneof![Just(0), Just(1), Just(137)]).prop_map(|(n, code)| Step::Exit(n, code)),
         1 => Just(Step::LoseSandbox),
         1 => (0..4usize).prop_map(Step::Unhealthy),
+        2 => (0..2usize, 1..4u16).prop_map(|(n, cpu)| Step::Resize(n, cpu)),
+        1 => Just(Step::Evict),
+        1 => Just(Step::Reclaim),
         4 => (0..400u16).prop_map(Step::Sleep),
         1 => Just(Step::Delete),
         1 => Just(Step::Restart),
@@ -75,7 +84,13 @@ fn pod() -> impl Strategy<Value = serde_json::Value> {
             (0..sidecars)
                 .map(|n| serde_json::json!({"name": format!("s{n}"), "image": "i", "restartPolicy": "Always"})),
         );
-        let mains: Vec<_> = (0..mains).map(|n| serde_json::json!({"name": format!("m{n}"), "image": "i"})).collect();
+        // The first is resized as it runs, the second restarts for it.
+        let policy_of = |n| if n == 0 { "NotRequired" } else { "RestartContainer" };
+        let main = |n| {
+            serde_json::json!({"name": format!("m{n}"), "image": "i", "resources": {"requests": {"cpu": "1"}},
+                "resizePolicy": [{"resourceName": "cpu", "restartPolicy": policy_of(n)}]})
+        };
+        let mains: Vec<_> = (0..mains).map(main).collect();
         serde_json::json!({"restartPolicy": policy, "initContainers": init_list, "containers": mains})
     })
 }
@@ -101,6 +116,9 @@ struct World {
     deleted: bool,
     api_object: bool,
     forgotten: bool,
+    evicted: bool,
+    /// What each container has in its cgroup.
+    sizes: BTreeMap<ContainerId, String>,
     /// How often each container was started.
     starts: BTreeMap<String, u32>,
     ended_codes: BTreeMap<String, i32>,
@@ -123,6 +141,8 @@ impl World {
             deleted: false,
             api_object: true,
             forgotten: false,
+            evicted: false,
+            sizes: BTreeMap::new(),
             starts: BTreeMap::new(),
             ended_codes: BTreeMap::new(),
         }
@@ -224,15 +244,21 @@ impl World {
                     return Ok(Outcome::Failed { reason: "CreateContainerError".into(), message: "no sandbox".into() });
                 };
                 self.made += 1;
+                let view = self.state.spec.as_ref().and_then(|spec| spec.find(name)).expect("a container of the pod");
                 let made = Container {
                     sandbox: current.id.clone(),
+                    resources: view.resources.clone(),
                     restart_count: *restart_count,
                     created_at: self.now,
                     started_at: Some(self.now),
                     ..container(&format!("c{}", self.made), name, RunState::Running)
                 };
+                self.sizes.insert(made.id.clone(), made.resources.clone());
                 self.truth.containers.insert(0, made);
                 *self.starts.entry(name.clone()).or_default() += 1;
+            }
+            Action::ResizeContainer { id, resources, .. } => {
+                self.sizes.insert(id.clone(), resources.clone());
             }
             Action::KillContainer { id, .. } => {
                 self.end(|container| container.id == *id, 137);
@@ -292,6 +318,19 @@ impl World {
         (!live.is_empty()).then(|| live[nth % live.len()].id.clone())
     }
 
+    fn evict(&mut self) {
+        self.evicted = true;
+        let why = Why::Failed { reason: "Evicted".into(), message: "x".into() };
+        self.state.finish_with(why, Duration::from_secs(1), self.now);
+    }
+
+    fn resize(&mut self, nth: usize, cpu: u16) {
+        let mains = self.spec["containers"].as_array_mut().expect("containers");
+        let nth = nth % mains.len();
+        mains[nth]["resources"]["requests"]["cpu"] = cpu.to_string().into();
+        self.state.set_spec(view(self.spec.clone()));
+    }
+
     fn delete(&mut self) {
         self.deleted = true;
         self.state.deletion = Some(Duration::from_secs(30));
@@ -311,6 +350,10 @@ impl World {
         self.ticket = 1;
         self.state = State::default();
         self.state.set_spec(view(self.spec.clone()));
+        // The pod's status said so.
+        if self.evicted {
+            self.evict();
+        }
         if self.deleted {
             self.delete();
         }
@@ -353,6 +396,9 @@ impl World {
                 }
             }
             Step::Sleep(seconds) => self.now = later(self.now, Duration::from_secs(u64::from(*seconds))),
+            Step::Resize(nth, cpu) => self.resize(*nth, *cpu),
+            Step::Evict => self.evict(),
+            Step::Reclaim => self.state.reclaim |= self.state.end.is_some(),
             Step::Delete => self.delete(),
             Step::Restart => self.restart()?,
         }
@@ -408,7 +454,7 @@ proptest! {
         spec["restartPolicy"] = "Always".into();
         spec["initContainers"].as_array_mut().unwrap().retain(|init| init["restartPolicy"] == "Always");
         let mut world = World::new(spec);
-        for step in steps.iter().filter(|step| !matches!(step, Step::Delete)) {
+        for step in steps.iter().filter(|step| !matches!(step, Step::Delete | Step::Evict)) {
             world.take(step)?;
         }
         world.calm_down()?;
@@ -416,6 +462,8 @@ proptest! {
         for container in &spec.containers {
             let live = world.truth.containers.iter().filter(|c| c.name == container.name && c.live()).count();
             prop_assert_eq!(live, 1, "{} is not running: {:?}", container.name, world.truth);
+            let running = world.truth.containers.iter().find(|c| c.name == container.name && c.live()).expect("running");
+            prop_assert_eq!(&world.sizes[&running.id], &container.resources, "{} has another size", container.name);
         }
         prop_assert_eq!(world.truth.sandboxes.iter().filter(|sandbox| sandbox.ready).count(), 1);
     }
