@@ -111,7 +111,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
             key_file: config.key_file.clone(),
             client_ca_file: config.client_ca_file.clone(),
         },
-        Arc::new(Backend { shared: shared.clone() }),
+        Arc::new(Backend::new(shared.clone())),
         Arc::new(ApiAuthorizer::new(client.clone(), config.node_name.clone())),
     );
     let pods = Pods::new(shared.clone(), known_sources, token.clone());

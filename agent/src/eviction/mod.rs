@@ -24,3 +24,4 @@ pub(crate) use judge::Pressure;
 pub(crate) use manager::run;
 pub(crate) use message::{REASON, pressed};
 pub(crate) use rank::{CRITICAL_PRIORITY, is_critical};
+pub(crate) use usage::{PodUsage, of_all};

@@ -18,7 +18,7 @@ const LONGEST_COUNT: Duration = Duration::from_secs(20);
 
 /// What one container uses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct ContainerUsage {
+pub(crate) struct ContainerUsage {
     pub memory_bytes: Option<u64>,
     /// Its writable layer.
     pub layer_bytes: u64,
@@ -27,7 +27,7 @@ pub(super) struct ContainerUsage {
 
 /// What one pod uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct PodUsage {
+pub(crate) struct PodUsage {
     /// The working set.
     pub memory_bytes: Option<u64>,
     pub processes: Option<u64>,
@@ -40,7 +40,7 @@ pub(super) struct PodUsage {
 
 impl PodUsage {
     /// Layers, logs and volumes.
-    pub(super) fn disk_bytes(&self) -> u64 {
+    pub(crate) fn disk_bytes(&self) -> u64 {
         self.layers_bytes() + self.without_layers_bytes()
     }
 
@@ -190,6 +190,26 @@ pub(super) fn add_places(usage: &mut PodUsage, places: &Places) {
         usage.volumes.insert(volume.clone(), tree.bytes);
         usage.inodes += tree.inodes;
     }
+}
+
+/// Usage of every pod, files included.
+pub(crate) async fn of_all(shared: &Shared) -> HashMap<String, PodUsage> {
+    let mut pods = from_runtime(shared).await;
+    let places: Vec<(String, Places)> = shared
+        .table
+        .all()
+        .iter()
+        .map(|entry| (spec::pod_uid(&entry.pod).to_owned(), Places::of(shared, &entry.pod)))
+        .collect();
+    let count = move || {
+        for (uid, places) in places {
+            if let Some(usage) = pods.get_mut(&uid) {
+                add_places(usage, &places);
+            }
+        }
+        pods
+    };
+    tokio::task::spawn_blocking(count).await.unwrap_or_default()
 }
 
 /// The pod's name for logs.

@@ -1,9 +1,11 @@
 //! [`Backend`]: what the :10250 server asks of the agent.
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use oarlock_node_api::{
     ContainerRef, ExecRequest, LogFile, MetricsPage, NodeBackend, NodeError, PodList, PortForwardRequest,
@@ -12,23 +14,49 @@ use oarlock_proto::cri;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use super::machine::{self, Rate};
 use super::stats;
+use crate::eviction::{self, PodUsage};
 use crate::go_duration::show;
 use crate::model::{Container, ContainerId, PodUid, RunState};
+use crate::node::capacity::disk;
 use crate::shared::{PodEntry, PodTable, Shared};
 use crate::spec;
 use crate::{Amount, EvictionConfig};
 
 const RUN: Duration = Duration::from_secs(120);
+/// Counted files are shown for so long.
+const DISK_USE_KEPT: Duration = Duration::from_secs(60);
 /// While a log is followed, its container is looked at anyway this often.
 const FOLLOW: Duration = Duration::from_secs(600);
 
 /// Answers from the table of pods and from the runtime.
 pub(crate) struct Backend {
-    pub shared: Arc<Shared>,
+    shared: Arc<Shared>,
+    /// What pods have on disk, when it was last counted.
+    disk: tokio::sync::Mutex<Option<(Instant, Arc<DiskUse>)>>,
+    cpu: Rate,
 }
 
+/// Usage of each pod by UID.
+type DiskUse = HashMap<String, PodUsage>;
+
 impl Backend {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, disk: tokio::sync::Mutex::default(), cpu: Rate::default() }
+    }
+
+    /// Counted at most once in a while, however many ask.
+    async fn disk_use(&self) -> Arc<DiskUse> {
+        let mut kept = self.disk.lock().await;
+        if let Some((_, usage)) = kept.as_ref().filter(|(at, _)| at.elapsed() < DISK_USE_KEPT) {
+            return usage.clone();
+        }
+        let usage = Arc::new(eviction::of_all(&self.shared).await);
+        *kept = Some((Instant::now(), usage.clone()));
+        usage
+    }
+
     fn pod(&self, target: &ContainerRef) -> Result<PodEntry, NodeError> {
         let entry = match target.pod_uid.as_deref().filter(|uid| !uid.is_empty()) {
             Some(uid) => self.shared.table.get(&PodUid::from(uid)),
@@ -154,7 +182,16 @@ impl NodeBackend for Backend {
     async fn stats_summary(&self) -> Value {
         let pods = self.shared.runtime.sandbox_stats().await.unwrap_or_default();
         let filesystem = self.shared.runtime.image_fs_info().await.ok();
-        stats::summary(&self.shared, &pods, filesystem.as_ref())
+        let now = Instant::now();
+        let facts = stats::Facts {
+            node_name: &self.shared.config.node_name,
+            now_nanos: i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0),
+            started: stats::starts(&self.shared),
+            disk: &*self.disk_use().await,
+            room: disk(&self.shared.config.data_dir).unwrap_or_default(),
+            cpu_rate: machine::processor().0.and_then(|busy| self.cpu.look(now, busy)),
+        };
+        stats::summary(&facts, &pods, filesystem.as_ref())
     }
 
     async fn metrics(&self, page: MetricsPage) -> String {

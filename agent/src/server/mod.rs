@@ -2,6 +2,7 @@
 
 mod auth;
 mod backend;
+mod machine;
 mod stats;
 
 pub(crate) use auth::ApiAuthorizer;

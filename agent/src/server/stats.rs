@@ -7,7 +7,9 @@ use jiff::Timestamp;
 use oarlock_proto::cri;
 use serde_json::{Map, Value, json};
 
-use crate::node::capacity::disk;
+use super::machine;
+use crate::eviction::PodUsage;
+use crate::node::capacity::Disk;
 use crate::shared::Shared;
 use crate::spec::names;
 
@@ -76,7 +78,7 @@ fn put(target: &mut Map<String, Value>, name: &str, value: Option<Value>) {
     }
 }
 
-fn container(stats: &cri::ContainerStats) -> Value {
+fn container(stats: &cri::ContainerStats, facts: &Facts<'_>, disk: Option<&PodUsage>) -> Value {
     let name = stats.attributes.as_ref().and_then(|a| a.labels.get(names::CONTAINER_NAME)).cloned();
     let mut map = Map::new();
     map.insert("name".to_owned(), Value::from(name.unwrap_or_default()));
@@ -84,67 +86,121 @@ fn container(stats: &cri::ContainerStats) -> Value {
     put(&mut map, "memory", memory(stats.memory.as_ref()));
     let layer = stats.writable_layer.as_ref().map(|layer| {
         let used = number(layer.used_bytes.as_ref());
-        object(layer.timestamp, &[("usedBytes", used), ("inodesUsed", number(layer.inodes_used.as_ref()))])
+        let mut rootfs = facts.room(used);
+        put_in(&mut rootfs, "inodesUsed", number(layer.inodes_used.as_ref()));
+        rootfs
     });
     put(&mut map, "rootfs", layer);
+    let own = disk.and_then(|disk| disk.containers.get(map.get("name")?.as_str()?));
+    put(&mut map, "logs", own.map(|own| facts.room(Some(own.log_bytes))));
+    let swap = stats
+        .swap
+        .as_ref()
+        .map(|swap| object(swap.timestamp, &[("swapUsageBytes", number(swap.swap_usage_bytes.as_ref()))]));
+    put(&mut map, "swap", swap);
     Value::Object(map)
 }
 
-fn pod(stats: &cri::PodSandboxStats, started: &HashMap<String, String>) -> Option<Value> {
+fn pod(stats: &cri::PodSandboxStats, facts: &Facts<'_>) -> Option<Value> {
     let metadata = stats.attributes.as_ref()?.metadata.as_ref()?;
     let linux = stats.linux.clone().unwrap_or_default();
+    let disk = facts.disk.get(&metadata.uid);
     let mut map = Map::new();
     map.insert(
         "podRef".to_owned(),
         json!({ "name": metadata.name, "namespace": metadata.namespace, "uid": metadata.uid }),
     );
-    put(&mut map, "startTime", started.get(&metadata.uid).cloned().map(Value::from));
-    map.insert("containers".to_owned(), linux.containers.iter().map(container).collect());
+    put(&mut map, "startTime", facts.started.get(&metadata.uid).cloned().map(Value::from));
+    map.insert("containers".to_owned(), linux.containers.iter().map(|stats| container(stats, facts, disk)).collect());
     put(&mut map, "cpu", cpu(linux.cpu.as_ref()));
     put(&mut map, "memory", memory(linux.memory.as_ref()));
     put(&mut map, "network", network(linux.network.as_ref()));
+    let volumes = disk.map(|disk| {
+        let volume = |(name, used): (&String, &u64)| {
+            let mut volume = facts.room(Some(*used));
+            volume["name"] = Value::from(name.clone());
+            volume
+        };
+        disk.volumes.iter().map(volume).collect::<Value>()
+    });
+    put(&mut map, "volume", volumes);
+    let whole = disk.map(|disk| {
+        let mut whole = facts.room(Some(disk.disk_bytes()));
+        put_in(&mut whole, "inodesUsed", Some(disk.inodes));
+        whole
+    });
+    put(&mut map, "ephemeral-storage", whole);
     let processes = linux.process.as_ref().and_then(|process| number(process.process_count.as_ref()));
     put(&mut map, "process_stats", processes.map(|count| json!({ "process_count": count })));
     Some(Value::Object(map))
 }
 
+/// What beside the runtime's statistics the summary shows.
+pub(super) struct Facts<'a> {
+    pub node_name: &'a str,
+    pub now_nanos: i64,
+    /// Start of each pod by UID.
+    pub started: HashMap<String, String>,
+    /// Files of each pod by UID.
+    pub disk: &'a HashMap<String, PodUsage>,
+    /// The file system of pods and images.
+    pub room: Disk,
+    /// Processor time a second, in nanoseconds.
+    pub cpu_rate: Option<u64>,
+}
+
+impl Facts<'_> {
+    /// A part of the file system that takes so many bytes.
+    fn room(&self, used: Option<u64>) -> Value {
+        let mut value = json!({ "time": time(self.now_nanos), "availableBytes": self.room.available_bytes,
+            "capacityBytes": self.room.total_bytes, "inodesFree": self.room.inodes_free, "inodes": self.room.inodes });
+        put_in(&mut value, "usedBytes", used);
+        value
+    }
+}
+
+fn put_in(target: &mut Value, name: &str, number: Option<u64>) {
+    if let Some(number) = number {
+        target[name] = Value::from(number);
+    }
+}
+
+/// The start of each pod by UID.
+pub(super) fn starts(shared: &Shared) -> HashMap<String, String> {
+    let entries = shared.table.all();
+    let starts = entries.iter().filter_map(|entry| {
+        let at = entry.status.start_time.as_ref()?;
+        Some((entry.pod.metadata.uid.clone()?, at.0.to_string()))
+    });
+    starts.collect()
+}
+
 /// `/stats/summary`.
 pub(super) fn summary(
-    shared: &Shared,
+    facts: &Facts<'_>,
     pods: &[cri::PodSandboxStats],
     images: Option<&cri::ImageFsInfoResponse>,
 ) -> Value {
-    let started: HashMap<String, String> = shared
-        .table
-        .all()
-        .iter()
-        .filter_map(|entry| {
-            let at = entry.status.start_time.as_ref()?;
-            Some((entry.pod.metadata.uid.clone()?, at.0.to_string()))
-        })
-        .collect();
-    let now = i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0);
+    let now = facts.now_nanos;
     let (available, total) = memory_now();
-    let room = disk(&shared.config.data_dir).unwrap_or_default();
-    let filesystem = |used: i64| {
-        json!({ "time": time(now), "availableBytes": room.available_bytes, "capacityBytes": room.total_bytes,
-            "usedBytes": used, "inodesFree": room.inodes_free, "inodes": room.inodes,
-            "inodesUsed": room.inodes - room.inodes_free })
-    };
-    let image_bytes = images.and_then(|info| info.image_filesystems.first()).and_then(|fs| fs.used_bytes.as_ref());
-    let image_bytes = image_bytes.map_or(0, |used| i64::try_from(used.value).unwrap_or(i64::MAX));
-    json!({
-        "node": {
-            "nodeName": shared.config.node_name,
-            "startTime": time(now),
-            "cpu": object(now, &[("usageCoreNanoSeconds", cpu_nanos_now())]),
-            "memory": { "time": time(now), "availableBytes": available, "usageBytes": total.saturating_sub(available),
-                "workingSetBytes": total.saturating_sub(available) },
-            "fs": filesystem(room.total_bytes - room.available_bytes),
-            "runtime": { "imageFs": filesystem(image_bytes) },
-        },
-        "pods": pods.iter().filter_map(|stats| pod(stats, &started)).collect::<Vec<_>>(),
-    })
+    let (busy, booted) = machine::processor();
+    let image_bytes =
+        images.and_then(|info| info.image_filesystems.first()).and_then(|fs| number(fs.used_bytes.as_ref()));
+    let used = u64::try_from(facts.room.total_bytes - facts.room.available_bytes).ok();
+    let mut node = json!({
+        "nodeName": facts.node_name,
+        "startTime": time(booted.map_or(now, |second| second.saturating_mul(1_000_000_000))),
+        "cpu": object(now, &[("usageNanoCores", facts.cpu_rate), ("usageCoreNanoSeconds", busy)]),
+        "memory": { "time": time(now), "availableBytes": available, "usageBytes": total.saturating_sub(available),
+            "workingSetBytes": total.saturating_sub(available) },
+        "fs": facts.room(used),
+        "runtime": { "imageFs": facts.room(image_bytes), "containerFs": facts.room(image_bytes) },
+    });
+    if let Value::Object(node) = &mut node {
+        put(node, "network", machine::network(&time(now)));
+        put(node, "rlimit", machine::processes(&time(now)));
+    }
+    json!({ "node": node, "pods": pods.iter().filter_map(|stats| pod(stats, facts)).collect::<Vec<_>>() })
 }
 
 /// Available and total memory in bytes.
@@ -155,15 +211,6 @@ fn memory_now() -> (u64, u64) {
         line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
     };
     (of("MemAvailable:"), of("MemTotal:"))
-}
-
-/// Nanoseconds that all processors together have worked.
-fn cpu_nanos_now() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/stat").ok()?;
-    let mut fields = text.lines().next()?.split_whitespace().skip(1).map(|field| field.parse::<u64>().unwrap_or(0));
-    let busy: u64 = fields.by_ref().take(3).sum();
-    // Ticks of a hundredth of a second.
-    Some(busy * 10_000_000)
 }
 
 /// `/metrics`.
@@ -225,7 +272,7 @@ pub(super) fn resource_metrics(
     }
     let (available, total) = memory_now();
     let _ = writeln!(text, "# TYPE node_cpu_usage_seconds_total counter");
-    let _ = writeln!(text, "node_cpu_usage_seconds_total {}", cpu_nanos_now().unwrap_or(0) as f64 / 1e9);
+    let _ = writeln!(text, "node_cpu_usage_seconds_total {}", machine::processor().0.unwrap_or(0) as f64 / 1e9);
     let _ = writeln!(text, "# TYPE node_memory_working_set_bytes gauge");
     let _ = writeln!(text, "node_memory_working_set_bytes {}", total.saturating_sub(available));
     for (name, kind) in [("pod_cpu_usage_seconds_total", "counter"), ("pod_memory_working_set_bytes", "gauge")] {

@@ -165,5 +165,22 @@ fn top(cluster: &Cluster) {
     assert!(nodes.contains('%') && nodes.contains("Mi"), "{nodes}");
     let selected = cluster.kubectl("top pods -l app=busy --no-headers");
     assert_eq!(selected.lines().count(), 1, "{selected}");
+    let node = cluster.kubectl("get nodes -o jsonpath={.items[0].metadata.name}");
+    let summary = cluster.kubectl(&format!("get --raw /api/v1/nodes/{node}/proxy/stats/summary"));
+    let summary: serde_json::Value = serde_json::from_str(&summary).expect("JSON");
+    let pods = summary["pods"].as_array().cloned().unwrap_or_default();
+    let busy = pods.iter().find(|pod| pod["podRef"]["name"] == "busy").expect("the pod");
+    for number in [
+        &busy["containers"][0]["cpu"]["usageCoreNanoSeconds"],
+        &busy["containers"][0]["rootfs"]["usedBytes"],
+        &busy["containers"][0]["logs"]["usedBytes"],
+        &busy["ephemeral-storage"]["usedBytes"],
+        &busy["memory"]["workingSetBytes"],
+        &summary["node"]["rlimit"]["curproc"],
+        &summary["node"]["fs"]["availableBytes"],
+        &summary["node"]["network"]["rxBytes"],
+    ] {
+        assert!(number.is_u64(), "{summary:#}");
+    }
     cluster.kubectl("delete pod busy --timeout=60s");
 }
