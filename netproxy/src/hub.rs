@@ -17,6 +17,7 @@ use crate::config::Config;
 use crate::health::Status;
 use crate::host;
 use crate::node::{self, Node};
+use crate::overlay;
 use crate::plan::{self, Context};
 use crate::service::ServiceName;
 use crate::watch::{Event, Kind};
@@ -204,19 +205,33 @@ impl Hub {
     async fn sync_nodes(&self) -> bool {
         let config = self.config.clone();
         let own = self.nodes.get(config.node_name.as_str()).cloned();
-        let mut others: Vec<(Arc<str>, Node)> = self
+        let others: BTreeMap<String, Node> = self
             .nodes
             .iter()
             .filter(|(name, _)| name.as_ref() != config.node_name)
-            .map(|(a, b)| (a.clone(), b.clone()))
+            .map(|(name, node)| (name.to_string(), node.clone()))
             .collect();
-        others.sort_by(|a, b| a.0.cmp(&b.0));
-        let others: Vec<Node> = others.into_iter().map(|(_, node)| node).collect();
         let work = move || {
             let mut complete = true;
+            let mut mtu = 0;
+            match overlay::sync((&config.node_name, own.as_ref()), &others) {
+                Ok(synced) => {
+                    mtu = synced.mtu;
+                    if synced.changed > 0 {
+                        info!(changed = synced.changed, "ways to other nodes changed");
+                    }
+                }
+                Err(error) => {
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        "routes to other nodes cannot be set; trying again"
+                    );
+                    complete = false;
+                }
+            }
             if let (Some(directory), Some(own)) = (&config.cni_conf_dir, own.filter(|own| !own.pod_cidrs.is_empty())) {
                 let clusters: Vec<_> = config.networks.iter().map(|network| network.cluster_cidr).collect();
-                let content = node::conflist(&own.pod_cidrs, &clusters, &config.cni_state_dir);
+                let content = node::conflist(&own.pod_cidrs, &clusters, &config.cni_state_dir, mtu);
                 match node::write_conflist(directory, &content) {
                     Ok(true) => info!(pod_cidrs = ?own.pod_cidrs, "CNI configuration written"),
                     Ok(false) => {}
@@ -227,17 +242,6 @@ impl Hub {
                         );
                         complete = false;
                     }
-                }
-            }
-            match node::sync_routes(&others) {
-                Ok(0) => {}
-                Ok(changed) => info!(changed, "routes to other nodes changed"),
-                Err(error) => {
-                    warn!(
-                        error = &error as &dyn std::error::Error,
-                        "routes to other nodes cannot be set; trying again"
-                    );
-                    complete = false;
                 }
             }
             complete

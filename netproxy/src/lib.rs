@@ -3,8 +3,8 @@
 //! [`Netproxy`] watches Services, EndpointSlices and Nodes. `service` reduces the objects, `plan` says which elements of which
 //! maps a Service means, `rules` holds the fixed chains, `ledger` puts all Services together and knows what a change changes:
 //! all pure. `sync` carries it out as single transactions on the thread of `worker`, repairs what others break, and
-//! `conntrack` forgets stale flows. `dns` answers names from the same state. `node` writes the CNI configuration and routes
-//! to other nodes' pods. `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
+//! `conntrack` forgets stale flows. `dns` answers names from the same state. `node` writes the CNI configuration, `overlay` finds the
+//! way to other nodes' pods. `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
 //!
 //! These tables are ours, and nothing else of the host's is touched.
 
@@ -23,6 +23,7 @@ mod memory;
 #[cfg(test)]
 mod model_tests;
 mod node;
+mod overlay;
 mod plan;
 mod policy;
 mod proxy;

@@ -1,4 +1,4 @@
-//! Nodes: the CNI configuration of this one, and routes to the pods of the others.
+//! Nodes: what they are, the CNI configuration of this one, and its route to Service addresses.
 
 use std::fs;
 use std::io::{self, Write};
@@ -11,7 +11,7 @@ use oarlock_netlink::{Connection, Protocol, Route};
 use serde_json::json;
 
 /// Marks our routes in the kernel's tables, so that stale ones are found after a crash.
-const ROUTE_PROTOCOL: u8 = 79;
+pub const ROUTE_PROTOCOL: u8 = 79;
 pub const CONFLIST: &str = "10-oarlock.conflist";
 const BRIDGE: &str = "oar0";
 
@@ -42,11 +42,12 @@ impl Node {
 }
 
 /// The CNI configuration for pods of this node.
-pub fn conflist(pod_cidrs: &[IpNet], cluster_cidrs: &[IpNet], ipam_dir: &Path) -> String {
+/// `mtu` is that of pods' links, 0 for the usual one.
+pub fn conflist(pod_cidrs: &[IpNet], cluster_cidrs: &[IpNet], ipam_dir: &Path, mtu: u32) -> String {
     let ranges: Vec<_> = pod_cidrs.iter().map(|net| json!([{"subnet": net.trunc().to_string()}])).collect();
     let routes: Vec<_> =
         pod_cidrs.iter().map(|net| json!({"dst": if net.addr().is_ipv4() { "0.0.0.0/0" } else { "::/0" }})).collect();
-    let list = json!({
+    let mut list = json!({
         "cniVersion": "1.1.0",
         "name": "oarlock",
         "plugins": [
@@ -62,6 +63,9 @@ pub fn conflist(pod_cidrs: &[IpNet], cluster_cidrs: &[IpNet], ipam_dir: &Path) -
             {"type": "portmap", "capabilities": {"portMappings": true}, "snat": true},
         ],
     });
+    if mtu != 0 {
+        list["plugins"][0]["mtu"] = mtu.into();
+    }
     format!("{list:#}\n")
 }
 
@@ -91,51 +95,6 @@ pub fn write_conflist(directory: &Path, content: &str) -> Result<bool, WriteErro
     write().map(|()| true).map_err(|source| WriteError { path, source })
 }
 
-/// The routes that lead to other nodes' pods: through the node's own address, where that is on a network of ours.
-pub fn routes<'a>(others: impl Iterator<Item = &'a Node>, own_networks: &[(u32, IpNet)]) -> Vec<Route> {
-    let mut routes = Vec::new();
-    for node in others {
-        for net in &node.pod_cidrs {
-            let reachable =
-                node.internal.iter().filter(|address| address.is_ipv4() == net.addr().is_ipv4()).find_map(|address| {
-                    own_networks.iter().find(|(_, own)| own.contains(address)).map(|(link, _)| (*link, *address))
-                });
-            if let Some((link, gateway)) = reachable {
-                let route = Route::new(net.trunc(), Some(gateway), link);
-                routes.push(Route { protocol: ROUTE_PROTOCOL, ..route });
-            }
-        }
-    }
-    routes.sort_by_key(|route| (route.destination, route.gateway));
-    routes
-}
-
-/// Makes our routes in the kernel the wanted ones, and says how many were changed.
-pub fn sync_routes(others: &[Node]) -> oarlock_netlink::Result<usize> {
-    let mut connection = Connection::open(Protocol::Route)?;
-    let addresses = connection.addresses()?;
-    let own: Vec<(u32, IpNet)> = addresses.iter().map(|address| (address.link, address.net)).collect();
-    let foreign =
-        others.iter().filter(|node| !node.internal.iter().any(|one| own.iter().any(|(_, net)| net.addr() == *one)));
-    let wanted = routes(foreign, &own);
-    let existing: Vec<Route> = connection
-        .routes()?
-        .into_iter()
-        .filter(|route| route.protocol == ROUTE_PROTOCOL && route.gateway.is_some())
-        .collect();
-    let same = |a: &Route, b: &Route| (a.destination, a.gateway, a.link) == (b.destination, b.gateway, b.link);
-    let mut changed = 0;
-    for route in existing.iter().filter(|route| !wanted.iter().any(|one| same(one, route))) {
-        connection.delete_route(route)?;
-        changed += 1;
-    }
-    for route in wanted.iter().filter(|route| !existing.iter().any(|one| same(one, route))) {
-        connection.replace_route(route)?;
-        changed += 1;
-    }
-    Ok(changed)
-}
-
 /// Lets the node itself reach Service addresses when no other route covers them, as on hosts without a default route: the
 /// packets need some route before they are given another destination. It leads out of the node's own link, where our
 /// table lets nothing of it pass; through `lo`, refusals would not find back.
@@ -160,6 +119,7 @@ pub fn remove_leftovers(dns_addresses: &[IpAddr]) -> oarlock_netlink::Result<()>
     for route in connection.routes()?.iter().filter(|route| route.protocol == ROUTE_PROTOCOL) {
         connection.delete_route(route)?;
     }
+    crate::overlay::remove(&mut connection)?;
     if let Some(lo) = connection.link("lo")? {
         dns_addresses.iter().try_for_each(|address| connection.delete_address(lo.index, IpNet::from(*address)))?;
     }
@@ -178,26 +138,12 @@ mod tests {
     fn the_configuration_appears_whole_and_is_written_only_when_it_changes() {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("net.d");
-        let content = conflist(&[net("10.42.0.0/24")], &[net("10.42.0.0/16")], Path::new("/data/ipam"));
+        let content = conflist(&[net("10.42.0.0/24")], &[net("10.42.0.0/16")], Path::new("/data/ipam"), 0);
         assert!(write_conflist(&target, &content).unwrap());
         assert!(!write_conflist(&target, &content).unwrap());
         let read: serde_json::Value =
             serde_json::from_str(&fs::read_to_string(target.join(CONFLIST)).unwrap()).unwrap();
         assert_eq!(read["plugins"][0]["ipam"]["ranges"][0][0]["subnet"], "10.42.0.0/24");
         assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn routes_lead_only_through_nodes_on_a_network_of_ours() {
-        let near =
-            Node { pod_cidrs: vec![net("10.42.1.0/24")], internal: vec!["192.168.0.2".parse().unwrap()], zone: None };
-        let far =
-            Node { pod_cidrs: vec![net("10.42.2.0/24")], internal: vec!["172.16.0.2".parse().unwrap()], zone: None };
-        let found = routes([&near, &far].into_iter(), &[(2, net("192.168.0.1/24"))]);
-        assert_eq!(found.len(), 1);
-        assert_eq!(
-            (found[0].destination, found[0].gateway, found[0].link),
-            (net("10.42.1.0/24"), Some(near.internal[0]), 2)
-        );
     }
 }

@@ -20,7 +20,7 @@ pub mod wire;
 pub use address::Address;
 pub use connection::{Connection, Protocol, Refusal};
 pub use error::NetlinkError;
-pub use link::{InvalidMac, Link, LinkChange, Mac, VethPair};
+pub use link::{InvalidMac, Link, LinkChange, Mac, VethPair, Vxlan};
 pub use neighbour::Neighbour;
 pub use route::Route;
 

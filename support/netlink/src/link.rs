@@ -30,6 +30,8 @@ const VETH_INFO_PEER: u16 = 1;
 const IFLA_BRPORT_MODE: u16 = 4;
 const IFLA_BRPORT_ISOLATED: u16 = 33;
 const IFLA_BR_VLAN_FILTERING: u16 = 7;
+const VXLAN_LOCAL: u16 = 4;
+const VXLAN_LOCAL_V6: u16 = 17;
 
 const LINK_HEADER_BYTES: usize = 16;
 
@@ -86,6 +88,8 @@ pub struct Link {
     pub promiscuity: u32,
     /// Whether this bridge port sends frames back where they came from.
     pub hairpin: bool,
+    /// The address that packets of a VXLAN device leave from.
+    pub local: Option<std::net::IpAddr>,
 }
 
 /// A veth pair to be made in one step: the near end here, the far end in another namespace.
@@ -100,6 +104,20 @@ pub struct VethPair<'a> {
     /// The far end's namespace.
     pub peer_netns: BorrowedFd<'a>,
     /// Bytes, both ends; 0 leaves the kernel's default.
+    pub mtu: u32,
+}
+
+/// A VXLAN device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vxlan<'a> {
+    pub name: &'a str,
+    pub mac: Mac,
+    /// The network's number, 24 bits.
+    pub id: u32,
+    /// The address of this node that packets leave from.
+    pub local: std::net::IpAddr,
+    pub port: u16,
+    /// Bytes.
     pub mtu: u32,
 }
 
@@ -160,6 +178,28 @@ impl Connection {
                 if vlan_filtering {
                     w.nest(IFLA_INFO_DATA, |w| w.u8(IFLA_BR_VLAN_FILTERING, 1));
                 }
+            });
+        })
+    }
+
+    /// Makes a VXLAN device that learns nothing by itself, up.
+    pub fn create_vxlan(&mut self, vxlan: &Vxlan<'_>) -> Result<()> {
+        const ID: u16 = 1;
+        const LEARNING: u16 = 7;
+        const PORT: u16 = 15;
+        self.request("create a VXLAN device", NEW_LINK, flags::CREATE | flags::EXCL, |w| {
+            link_header(w, 0, 0, UP, UP);
+            w.string(IFLA_IFNAME, vxlan.name);
+            common_attributes(w, Some(vxlan.mac), vxlan.mtu);
+            w.nest(IFLA_LINKINFO, |w| {
+                w.string(IFLA_INFO_KIND, "vxlan");
+                w.nest(IFLA_INFO_DATA, |w| {
+                    w.u32(ID, vxlan.id);
+                    let kind = if vxlan.local.is_ipv4() { VXLAN_LOCAL } else { VXLAN_LOCAL_V6 };
+                    w.attribute(kind, &crate::wire::address_bytes(vxlan.local));
+                    w.u8(LEARNING, 0);
+                    w.be16(PORT, vxlan.port);
+                });
             });
         })
     }
@@ -285,6 +325,7 @@ fn parse(message: &Received<'_>) -> Option<Link> {
         peer: None,
         promiscuity: 0,
         hairpin: false,
+        local: None,
     };
     let is_ethernet = read_u16(&header[2..])? == libc::ARPHRD_ETHER;
     for (kind, value) in attributes(rest) {
@@ -298,6 +339,10 @@ fn parse(message: &Received<'_>) -> Option<Link> {
             IFLA_LINKINFO => {
                 link.kind = attribute(value, IFLA_INFO_KIND).map(read_string);
                 let port = attribute(value, IFLA_INFO_SLAVE_DATA);
+                let data = attribute(value, IFLA_INFO_DATA).filter(|_| link.kind.as_deref() == Some("vxlan"));
+                let local =
+                    data.and_then(|data| attribute(data, VXLAN_LOCAL).or_else(|| attribute(data, VXLAN_LOCAL_V6)));
+                link.local = local.and_then(crate::wire::read_address);
                 link.hairpin = port.and_then(|port| attribute(port, IFLA_BRPORT_MODE)) == Some(&[1]);
             }
             _ => {}

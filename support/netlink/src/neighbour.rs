@@ -34,6 +34,17 @@ fn header(neighbour: &Neighbour) -> [u8; HEADER_BYTES] {
     bytes
 }
 
+/// The header for entries of a device itself, not of the bridge that it is in.
+fn bridge_header(link: u32) -> [u8; HEADER_BYTES] {
+    const SELF: u8 = 2;
+    let mut bytes = [0; HEADER_BYTES];
+    bytes[0] = libc::AF_BRIDGE as u8;
+    bytes[4..8].copy_from_slice(&link.to_ne_bytes());
+    bytes[8..10].copy_from_slice(&PERMANENT.to_ne_bytes());
+    bytes[10] = SELF;
+    bytes
+}
+
 impl Connection {
     /// Writes a permanent entry, in the place of any other for the address.
     pub fn set_neighbour(&mut self, neighbour: &Neighbour) -> Result<()> {
@@ -51,6 +62,38 @@ impl Connection {
         gone_is_fine(self.request("delete a neighbour", DELETE_NEIGHBOUR, 0, |w| {
             w.raw(&header(neighbour));
             w.attribute(NDA_DST, &address_bytes(neighbour.address));
+        }))
+    }
+
+    /// The addresses behind the Ethernet addresses of a VXLAN device.
+    pub fn forwarding(&mut self, link: u32) -> Result<Vec<(Mac, IpAddr)>> {
+        let mut found = Vec::new();
+        self.query(
+            "list forwarding entries",
+            GET_NEIGHBOUR,
+            flags::DUMP,
+            |w| w.raw(&bridge_header(0)),
+            |message| found.extend(parse(&message)),
+        )?;
+        let of_link = found.into_iter().filter(|entry| entry.link == link);
+        Ok(of_link.filter_map(|entry| Some((entry.mac?, entry.address))).collect())
+    }
+
+    /// Sends what goes to an Ethernet address of a VXLAN device to an address; in the place of any other.
+    pub fn set_forwarding(&mut self, link: u32, mac: Mac, address: IpAddr) -> Result<()> {
+        self.request("set a forwarding entry", NEW_NEIGHBOUR, flags::CREATE | flags::REPLACE, |w| {
+            w.raw(&bridge_header(link));
+            w.attribute(NDA_LLADDR, &mac.0);
+            w.attribute(NDA_DST, &address_bytes(address));
+        })
+    }
+
+    /// Deletes a forwarding entry; one that is gone already counts as deleted.
+    pub fn delete_forwarding(&mut self, link: u32, mac: Mac, address: IpAddr) -> Result<()> {
+        gone_is_fine(self.request("delete a forwarding entry", DELETE_NEIGHBOUR, 0, |w| {
+            w.raw(&bridge_header(link));
+            w.attribute(NDA_LLADDR, &mac.0);
+            w.attribute(NDA_DST, &address_bytes(address));
         }))
     }
 

@@ -1,0 +1,249 @@
+//! The way to other nodes' pods: through the node itself where it is on a network of ours, through VXLAN where it is not.
+//!
+//! One VXLAN device for each address family, made only when some node needs it. It learns nothing: for each such node there
+//! is a route to its pods through the first address of their network, a permanent neighbour that says which Ethernet
+//! address that has, and a forwarding entry that says which node has the Ethernet address. That is made of the node's
+//! name, so nodes need not tell each other. Everything is compared with what is there, and only differences are written.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use oarlock_netlink::{Connection, Link, Mac, Neighbour, Protocol, Route, Vxlan};
+
+use crate::node::{Node, ROUTE_PROTOCOL};
+
+const DEVICES: [&str; 2] = ["oar-vxlan4", "oar-vxlan6"];
+/// The network's number and the port, those that other cluster networks of this kind use.
+const NETWORK: u32 = 4096;
+const PORT: u16 = 8472;
+/// What the outer headers take of a packet.
+const OVERHEAD_IPV4_BYTES: u32 = 50;
+const OVERHEAD_IPV6_BYTES: u32 = 70;
+
+/// A node that is reached through VXLAN.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Tunnel {
+    pods: IpNet,
+    mac: Mac,
+    node: IpAddr,
+}
+
+/// The ways to all other nodes' pods.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Ways {
+    direct: Vec<Route>,
+    tunnels: Vec<Tunnel>,
+}
+
+/// The Ethernet address of a node's VXLAN device: locally administered, of the node's name.
+fn mac_of(node: &str) -> Mac {
+    let hash = node
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
+    let [_, _, _, a, b, c, d, e] = hash.to_be_bytes();
+    Mac([0x0e, a, b, c, d, e])
+}
+
+fn plan(others: &BTreeMap<String, Node>, own_networks: &[(u32, IpNet)]) -> Ways {
+    let mut ways = Ways::default();
+    for (name, node) in others {
+        for net in &node.pod_cidrs {
+            let of_family = || node.internal.iter().filter(|address| address.is_ipv4() == net.addr().is_ipv4());
+            let near = of_family().find_map(|address| {
+                own_networks.iter().find(|(_, own)| own.contains(address)).map(|(link, _)| (*link, *address))
+            });
+            match (near, of_family().next()) {
+                (Some((link, gateway)), _) => {
+                    let route = Route::new(net.trunc(), Some(gateway), link);
+                    ways.direct.push(Route { protocol: ROUTE_PROTOCOL, ..route });
+                }
+                (None, Some(address)) => {
+                    ways.tunnels.push(Tunnel { pods: net.trunc(), mac: mac_of(name), node: *address });
+                }
+                // A node without an address of the family has no way to its pods of that family.
+                (None, None) => {}
+            }
+        }
+    }
+    ways.direct.sort_by_key(|route| (route.destination, route.gateway));
+    ways
+}
+
+/// What was done, and what pods have to know.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Synced {
+    pub changed: usize,
+    /// The largest packet, in bytes, that pods may send; 0 for the usual.
+    pub mtu: u32,
+}
+
+/// Makes our routes in the kernel the wanted ones. `own` is this node, by name.
+pub fn sync(own: (&str, Option<&Node>), others: &BTreeMap<String, Node>) -> oarlock_netlink::Result<Synced> {
+    let mut connection = Connection::open(Protocol::Route)?;
+    let ours = |link: &Link| DEVICES.contains(&link.name.as_str());
+    let devices: Vec<u32> = connection.links()?.iter().filter(|link| ours(link)).map(|link| link.index).collect();
+    let addresses = connection.addresses()?;
+    let networks: Vec<(u32, IpNet)> = addresses
+        .iter()
+        .filter(|address| !devices.contains(&address.link) && address.net.prefix_len() < address.net.max_prefix_len())
+        .map(|address| (address.link, address.net))
+        .collect();
+    let is_own = |node: &Node| node.internal.iter().any(|one| addresses.iter().any(|own| own.net.addr() == *one));
+    let foreign: BTreeMap<String, Node> =
+        others.iter().filter(|(_, node)| !is_own(node)).map(|(name, node)| (name.clone(), node.clone())).collect();
+    let ways = plan(&foreign, &networks);
+    let mut synced = Synced::default();
+    let mut wanted = ways.direct;
+    for is_ipv4 in [true, false] {
+        let tunnels: Vec<&Tunnel> = ways.tunnels.iter().filter(|one| one.pods.addr().is_ipv4() == is_ipv4).collect();
+        let name = DEVICES[usize::from(!is_ipv4)];
+        let Some((device, mtu)) = ensure_device(&mut connection, name, own, is_ipv4, !tunnels.is_empty())? else {
+            continue;
+        };
+        synced.mtu = if synced.mtu == 0 { mtu } else { synced.mtu.min(mtu) };
+        synced.changed += sync_entries(&mut connection, device, &tunnels)?;
+        wanted.extend(tunnels.iter().map(|tunnel| {
+            let route = Route::new(tunnel.pods, Some(tunnel.pods.network()), device);
+            Route { protocol: ROUTE_PROTOCOL, on_link: true, ..route }
+        }));
+    }
+    synced.changed += sync_routes(&mut connection, &wanted)?;
+    Ok(synced)
+}
+
+/// The device and the largest packet through it; deleted when nobody needs it. One that was made for another address of
+/// this node is made again.
+fn ensure_device(
+    connection: &mut Connection,
+    name: &str,
+    (node_name, own): (&str, Option<&Node>),
+    is_ipv4: bool,
+    needed: bool,
+) -> oarlock_netlink::Result<Option<(u32, u32)>> {
+    let addresses = connection.addresses()?;
+    let of_family = |address: &&IpAddr| address.is_ipv4() == is_ipv4;
+    let local = own.and_then(|own| own.internal.iter().find(of_family)).copied();
+    let pods = own.and_then(|own| own.pod_cidrs.iter().find(|net| net.addr().is_ipv4() == is_ipv4)).copied();
+    let underlay = addresses.iter().find(|address| Some(address.net.addr()) == local).map(|address| address.link);
+    let existing = connection.link(name)?;
+    let (Some(local), Some(pods), Some(underlay), true) = (local, pods, underlay, needed) else {
+        if let Some(link) = existing {
+            connection.delete_link(link.index)?;
+        }
+        return Ok(None);
+    };
+    let underlay_mtu = connection.link_by_index(underlay)?.map_or(1500, |link| link.mtu);
+    let overhead = if is_ipv4 { OVERHEAD_IPV4_BYTES } else { OVERHEAD_IPV6_BYTES };
+    let mtu = underlay_mtu.saturating_sub(overhead);
+    let own_address = IpNet::from(pods.network());
+    let fits = |link: &Link| {
+        let has = |address: &oarlock_netlink::Address| address.link == link.index && address.net == own_address;
+        link.up
+            && link.mtu == mtu
+            && link.mac == Some(mac_of(node_name))
+            && link.local == Some(local)
+            && addresses.iter().any(has)
+    };
+    if let Some(link) = &existing {
+        if fits(link) {
+            return Ok(Some((link.index, mtu)));
+        }
+        connection.delete_link(link.index)?;
+    }
+    connection.create_vxlan(&Vxlan { name, mac: mac_of(node_name), id: NETWORK, local, port: PORT, mtu })?;
+    let link = connection.require_link(name)?;
+    connection.ensure_address(link.index, own_address)?;
+    Ok(Some((link.index, mtu)))
+}
+
+/// Forwarding entries and neighbours of the device; says how many were changed.
+fn sync_entries(connection: &mut Connection, device: u32, tunnels: &[&Tunnel]) -> oarlock_netlink::Result<usize> {
+    let mut changed = 0;
+    let existing = connection.forwarding(device)?;
+    for (mac, address) in existing.iter().filter(|entry| !tunnels.iter().any(|one| (one.mac, one.node) == **entry)) {
+        connection.delete_forwarding(device, *mac, *address)?;
+        changed += 1;
+    }
+    for tunnel in tunnels.iter().filter(|one| !existing.contains(&(one.mac, one.node))) {
+        connection.set_forwarding(device, tunnel.mac, tunnel.node)?;
+        changed += 1;
+    }
+    let neighbour = |tunnel: &Tunnel| Neighbour {
+        link: device,
+        address: tunnel.pods.network(),
+        mac: Some(tunnel.mac),
+        permanent: true,
+    };
+    let wanted: Vec<Neighbour> = tunnels.iter().map(|tunnel| neighbour(tunnel)).collect();
+    let known: Vec<Neighbour> =
+        connection.neighbours()?.into_iter().filter(|one| one.link == device && one.permanent).collect();
+    for stale in known.iter().filter(|one| !wanted.contains(one) && !one.address.is_multicast()) {
+        connection.delete_neighbour(stale)?;
+        changed += 1;
+    }
+    for new in wanted.iter().filter(|one| !known.contains(one)) {
+        connection.set_neighbour(new)?;
+        changed += 1;
+    }
+    Ok(changed)
+}
+
+fn sync_routes(connection: &mut Connection, wanted: &[Route]) -> oarlock_netlink::Result<usize> {
+    let ours = |route: &Route| route.protocol == ROUTE_PROTOCOL && route.gateway.is_some();
+    let existing: Vec<Route> = connection.routes()?.into_iter().filter(ours).collect();
+    let same = |a: &Route, b: &Route| (a.destination, a.gateway, a.link) == (b.destination, b.gateway, b.link);
+    let mut changed = 0;
+    for route in existing.iter().filter(|route| !wanted.iter().any(|one| same(one, route))) {
+        connection.delete_route(route)?;
+        changed += 1;
+    }
+    for route in wanted.iter().filter(|route| !existing.iter().any(|one| same(one, route))) {
+        connection.replace_route(route)?;
+        changed += 1;
+    }
+    Ok(changed)
+}
+
+/// Takes the devices away, with all that is theirs.
+pub fn remove(connection: &mut Connection) -> oarlock_netlink::Result<()> {
+    DEVICES.iter().try_for_each(|name| connection.delete_link_by_name(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    fn node(pods: &[&str], internal: &[&str]) -> Node {
+        Node {
+            pod_cidrs: pods.iter().map(|text| net(text)).collect(),
+            internal: internal.iter().map(|text| text.parse().unwrap()).collect(),
+            zone: None,
+        }
+    }
+
+    #[test]
+    fn near_nodes_are_gateways_and_far_ones_are_tunnelled_to() {
+        let others = BTreeMap::from([
+            ("near".to_owned(), node(&["10.42.1.0/24", "fd42:0:0:1::/64"], &["192.168.0.2"])),
+            ("far".to_owned(), node(&["10.42.2.0/24"], &["172.16.0.2"])),
+        ]);
+        let ways = plan(&others, &[(2, net("192.168.0.1/24"))]);
+        assert_eq!(ways.direct.len(), 1, "the near node has no IPv6 address");
+        let route = &ways.direct[0];
+        assert_eq!((route.destination, route.link), (net("10.42.1.0/24"), 2));
+        assert_eq!(route.gateway, Some("192.168.0.2".parse().unwrap()));
+        let tunnel = Tunnel { pods: net("10.42.2.0/24"), mac: mac_of("far"), node: "172.16.0.2".parse().unwrap() };
+        assert_eq!(ways.tunnels, [tunnel]);
+    }
+
+    #[test]
+    fn ethernet_addresses_are_local_unicast_and_differ_by_name() {
+        assert_ne!(mac_of("a"), mac_of("b"));
+        assert_eq!(mac_of("a").0[0] & 3, 2);
+    }
+}
