@@ -80,6 +80,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
         shutting_down: AtomicBool::new(false),
         pressure: Default::default(),
         node_changed: Default::default(),
+        node_told: Default::default(),
         client: client.clone(),
         runtime,
         recorder,

@@ -151,6 +151,12 @@ impl RestartsOn {
     }
 }
 
+/// Whether the container has an amount of CPU or memory that changes without a restart.
+pub(crate) fn is_sized(container: &Container) -> bool {
+    let (sizes, restarts) = (Sizes::of(container.resources.as_ref()), RestartsOn::of(container));
+    (sizes.cpu != (None, None) && !restarts.cpu) || (sizes.memory != (None, None) && !restarts.memory)
+}
+
 /// What a running container needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {

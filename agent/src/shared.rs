@@ -52,6 +52,8 @@ pub(crate) struct Shared {
     pub pressure: Mutex<Pressure>,
     /// Something that the node's status shows has changed.
     pub node_changed: Notify,
+    /// The API has taken the node's status.
+    pub node_told: Notify,
 }
 
 impl Shared {

@@ -26,6 +26,9 @@ pub(crate) const REFUSED_REASON: &str = "NodeShutdown";
 pub(crate) const REFUSED_MESSAGE: &str = "Pod was rejected as the node is shutting down.";
 pub(crate) const NOT_READY: &str = "node is shutting down";
 
+/// How long the API gets to take the node's status.
+const NODE_TOLD: Duration = Duration::from_secs(5);
+
 /// How long pods get when the machine goes down.
 #[derive(Debug, Clone)]
 pub struct ShutdownConfig {
@@ -79,15 +82,31 @@ pub(crate) async fn follow(
     let config = &shared.config.shutdown;
     let stops = config.machine_stops;
     if !config.groups.is_empty() && tokio::task::spawn_blocking(stops).await.unwrap_or(false) {
-        end_pods(&shared, &news).await;
+        shared.shutting_down.store(true, Ordering::Relaxed);
+        tokio::join!(end_pods(&shared, &news), node_not_ready(&shared));
     }
     rest.cancel();
 }
 
+/// Has the node told as not ready, and waits a moment until it is.
+async fn node_not_ready(shared: &Shared) {
+    let told = async {
+        loop {
+            let next = shared.node_told.notified();
+            let node = shared.node.load_full();
+            let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
+            if conditions.into_iter().any(|condition| condition.type_ == "Ready" && condition.status == "False") {
+                return;
+            }
+            shared.node_changed.notify_one();
+            next.await;
+        }
+    };
+    let _ = tokio::time::timeout(NODE_TOLD, told).await;
+}
+
 async fn end_pods(shared: &Shared, news: &mpsc::Sender<News>) {
     let config = &shared.config.shutdown;
-    shared.shutting_down.store(true, Ordering::Relaxed);
-    shared.node_changed.notify_one();
     let live = |entry: &PodEntry| entry.observed.containers.iter().any(|container| container.live());
     for (group, (_, period)) in config.groups.iter().enumerate() {
         let mut entries = shared.table.all();

@@ -73,7 +73,10 @@ async fn a_size_that_does_not_fit_leaves_the_pod_as_it_is_and_says_so() {
     resize(&node, "100m");
     let fits = node.api.wait(POD, "as it was", |pod| reason(pod).is_empty()).await;
     assert_eq!(container(&fits)["allocatedResources"]["cpu"], "100m");
-    assert!(!node.runtime.calls().iter().any(|call| call.starts_with("update")), "{:?}", node.runtime.calls());
+    // The second agent may make sure of the size, which is the one that it was.
+    let calls = node.runtime.calls();
+    let mut updates = calls.iter().filter(|call| call.starts_with("update"));
+    assert!(updates.all(|call| call == "update cpu.shares=102"), "{calls:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

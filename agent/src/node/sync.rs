@@ -232,6 +232,7 @@ impl NodeSync {
     async fn take_node(&mut self, node: Node) {
         let cidr = node.spec.as_ref().and_then(|spec| spec.pod_cidr.clone()).filter(|cidr| !cidr.is_empty());
         self.shared.node.store(Arc::new(node));
+        self.shared.node_told.notify_waiters();
         if let Some(cidr) = cidr.filter(|cidr| self.pod_cidr.as_ref() != Some(cidr)) {
             match self.shared.runtime.update_pod_cidr(cidr.clone()).await {
                 Ok(()) => self.pod_cidr = Some(cidr),

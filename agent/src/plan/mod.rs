@@ -92,6 +92,8 @@ pub(crate) enum Action {
         id: ContainerId,
         name: String,
         resources: String,
+        /// It should have them already; another agent may have left it on its way.
+        confirm: bool,
     },
     StopSandbox {
         id: SandboxId,

@@ -230,14 +230,15 @@ impl Planner<'_> {
     fn resize(&mut self, container: &ContainerView, record: &Container) -> bool {
         let actuated = self.state.actuated(container, record).to_owned();
         match resize::step(&actuated, &container.resources, container.restarts_on) {
-            Step::Nothing => false,
             Step::Restart => true,
-            Step::Update => {
+            Step::Nothing if self.state.confirmed(container, record) => false,
+            step => {
                 if !self.state.starting(&container.name) && self.free(&Key::Resize(container.name.clone())) {
                     self.push(Action::ResizeContainer {
                         id: record.id.clone(),
                         name: container.name.clone(),
                         resources: container.resources.clone(),
+                        confirm: step == Step::Nothing,
                     });
                 }
                 false

@@ -101,6 +101,8 @@ pub(crate) struct State {
     pub known_restarts: BTreeMap<String, u32>,
     /// Resources that running containers were given since they were made.
     resized: BTreeMap<ContainerId, String>,
+    /// The instance of each container, by its restart count, that was made while this agent runs.
+    made_here: BTreeMap<String, u32>,
     /// Why a container's last resize failed.
     pub resize_errors: BTreeMap<String, String>,
     /// Why the size that the API object asks for is not allocated.
@@ -158,7 +160,8 @@ impl State {
 
     /// Notes that an action begins.
     pub(crate) fn begin(&mut self, action: &Action, now: Timestamp) {
-        if let Action::StartContainer { name, .. } = action {
+        if let Action::StartContainer { name, restart_count } = action {
+            self.made_here.insert(name.clone(), *restart_count);
             let longest = self.longest_delay.unwrap_or(super::backoff::LONGEST);
             let ended = self.observed.as_ref().and_then(|observed| observed.latest(name));
             if let Some(ended) = ended.filter(|container| container.state == RunState::Exited) {
@@ -204,7 +207,7 @@ impl State {
                 self.stopped_sandboxes.insert(id);
             }
             (Action::EnsureImage { container }, outcome) => self.image_checked(container, outcome, now),
-            (Action::ResizeContainer { id, name, resources }, Outcome::Done) => {
+            (Action::ResizeContainer { id, name, resources, .. }, Outcome::Done) => {
                 self.resize_errors.remove(&name);
                 self.resized.insert(id, resources);
             }
@@ -301,6 +304,15 @@ impl State {
     pub(crate) fn actuated<'a>(&'a self, container: &'a ContainerView, record: &'a Container) -> &'a str {
         let noted = Some(record.resources.as_str()).filter(|noted| !noted.is_empty());
         self.resized.get(&record.id).map(String::as_str).or(noted).unwrap_or(&container.resources)
+    }
+
+    /// Whether what a container runs with is known for sure. The annotation of one that another agent made does not tell
+    /// of updates since; one more update does no harm.
+    pub(crate) fn confirmed(&self, container: &ContainerView, record: &Container) -> bool {
+        let may_have_changed = self.spec.as_ref().is_some_and(|spec| spec.changed) && container.sized;
+        !may_have_changed
+            || self.resized.contains_key(&record.id)
+            || self.made_here.get(&container.name) == Some(&record.restart_count)
     }
 
     /// Whether an action for the key is under way or not yet seen.

@@ -46,6 +46,8 @@ pub(crate) struct ContainerView {
     /// Allocated resources, as text; and which changes of them need a restart.
     pub resources: String,
     pub restarts_on: RestartsOn,
+    /// Whether it has an amount that can change while it runs.
+    pub sized: bool,
     pub startup_probe: bool,
     pub readiness_probe: bool,
     /// terminationGracePeriodSeconds of the liveness and startup probes.
@@ -77,6 +79,8 @@ pub(crate) struct PodView {
     pub host_network: bool,
     pub grace: Duration,
     pub active_deadline: Option<Duration>,
+    /// Whether the specification may have been changed since the pod was made.
+    pub changed: bool,
 }
 
 impl PodView {
@@ -109,6 +113,7 @@ impl PodView {
             host_network: spec.host_network.unwrap_or(false),
             grace: seconds(spec.termination_grace_period_seconds.unwrap_or(30)),
             active_deadline: spec.active_deadline_seconds.map(seconds),
+            changed: pod.metadata.generation.is_none_or(|generation| generation > 1),
         }
     }
 
@@ -153,6 +158,7 @@ fn view(container: &Container, role: Role, fallback: RestartPolicy) -> Container
         hash: container_hash(container),
         resources: resize::as_json(container),
         restarts_on: RestartsOn::of(container),
+        sized: resize::is_sized(container),
         startup_probe: container.startup_probe.is_some(),
         readiness_probe: container.readiness_probe.is_some(),
         liveness_grace: probe_grace(&container.liveness_probe),

@@ -48,7 +48,7 @@ impl Job {
                 self.cancellable(self.kill_container(&id, &name, deadline, why)).await
             }
             Action::RemoveContainer { id, name } => self.remove_container(&id, &name).await,
-            Action::ResizeContainer { id, name, .. } => self.resize_container(&id, &name).await,
+            Action::ResizeContainer { id, name, confirm, .. } => self.resize_container(&id, &name, confirm).await,
             Action::StopSandbox { id } => match self.shared.runtime.stop_sandbox(id.as_str()).await {
                 Ok(()) => Outcome::Done,
                 Err(error) => self.troubled("FailedKillPod", format!("error killing pod: {error}")),
@@ -244,7 +244,7 @@ impl Job {
     }
 
     /// The pod's cgroup may have to grow first or shrink last: it is set before, where the kernel lets it, and after.
-    async fn resize_container(&self, id: &ContainerId, name: &str) -> Outcome {
+    async fn resize_container(&self, id: &ContainerId, name: &str, confirm: bool) -> Outcome {
         let Some(container) = self.container(name) else { return failed("", "the container is gone") };
         let set_pod = || {
             let (cgroups, pod) = (self.shared.cgroups.load_full(), self.pod.clone());
@@ -254,11 +254,17 @@ impl Job {
         let resources = spec::resources::linux_resources(&self.pod, &container, self.shared.node_limits());
         let recorder = &self.shared.recorder;
         if let Err(error) = self.shared.runtime.update_resources(id.as_str(), resources).await {
+            if confirm && error.unimplemented() {
+                return Outcome::Done;
+            }
             let message = format!("failed to resize container {name}: {}", error.description());
-            recorder.container(&self.pod, name, Level::Warning, "ResizeError", message.clone());
+            if !confirm {
+                recorder.container(&self.pod, name, Level::Warning, "ResizeError", message.clone());
+            }
             return failed("", message);
         }
         match set_pod().await {
+            Ok(Ok(())) if confirm => Outcome::Done,
             Ok(Ok(())) => {
                 recorder.pod(&self.pod, Level::Normal, "ResizeCompleted", format!("Container {name} was resized"));
                 Outcome::Done
