@@ -42,6 +42,8 @@ pub struct Config {
     pub cni_conf_dir: Option<PathBuf>,
     /// Where the CNI plugins keep which address is whose.
     pub cni_state_dir: PathBuf,
+    /// Where is kept what kernel settings were before they were changed; nowhere without.
+    pub sysctl_record: Option<PathBuf>,
     /// The resolvers that other names than the cluster's are asked of.
     pub upstream_resolv_conf: PathBuf,
     /// Domains that have resolvers of their own, by name.
@@ -69,6 +71,7 @@ impl Default for Config {
             health_listen: (Ipv4Addr::UNSPECIFIED, 10_256).into(),
             cni_conf_dir: None,
             cni_state_dir: "/var/lib/cni/networks".into(),
+            sysctl_record: None,
             upstream_resolv_conf: "/etc/resolv.conf".into(),
             stub_domains: Vec::new(),
             table_name: "oarlock-netproxy".to_owned(),

@@ -251,8 +251,9 @@ impl Hub {
 
     /// What others may have taken from the host meanwhile.
     async fn check_host(&self) {
-        let networks = self.config.networks.clone();
-        let work = move || networks.iter().try_for_each(check_network);
+        let config = self.config.clone();
+        let record = config.sysctl_record.clone();
+        let work = move || config.networks.iter().try_for_each(|network| check_network(network, record.as_deref()));
         match tokio::task::spawn_blocking(work).await {
             Ok(Err(error)) => warn!(error = &error as &dyn std::error::Error, "forwarding cannot be switched on"),
             _ => debug!("host checked"),
@@ -260,7 +261,7 @@ impl Hub {
     }
 }
 
-fn check_network(network: &crate::Network) -> Result<(), host::SysctlError> {
+fn check_network(network: &crate::Network, record: Option<&std::path::Path>) -> Result<(), host::SysctlError> {
     let service_cidr = network.service_cidr;
     let added = network.node_ip.map_or(Ok(false), |node_ip| node::ensure_service_route(service_cidr, node_ip));
     match added {
@@ -273,7 +274,7 @@ fn check_network(network: &crate::Network) -> Result<(), host::SysctlError> {
     if let Err(error) = ensure_dns_address(network.cluster_dns) {
         warn!(error = &error as &dyn std::error::Error, "cluster DNS address cannot be set");
     }
-    host::enable_forwarding(network.is_ipv4())
+    host::enable_forwarding(network.is_ipv4(), record)
 }
 
 /// Puts the cluster DNS address on this node.

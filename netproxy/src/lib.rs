@@ -34,6 +34,7 @@ mod watch;
 mod worker;
 
 pub use config::{Config, Network};
+pub use host::SysctlError;
 pub use proxy::{Error, Netproxy};
 
 /// Why something stayed behind.
@@ -42,6 +43,8 @@ pub use proxy::{Error, Netproxy};
 pub enum RemoveError {
     #[error("cannot remove the nftables table {table}")]
     Table { table: String, source: oarlock_nft::NftError },
+    #[error("cannot put kernel settings back")]
+    Sysctl(#[source] host::SysctlError),
     #[error("cannot remove routes and the cluster DNS address")]
     Host(#[source] oarlock_netlink::NetlinkError),
 }
@@ -62,5 +65,6 @@ pub fn remove_everything(config: &Config) -> Result<(), RemoveError> {
         }
     }
     let dns: Vec<_> = config.networks.iter().map(|network| network.cluster_dns).collect();
-    node::remove_leftovers(&dns).map_err(RemoveError::Host)
+    node::remove_leftovers(&dns).map_err(RemoveError::Host)?;
+    config.sysctl_record.as_deref().map_or(Ok(()), |record| host::restore(record).map_err(RemoveError::Sysctl))
 }

@@ -130,7 +130,8 @@ pub fn table(config: &Config, network: &Network) -> Table {
 /// Prepares the host for one family, and what keeps its table.
 fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> {
     let is_ipv4 = network.is_ipv4();
-    host::enable_forwarding(is_ipv4).map_err(Error::Forwarding)?;
+    let record = config.sysctl_record.as_deref();
+    host::enable_forwarding(is_ipv4, record).map_err(Error::Forwarding)?;
     let of_family = |net: &&ipnet::IpNet| net.addr().is_ipv4() == is_ipv4;
     let settings = Settings {
         table: table(config, network),
@@ -139,7 +140,7 @@ fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> 
         dns_address: Some(network.cluster_dns),
         node_port_addresses: (!config.node_port_addresses.is_empty())
             .then(|| config.node_port_addresses.iter().filter(of_family).copied().collect()),
-        masquerade_bridged: !host::enable_bridge_filtering(is_ipv4),
+        masquerade_bridged: !host::enable_bridge_filtering(is_ipv4, record),
     };
     let scope = Scope {
         service_cidr: network.service_cidr,

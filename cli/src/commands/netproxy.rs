@@ -44,6 +44,7 @@ pub(crate) fn proxy_config(settings: &Settings) -> Config {
         health_listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.proxy_health_port)),
         cni_conf_dir: Some(settings.cni_conf_dir.clone()),
         cni_state_dir: settings.layout.data_dir().join("cni/networks"),
+        sysctl_record: Some(settings.layout.data_dir().join("netproxy/sysctls")),
         upstream_resolv_conf: agent::upstream_resolv_conf().into(),
         ..Config::default()
     }

@@ -273,7 +273,13 @@ fn the_node_gets_its_cni_configuration_and_everything_can_be_removed(world: &mut
     assert_eq!(String::from_utf8_lossy(&tables.stdout), "");
     let addresses = oarlock_netlink::Connection::open(oarlock_netlink::Protocol::Route).unwrap().addresses().unwrap();
     assert!(addresses.iter().all(|address| address.net.addr() != family.service(10)));
+    let forwarding = match family {
+        Family::V4 => "/proc/sys/net/ipv4/ip_forward",
+        Family::V6 => "/proc/sys/net/ipv6/conf/all/forwarding",
+    };
+    assert_eq!(std::fs::read_to_string(forwarding).unwrap().trim(), "0", "as it was in a fresh namespace");
     world.start_proxy();
+    assert_eq!(std::fs::read_to_string(forwarding).unwrap().trim(), "1");
 }
 
 /// An address that somebody outside routes to the node.

@@ -9,6 +9,7 @@ mod cluster;
 mod crash;
 mod kubectl;
 mod limits;
+mod net_policy;
 mod network;
 mod registry;
 mod small_disk;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     let cases: Vec<Case> = [
         kubectl::CASES,
         network::CASES,
+        net_policy::CASES,
         limits::CASES,
         agent_pods::CASES,
         registry::CASES,

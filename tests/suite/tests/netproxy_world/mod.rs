@@ -151,6 +151,7 @@ impl World {
             external_ips_allowed: vec!["198.51.100.0/24".parse().unwrap(), "fd99::/64".parse().unwrap()],
             health_listen: ([0, 0, 0, 0], 10_256).into(),
             cni_conf_dir: Some(self.directory.path().join("net.d")),
+            sysctl_record: Some(self.directory.path().join("sysctls")),
             cni_state_dir: self.directory.path().join("ipam"),
             upstream_resolv_conf: self.directory.path().join("resolv.conf"),
             ..Config::default()
