@@ -51,18 +51,14 @@ pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope) -> bool {
 pub fn clean(ledger: &Ledger, scope: &Scope) -> oarlock_netlink::Result<usize> {
     let mut connection = Connection::open(NetlinkProtocol::Netfilter)?;
     let is_ipv4 = scope.service_cidr.addr().is_ipv4();
-    let mut count = 0;
-    for protocol in [Protocol::UDP, Protocol::SCTP] {
-        let mut stale = Vec::new();
-        connection.each_flow(protocol.0, |flow| {
-            if flow.original.destination.is_ipv4() == is_ipv4 && is_stale(&flow, ledger, scope) {
-                stale.push(flow);
-            }
-        })?;
-        for flow in &stale {
-            connection.delete_flow(flow)?;
+    let mut stale = Vec::new();
+    connection.each_flow(is_ipv4, &[Protocol::UDP.0, Protocol::SCTP.0], |flow| {
+        if is_stale(&flow, ledger, scope) {
+            stale.push(flow);
         }
-        count += stale.len();
+    })?;
+    for flow in &stale {
+        connection.delete_flow(flow)?;
     }
-    Ok(count)
+    Ok(stale.len())
 }

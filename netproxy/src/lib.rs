@@ -53,8 +53,9 @@ pub enum RemoveError {
 /// DNS addresses. For a reset; a restart keeps it all. What is gone already is fine.
 pub fn remove_everything(config: &Config) -> Result<(), RemoveError> {
     use oarlock_nft::{Command, Kernel, Netlink, Transaction};
-    for network in &config.networks {
-        for table in [proxy::table(config, network), policy::table(network.is_ipv4())] {
+    // Of both families, whatever the configuration says now.
+    for is_ipv4 in [true, false] {
+        for table in [proxy::table(config, is_ipv4), policy::table(is_ipv4)] {
             let failed = |source| RemoveError::Table { table: table.name.clone(), source };
             let mut kernel = Netlink::open().map_err(failed)?;
             if kernel.table_comment(&table).map_err(failed)?.is_some() {

@@ -122,8 +122,8 @@ impl Netproxy {
     }
 }
 
-pub fn table(config: &Config, network: &Network) -> Table {
-    let family = if network.is_ipv4() { TableFamily::Ip } else { TableFamily::Ip6 };
+pub fn table(config: &Config, is_ipv4: bool) -> Table {
+    let family = if is_ipv4 { TableFamily::Ip } else { TableFamily::Ip6 };
     Table::new(family, config.table_name.clone())
 }
 
@@ -134,7 +134,7 @@ fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> 
     host::enable_forwarding(is_ipv4, record).map_err(Error::Forwarding)?;
     let of_family = |net: &&ipnet::IpNet| net.addr().is_ipv4() == is_ipv4;
     let settings = Settings {
-        table: table(config, network),
+        table: table(config, is_ipv4),
         cluster_cidr: network.cluster_cidr,
         service_cidr: network.service_cidr,
         dns_address: Some(network.cluster_dns),

@@ -85,12 +85,14 @@ fn forget_udp(mappings: &[Mapping]) -> Result<()> {
     let mut connection =
         Connection::open(Protocol::Netfilter).context(|| "cannot talk to connection tracking".into())?;
     let mut stale = Vec::new();
-    let listed = connection.each_flow(libc::IPPROTO_UDP as u8, |flow| {
-        if ports.contains(&flow.original.destination.port()) {
-            stale.push(flow);
-        }
-    });
-    listed.context(|| "list UDP flows".into())?;
+    for is_ipv4 in [true, false] {
+        let listed = connection.each_flow(is_ipv4, &[libc::IPPROTO_UDP as u8], |flow| {
+            if ports.contains(&flow.original.destination.port()) {
+                stale.push(flow);
+            }
+        });
+        listed.context(|| "list UDP flows".into())?;
+    }
     stale.iter().try_for_each(|flow| connection.delete_flow(flow)).context(|| "forget UDP flows".into())
 }
 

@@ -41,27 +41,25 @@ pub struct Flow {
 }
 
 impl Connection {
-    /// Hands every flow of a protocol (`libc::IPPROTO_UDP` …) to `each`, in both address families. Nothing is kept, so
-    /// any number of entries is fine.
-    pub fn each_flow(&mut self, protocol: u8, mut each: impl FnMut(Flow)) -> Result<()> {
-        for family in [libc::AF_INET, libc::AF_INET6] {
-            self.query(
-                "list connections",
-                GET,
-                flags::DUMP,
-                |w| w.raw(&[family as u8, 0, 0, 0]),
-                |message| {
-                    let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
-                    let direction = |kind| attribute(body, kind).and_then(parse);
-                    if let (Some(original), Some(reply)) = (direction(TUPLE_ORIGINAL), direction(TUPLE_REPLY))
-                        && original.protocol == protocol
-                    {
-                        each(Flow { original, reply });
-                    }
-                },
-            )?;
-        }
-        Ok(())
+    /// Hands every flow of these protocols (`libc::IPPROTO_UDP` …) in one address family to `each`. Nothing is kept, so any
+    /// number of entries is fine; they are read once, whatever the number of protocols.
+    pub fn each_flow(&mut self, is_ipv4: bool, protocols: &[u8], mut each: impl FnMut(Flow)) -> Result<()> {
+        let family = if is_ipv4 { libc::AF_INET } else { libc::AF_INET6 };
+        self.query(
+            "list connections",
+            GET,
+            flags::DUMP,
+            |w| w.raw(&[family as u8, 0, 0, 0]),
+            |message| {
+                let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
+                let direction = |kind| attribute(body, kind).and_then(parse);
+                if let Some(original) = direction(TUPLE_ORIGINAL).filter(|one| protocols.contains(&one.protocol))
+                    && let Some(reply) = direction(TUPLE_REPLY)
+                {
+                    each(Flow { original, reply });
+                }
+            },
+        )
     }
 
     /// Forgets a flow; one that is gone already counts as forgotten.
