@@ -57,8 +57,6 @@ pub fn clean(ledger: &Ledger, scope: &Scope) -> oarlock_netlink::Result<usize> {
             stale.push(flow);
         }
     })?;
-    for flow in &stale {
-        connection.delete_flow(flow)?;
-    }
+    connection.delete_flows(&stale)?;
     Ok(stale.len())
 }

@@ -93,7 +93,7 @@ fn forget_udp(mappings: &[Mapping]) -> Result<()> {
         });
         listed.context(|| "list UDP flows".into())?;
     }
-    stale.iter().try_for_each(|flow| connection.delete_flow(flow)).context(|| "forget UDP flows".into())
+    connection.delete_flows(&stale).context(|| "forget UDP flows".into())
 }
 
 /// Takes away the elements of which `is_stale` says so, given their owner.

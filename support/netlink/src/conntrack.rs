@@ -2,11 +2,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use crate::Result;
+use nix::errno::Errno;
+
 use crate::address::family;
 use crate::connection::Connection;
-use crate::error::gone_is_fine;
 use crate::wire::{Writer, address_bytes, attribute, flags, read_address, read_be16};
+use crate::{NetlinkError, Result};
 
 const SUBSYSTEM: u16 = 1 << 8;
 const GET: u16 = SUBSYSTEM | 1;
@@ -23,6 +24,7 @@ const PROTO_NUMBER: u16 = 1;
 const PROTO_SOURCE_PORT: u16 = 2;
 const PROTO_DESTINATION_PORT: u16 = 3;
 const NFGEN_BYTES: usize = 4;
+const FLOWS_AT_ONCE: usize = 256;
 
 /// One direction of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,13 +64,27 @@ impl Connection {
         )
     }
 
-    /// Forgets a flow; one that is gone already counts as forgotten.
-    pub fn delete_flow(&mut self, flow: &Flow) -> Result<()> {
-        let original = flow.original;
-        gone_is_fine(self.request("delete a connection", DELETE, 0, |w| {
-            w.raw(&[family(original.source.ip()), 0, 0, 0]);
-            w.nest(TUPLE_ORIGINAL, |w| write(w, &original));
-        }))
+    /// Forgets flows, many with each message to the kernel; those that are gone already count as forgotten.
+    pub fn delete_flows(&mut self, flows: &[Flow]) -> Result<()> {
+        const OPERATION: &str = "delete connections";
+        for part in flows.chunks(FLOWS_AT_ONCE) {
+            let mut writer = Writer::new();
+            let mut sequence = 0;
+            for (index, flow) in part.iter().enumerate() {
+                sequence = self.next_sequence();
+                let acknowledge = if index + 1 == part.len() { flags::ACK } else { 0 };
+                writer.message(DELETE, flags::REQUEST | acknowledge, sequence, |w| {
+                    w.raw(&[family(flow.original.source.ip()), 0, 0, 0]);
+                    w.nest(TUPLE_ORIGINAL, |w| write(w, &flow.original));
+                });
+            }
+            let bytes = writer.finish().ok_or(NetlinkError::TooLarge { operation: OPERATION })?;
+            let refusals = self.batch(OPERATION, &bytes, sequence)?;
+            if let Some(refusal) = refusals.into_iter().find(|refusal| refusal.errno != Errno::ENOENT) {
+                return Err(NetlinkError::Refused { operation: OPERATION, hint: refusal.hint, source: refusal.errno });
+            }
+        }
+        Ok(())
     }
 }
 

@@ -39,6 +39,7 @@ in_each_mode! {
     local_external_traffic_policy_shows_the_client
     session_affinity_binds_a_client_to_an_endpoint_until_it_is_gone
     a_udp_client_that_keeps_its_socket_follows_the_endpoints
+    tens_of_thousands_of_stale_flows_are_forgotten
     a_restart_of_the_proxy_does_not_disturb_anybody
     rules_come_back_after_an_outside_flush
     nft_lists_what_the_proxy_wrote
@@ -164,6 +165,46 @@ fn a_udp_client_that_keeps_its_socket_follows_the_endpoints(world: &mut World, f
     hears("a");
     world.set_endpoints(&name, &[b]);
     hears("b");
+}
+
+/// The tracked UDP flows to an address, before translation, whose answers come from another.
+fn flows(family: Family, to: IpAddr, from: IpAddr) -> usize {
+    let mut count = 0;
+    let mut connection = oarlock_netlink::Connection::open(oarlock_netlink::Protocol::Netfilter).unwrap();
+    let each = |flow: oarlock_netlink::conntrack::Flow| {
+        count += usize::from(flow.original.destination.ip() == to && flow.reply.source.ip() == from);
+    };
+    connection.each_flow(family == Family::V4, &[libc::IPPROTO_UDP as u8], each).unwrap();
+    count
+}
+
+fn tens_of_thousands_of_stale_flows_are_forgotten(world: &mut World, family: Family) {
+    let (a, b) = pods(family);
+    let name = named("echo", family);
+    world.slice(&name, "UDP", &[a]);
+    world.service(&name, spec(family, 50, &json!({"ports": port("UDP", None)})));
+    let service = family.service(50);
+    let send = |port: u16| {
+        at(Some("client"), || {
+            UdpSocket::bind((family.any(), port)).and_then(|socket| socket.send_to(b"?", (service, 80)))
+        })
+        .unwrap();
+    };
+    wait_for("a flow", TIMEOUT, || {
+        send(2000);
+        (flows(family, service, a) == 1).then_some(())
+    });
+    at(Some("client"), || {
+        for port in 9000..39_000 {
+            let socket = UdpSocket::bind((family.any(), port)).unwrap();
+            socket.send_to(b"?", (service, 80)).unwrap();
+        }
+    });
+    assert!(flows(family, service, a) > 25_000, "{} flows", flows(family, service, a));
+    let changed = std::time::Instant::now();
+    world.set_endpoints(&name, &[b]);
+    wait_for("no flow to lead to the old endpoint", TIMEOUT, || (flows(family, service, a) == 0).then_some(()));
+    eprintln!("30,000 stale flows forgotten in {:?}", changed.elapsed());
 }
 
 fn a_restart_of_the_proxy_does_not_disturb_anybody(world: &mut World, family: Family) {
