@@ -261,6 +261,7 @@ fn remove_files(settings: &Settings, logs: &[PathBuf]) -> anyhow::Result<()> {
     let shared = [
         layout.admin_kubeconfig().parent().map(Path::to_owned),
         Some(settings.cni_conf_dir.clone()),
+        settings.cni_conf_dir.parent().map(Path::to_owned),
         Some(layout.pod_logs_dir()),
         Some(layout.container_logs_dir()),
     ];

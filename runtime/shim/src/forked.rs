@@ -143,7 +143,7 @@ fn close_range(first: RawFd, last: RawFd) {
 }
 
 /// A container must not inherit the shim's blocked or ignored signals. SIGPIPE stays ignored up to the program itself (see
-/// [`default_broken_pipe`]): a hook that does not read what it is told must not end the helper.
+/// [`default_signals`]): a hook that does not read what it is told must not end the helper.
 fn reset_signals() {
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
     for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
@@ -153,11 +153,18 @@ fn reset_signals() {
     let _ = sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None);
 }
 
-/// Last of all before a program is executed.
-pub(crate) fn default_broken_pipe() {
-    let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    // SAFETY: restores the default action, no handler involved.
-    let _ = unsafe { sigaction(Signal::SIGPIPE, &default) };
+/// Last of all before a program is executed: every signal has its default action, also those that the C library keeps to itself
+/// and through its own call would not give back.
+pub(crate) fn default_signals() {
+    const SIGNALS: libc::c_long = 64;
+    // The kernel's structure of handler, flags, restorer (where there is one) and mask; all zero is the default action.
+    let default = [0u64; 4];
+    for signal in 1..=SIGNALS {
+        // SAFETY: the kernel reads the structure and writes nothing; no handler is involved.
+        unsafe {
+            libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), std::ptr::null_mut::<u64>(), 8usize);
+        }
+    }
 }
 
 #[cfg(test)]

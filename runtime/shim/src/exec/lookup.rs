@@ -106,7 +106,7 @@ pub(crate) fn execute(args: &[String], env: &[String]) -> LookupError {
     let Some((program, argv, envp)) = vectors(&path, args, &environment(env)) else {
         return LookupError::Failed { path: text, errno: Errno::EINVAL };
     };
-    crate::forked::default_broken_pipe();
+    crate::forked::default_signals();
     match execve(&program, &argv, &envp) {
         Ok(never) => match never {},
         Err(errno) => LookupError::Failed { path: text, errno },

@@ -118,8 +118,8 @@ fn static_pod(cluster: &Cluster) {
         ready.status.success().then_some(())
     });
     let first = cluster.get(&format!("pod {name}"));
-    // Deleting what shows it does not end it.
-    cluster.kubectl(&format!("delete pod {name} --timeout=60s"));
+    // Deleting what shows it does not end it. The new one is there so soon that kubectl would take it for the old one.
+    cluster.kubectl(&format!("delete pod {name} --wait=false"));
     wait_for("the mirror to be back", PATIENCE, || {
         let again = cluster.try_kubectl(&format!("get pod {name} -o json"));
         let again: serde_json::Value = serde_json::from_slice(&again.stdout).ok()?;
