@@ -318,7 +318,7 @@ fn the_node_gets_its_cni_configuration_and_everything_can_be_removed(world: &mut
         Family::V4 => "/proc/sys/net/ipv4/ip_forward",
         Family::V6 => "/proc/sys/net/ipv6/conf/all/forwarding",
     };
-    assert_eq!(std::fs::read_to_string(forwarding).unwrap().trim(), "0", "as it was in a fresh namespace");
+    assert_eq!(std::fs::read_to_string(forwarding).unwrap().trim(), "0", "as it was before");
     world.start_proxy();
     assert_eq!(std::fs::read_to_string(forwarding).unwrap().trim(), "1");
 }

@@ -89,6 +89,8 @@ impl Family {
 /// Runs a test body in a cluster of one family, of the other, and of both: in that one once for each family.
 pub fn in_mode(families: &'static [Family], test: fn(&mut World, Family)) {
     in_fresh_namespaces(move || {
+        // A new namespace takes this setting over from the host, and ours has to start somewhere.
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").expect("forwarding off");
         let mut world = World::start(families);
         families.iter().for_each(|family| test(&mut world, *family));
     });
