@@ -24,6 +24,7 @@ mod memory;
 mod model_tests;
 mod node;
 mod overlay;
+mod packet;
 mod plan;
 mod policy;
 mod proxy;

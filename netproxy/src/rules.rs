@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use oarlock_nft::{
-    Bytes, Chain, ChainKind, Command, CtKey, Element, Expr, Family, FibResult, Field, HookPoint, Key, MetaKey,
-    PayloadBase, Reg, Rule, Set, Table, Transaction, Value, Verdict,
+    Bytes, Chain, ChainKind, Command, CtKey, Element, Expr, Family, FibResult, Field, HookPoint, Key, MetaKey, Reg,
+    Rule, Set, Table, Transaction, Value, Verdict,
 };
 
 use crate::element::{Backend, Balancer, Dynamic, ElementKey, Lengths, Map, Scope, Target};
+use crate::packet::{Header, in_net, load_port};
 
 pub use chains::dynamic;
 
@@ -60,19 +61,14 @@ impl Settings {
         self.table.family == Family::Ip
     }
 
-    fn address(&self) -> Field {
-        if self.is_ipv4() { Field::Ipv4 } else { Field::Ipv6 }
-    }
-
-    /// Registers that an address takes.
-    fn width(&self) -> u8 {
-        if self.is_ipv4() { 1 } else { 4 }
+    fn header(&self) -> Header {
+        Header::of(self.is_ipv4())
     }
 
     fn set(&self, map: Map) -> Set {
-        let address = [self.address(), Field::Protocol, Field::Port];
+        let address = [self.header().address(), Field::Protocol, Field::Port];
         let node_port = [Field::Protocol, Field::Port];
-        let endpoint = [self.address(), Field::Port];
+        let endpoint = [self.header().address(), Field::Port];
         match map {
             Map::Services | Map::LocalServices | Map::NoEndpoints | Map::Affine => {
                 Set::map(map.name(), &address, &[Field::Mark])
@@ -87,8 +83,8 @@ impl Settings {
             Map::NodePortEndpoints | Map::LocalNodePortEndpoints => {
                 Set::map(map.name(), &[&node_port[..], &[Field::Mark]].concat(), &endpoint)
             }
-            Map::Hairpin => Set::new(map.name(), &[self.address(), self.address()]),
-            Map::Sources => Set::new(map.name(), &[&address[..], &[self.address(), Field::Mark]].concat()),
+            Map::Hairpin => Set::new(map.name(), &[self.header().address(), self.header().address()]),
+            Map::Sources => Set::new(map.name(), &[&address[..], &[self.header().address(), Field::Mark]].concat()),
         }
     }
 
@@ -105,28 +101,6 @@ impl Settings {
 
     fn original_address(&self) -> CtKey {
         if self.is_ipv4() { CtKey::OriginalIpv4 } else { CtKey::OriginalIpv6 }
-    }
-
-    fn load_source(&self, to: u8) -> Expr {
-        let (offset, len_bytes) = if self.is_ipv4() { (12, 4) } else { (8, 16) };
-        Expr::LoadPayload { base: PayloadBase::Network, offset, len_bytes, to: Reg(to) }
-    }
-
-    fn load_destination(&self, to: u8) -> Expr {
-        let (offset, len_bytes) = if self.is_ipv4() { (16, 4) } else { (24, 16) };
-        Expr::LoadPayload { base: PayloadBase::Network, offset, len_bytes, to: Reg(to) }
-    }
-
-    /// Goes on when the loaded address is in `net`, or is not.
-    fn in_net(&self, load: Expr, net: IpNet, inside: bool) -> Vec<Expr> {
-        let mask = oarlock_netlink::wire::address_bytes(net.netmask());
-        let xor = vec![0; mask.len()];
-        let value = oarlock_netlink::wire::address_bytes(net.network());
-        vec![
-            load,
-            Expr::Bitwise { register: Reg(0), mask, xor },
-            Expr::Compare { register: Reg(0), equal: inside, value },
-        ]
     }
 
     fn loopback(&self) -> IpNet {
@@ -167,10 +141,6 @@ fn load_protocol(to: u8) -> Expr {
     Expr::LoadMeta { key: MetaKey::L4Protocol, to: Reg(to) }
 }
 
-fn load_port(to: u8) -> Expr {
-    Expr::LoadPayload { base: PayloadBase::Transport, offset: 2, len_bytes: 2, to: Reg(to) }
-}
-
 fn if_destination_local() -> Vec<Expr> {
     let value = u32::from(libc::RTN_LOCAL).to_ne_bytes().to_vec();
     vec![
@@ -191,8 +161,8 @@ fn if_new() -> Vec<Expr> {
 }
 
 fn frontend_by_address(settings: &Settings) -> Vec<Expr> {
-    let next = settings.width();
-    vec![settings.load_destination(0), load_protocol(next), load_port(next + 1)]
+    let next = settings.header().width();
+    vec![settings.header().load_destination(0), load_protocol(next), load_port(next + 1)]
 }
 
 /// Follows the class that the key in the first registers has in a map.
@@ -234,8 +204,8 @@ pub fn foundation(settings: &Settings) -> Transaction {
     for classes in CLASSES {
         transaction.push(Command::AddSet(Set::verdict_map(classes, &[Field::Mark, Field::Mark])));
     }
-    let affinity_key = [settings.address(), settings.address(), Field::Protocol, Field::Port];
-    let affinity = Set::map(AFFINITY, &affinity_key, &[settings.address(), Field::Port]);
+    let affinity_key = [settings.header().address(), settings.header().address(), Field::Protocol, Field::Port];
+    let affinity = Set::map(AFFINITY, &affinity_key, &[settings.header().address(), Field::Port]);
     transaction.push(Command::AddSet(affinity.dynamic(AFFINITY_SIZE, AFFINITY_DEFAULT)));
     for name in [REJECT, SERVICES, LOCAL, NO_ENDPOINTS, REMEMBER] {
         transaction.push(Command::AddChain(Chain::regular(name)));
@@ -287,11 +257,11 @@ pub fn classes<'a>(set: &str, chains: impl Iterator<Item = &'a Dynamic>) -> Vec<
 
 fn rules(settings: &Settings) -> Vec<Rule> {
     let loopback = |verdict: Expr| {
-        let mut expressions = settings.in_net(settings.load_destination(0), settings.loopback(), true);
+        let mut expressions = in_net(settings.header().load_destination(0), settings.loopback(), true);
         expressions.push(verdict);
         expressions
     };
-    let mut from_outside = settings.in_net(settings.load_source(0), settings.cluster_cidr, false);
+    let mut from_outside = in_net(settings.header().load_source(0), settings.cluster_cidr, false);
     from_outside.push(jump(LOCAL));
     let mut rules = vec![
         Rule::new(REJECT, vec![Expr::Reject]),
@@ -316,7 +286,7 @@ fn rules(settings: &Settings) -> Vec<Rule> {
             rules.push(rule(by_node_port(map)));
         }
         for net in settings.node_port_addresses.iter().flatten() {
-            let on_net = settings.in_net(settings.load_destination(0), *net, true);
+            let on_net = in_net(settings.header().load_destination(0), *net, true);
             rules.push(rule([on_net, by_node_port(map)].concat()));
         }
     }
@@ -326,7 +296,7 @@ fn rules(settings: &Settings) -> Vec<Rule> {
 }
 
 fn remember_by_address(settings: &Settings) -> Vec<Expr> {
-    let next = settings.width();
+    let next = settings.header().width();
     vec![
         Expr::LoadCt { key: settings.original_address(), to: Reg(0) },
         load_protocol(next),
@@ -367,8 +337,8 @@ fn postrouting(settings: &Settings) -> Vec<Rule> {
         Expr::Masquerade,
     ];
     let hairpin = vec![
-        settings.load_source(0),
-        settings.load_destination(settings.width()),
+        settings.header().load_source(0),
+        settings.header().load_destination(settings.header().width()),
         Expr::InSet { set: Map::Hairpin.name().into(), key: Reg(0), inverted: false },
         Expr::Masquerade,
     ];
@@ -378,8 +348,8 @@ fn postrouting(settings: &Settings) -> Vec<Rule> {
     ];
     if settings.masquerade_bridged {
         let mut expressions = if_destination_changed();
-        expressions.extend(settings.in_net(settings.load_source(0), settings.cluster_cidr, true));
-        expressions.extend(settings.in_net(settings.load_destination(0), settings.cluster_cidr, true));
+        expressions.extend(in_net(settings.header().load_source(0), settings.cluster_cidr, true));
+        expressions.extend(in_net(settings.header().load_destination(0), settings.cluster_cidr, true));
         expressions.push(Expr::Masquerade);
         rules.push(Rule::new("postrouting", expressions).comment("no br_netfilter: answers must pass this node"));
     }
@@ -390,7 +360,7 @@ fn filter(settings: &Settings) -> Vec<Rule> {
     let mut rules = Vec::new();
     let destination_is = |address: IpAddr| {
         let value = oarlock_netlink::wire::address_bytes(address);
-        vec![settings.load_destination(0), Expr::Compare { register: Reg(0), equal: true, value }]
+        vec![settings.header().load_destination(0), Expr::Compare { register: Reg(0), equal: true, value }]
     };
     if let Some(address) = settings.dns_address {
         let mut expressions = destination_is(address);
@@ -398,7 +368,7 @@ fn filter(settings: &Settings) -> Vec<Rule> {
         own_link.resize(16, 0);
         expressions.push(Expr::LoadMeta { key: MetaKey::InputName, to: Reg(0) });
         expressions.push(Expr::Compare { register: Reg(0), equal: false, value: own_link });
-        expressions.extend(settings.in_net(settings.load_source(0), settings.cluster_cidr, false));
+        expressions.extend(in_net(settings.header().load_source(0), settings.cluster_cidr, false));
         expressions.push(Expr::Verdict(Verdict::Drop));
         rules.push(Rule::new("filter-input", expressions).comment("cluster DNS is for pods and this node"));
     }
@@ -415,7 +385,7 @@ fn filter(settings: &Settings) -> Vec<Rule> {
         if let Some(address) = settings.dns_address {
             rules.push(Rule::new(chain, [destination_is(address), vec![Expr::Verdict(Verdict::Return)]].concat()));
         }
-        let mut expressions = settings.in_net(settings.load_destination(0), settings.service_cidr, true);
+        let mut expressions = in_net(settings.header().load_destination(0), settings.service_cidr, true);
         expressions.push(goto(REJECT));
         rules.push(Rule::new(chain, expressions));
     }

@@ -6,6 +6,7 @@
 //! it is some ten times slower than the host.
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -102,7 +103,10 @@ pub(crate) fn test(bin: &Path, names: &[&str], kvm: bool) -> anyhow::Result<(Cou
 
 /// The minimal system as a tar archive, made once.
 fn system(lab: &Path) -> anyhow::Result<PathBuf> {
-    let archive = lab.join(format!("{SUITE}-{}.tar", PACKAGES.len()));
+    // Another list of packages is another system.
+    let mut hasher = DefaultHasher::new();
+    PACKAGES.hash(&mut hasher);
+    let archive = lab.join(format!("{SUITE}-{:016x}.tar", hasher.finish()));
     if archive.exists() {
         return Ok(archive);
     }

@@ -15,11 +15,11 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use oarlock_nft::{
-    Bytes, Chain, ChainKind, Command, CtKey, Element, Expr, Field, HookPoint, Key, MetaKey, PayloadBase, Reg, Rule,
-    Set, Verdict,
+    Bytes, Chain, ChainKind, Command, CtKey, Element, Expr, Field, HookPoint, Key, MetaKey, Reg, Rule, Set, Verdict,
 };
 
 use super::objects::{Group, Labels, Name, Namespaces, Peer, Pod, Policy, PortMatch, Rule as PolicyRule};
+use crate::packet::{Header, in_net, load_port};
 use crate::service::Protocol;
 
 /// Everything that is known, as far as policies are concerned.
@@ -76,7 +76,7 @@ impl Direction {
 
 /// The plan for one family. `pod_cidrs` are those of this node.
 pub fn plan(world: &World, is_ipv4: bool, pod_cidrs: &[IpNet]) -> Desired {
-    let mut plan = Plan { world, family: Family(is_ipv4), desired: Desired::default() };
+    let mut plan = Plan { world, family: Header::of(is_ipv4), desired: Desired::default() };
     let cidrs: Vec<IpNet> = pod_cidrs.iter().filter(|net| net.addr().is_ipv4() == is_ipv4).copied().collect();
     let local: Vec<&Pod> = world.pods.values().filter(|pod| pod.local).collect();
     let address = plan.family.address();
@@ -107,7 +107,7 @@ pub fn plan(world: &World, is_ipv4: bool, pod_cidrs: &[IpNet]) -> Desired {
 
 /// The sets, maps and base chains that are there whatever the policies say.
 pub fn foundation(is_ipv4: bool) -> Vec<Command> {
-    let address = Family(is_ipv4).address();
+    let address = Header::of(is_ipv4).address();
     let base = |name, priority| Command::AddChain(Chain::base(name, ChainKind::Filter, HookPoint::Forward, priority));
     vec![
         Command::AddSet(Set::verdict_map(INGRESS, &[address])),
@@ -130,41 +130,6 @@ pub fn map_element(pod: &Bytes, chain: &str) -> Element {
     Element::verdict(*pod, Verdict::Goto(chain.to_owned()))
 }
 
-/// Byte offsets of an address family.
-#[derive(Debug, Clone, Copy)]
-struct Family(bool);
-
-impl Family {
-    fn address(self) -> Field {
-        if self.0 { Field::Ipv4 } else { Field::Ipv6 }
-    }
-
-    fn width(self) -> u8 {
-        if self.0 { 1 } else { 4 }
-    }
-
-    fn load_source(self, to: u8) -> Expr {
-        let (offset, len_bytes) = if self.0 { (12, 4) } else { (8, 16) };
-        Expr::LoadPayload { base: PayloadBase::Network, offset, len_bytes, to: Reg(to) }
-    }
-
-    fn load_destination(self, to: u8) -> Expr {
-        let (offset, len_bytes) = if self.0 { (16, 4) } else { (24, 16) };
-        Expr::LoadPayload { base: PayloadBase::Network, offset, len_bytes, to: Reg(to) }
-    }
-
-    fn in_net(self, load: Expr, net: IpNet, inside: bool) -> Vec<Expr> {
-        let mask = oarlock_netlink::wire::address_bytes(net.netmask());
-        let xor = vec![0; mask.len()];
-        let value = oarlock_netlink::wire::address_bytes(net.network());
-        vec![
-            load,
-            Expr::Bitwise { register: Reg(0), mask, xor },
-            Expr::Compare { register: Reg(0), equal: inside, value },
-        ]
-    }
-}
-
 /// A short name for anything, the same at every start.
 fn short_hash(parts: &impl std::fmt::Debug) -> String {
     let text = format!("{parts:?}");
@@ -176,7 +141,7 @@ fn short_hash(parts: &impl std::fmt::Debug) -> String {
 
 struct Plan<'a> {
     world: &'a World,
-    family: Family,
+    family: Header,
     desired: Desired,
 }
 
@@ -249,11 +214,11 @@ impl Plan<'_> {
                 let set = self.group(group);
                 Some(vec![load, Expr::InSet { set, key: Reg(0), inverted: false }])
             }
-            Peer::Block { net, .. } if net.addr().is_ipv4() != family.0 => None,
+            Peer::Block { net, .. } if net.addr().is_ipv4() != family.is_ipv4() => None,
             Peer::Block { net, except } => {
-                let mut expressions = family.in_net(load.clone(), *net, true);
-                for part in except.iter().filter(|part| part.addr().is_ipv4() == family.0) {
-                    expressions.extend(family.in_net(load.clone(), *part, false));
+                let mut expressions = in_net(load.clone(), *net, true);
+                for part in except.iter().filter(|part| part.addr().is_ipv4() == family.is_ipv4()) {
+                    expressions.extend(in_net(load.clone(), *part, false));
                 }
                 Some(expressions)
             }
@@ -273,7 +238,7 @@ impl Plan<'_> {
                 }
             };
             let members = world.pods.values().filter(|pod| group.pods.matches(&pod.labels) && in_namespace(pod));
-            let addresses = members.flat_map(|pod| &pod.addresses).filter(|ip| ip.is_ipv4() == self.family.0);
+            let addresses = members.flat_map(|pod| &pod.addresses).filter(|ip| ip.is_ipv4() == self.family.is_ipv4());
             let elements = addresses.map(|ip| Key::single(*ip)).collect();
             self.desired.sets.insert(name.clone(), Members { fields: vec![self.family.address()], elements });
         }
@@ -288,7 +253,6 @@ impl Plan<'_> {
                 Expr::Compare { register: Reg(0), equal: true, value: vec![protocol.0] },
             ]
         };
-        let load_port = |to| Expr::LoadPayload { base: PayloadBase::Transport, offset: 2, len_bytes: 2, to: Reg(to) };
         match port {
             PortMatch::Any(protocol) => of(*protocol),
             PortMatch::Range(protocol, first, last) if first == last => {
@@ -316,7 +280,7 @@ impl Plan<'_> {
             let mut elements = BTreeSet::new();
             for pod in self.world.pods.values() {
                 for (_, _, number) in pod.ports.iter().filter(|(found, of, _)| **found == *port && *of == protocol) {
-                    let own = pod.addresses.iter().filter(|ip| ip.is_ipv4() == self.family.0);
+                    let own = pod.addresses.iter().filter(|ip| ip.is_ipv4() == self.family.is_ipv4());
                     elements.extend(own.map(|ip| Key::new().address(*ip).port(*number).bytes()));
                 }
             }
@@ -354,7 +318,7 @@ impl Plan<'_> {
                 Expr::InSet { set: KNOWN.to_owned(), key: Reg(0), inverted: true },
                 Expr::Verdict(Verdict::Drop),
             ];
-            rules.push([family.in_net(load(0), *net, true), unknown].concat());
+            rules.push([in_net(load(0), *net, true), unknown].concat());
         }
         self.desired.chains.insert(direction.name().to_owned(), (String::new(), rules));
     }

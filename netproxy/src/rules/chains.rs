@@ -6,6 +6,7 @@ use oarlock_nft::{Chain, Command, CtKey, Expr, MetaKey, NatKind, Reg, Rule, Verd
 
 use super::{AFFINITY, MASQUERADE_MARK, Settings, class_of, load_port, load_protocol};
 use crate::element::{Balancer, Dynamic, Lengths, Map, Scope};
+use crate::packet::in_net;
 
 /// A chain that comes and goes, with its rules.
 pub fn dynamic(settings: &Settings, chain: &Dynamic) -> Vec<Command> {
@@ -24,7 +25,7 @@ pub fn dynamic(settings: &Settings, chain: &Dynamic) -> Vec<Command> {
 }
 
 fn balance(settings: &Settings, balancer: &Balancer) -> Vec<Vec<Expr>> {
-    let width = settings.width();
+    let width = settings.header().width();
     let dnat = |map: &str| {
         vec![
             Expr::LoadMap { map: map.into(), key: Reg(0), to: Reg(0) },
@@ -34,8 +35,8 @@ fn balance(settings: &Settings, balancer: &Balancer) -> Vec<Vec<Expr>> {
     let mut rules: Vec<Vec<Expr>> = mark(settings, balancer.scope).into_iter().collect();
     if balancer.affinity {
         let mut known = vec![
-            settings.load_source(0),
-            settings.load_destination(width),
+            settings.header().load_source(0),
+            settings.header().load_destination(width),
             load_protocol(2 * width),
             load_port(2 * width + 1),
         ];
@@ -45,7 +46,7 @@ fn balance(settings: &Settings, balancer: &Balancer) -> Vec<Vec<Expr>> {
     let mut any = Vec::new();
     let mut next = 0;
     if balancer.scope.is_by_address() {
-        any.push(settings.load_destination(0));
+        any.push(settings.header().load_destination(0));
         next = width;
     }
     any.extend([
@@ -61,14 +62,14 @@ fn balance(settings: &Settings, balancer: &Balancer) -> Vec<Vec<Expr>> {
 /// Remembers which endpoint a client got, or refreshes that. It runs after the destination was changed, when the endpoint is
 /// in the packet itself: nft cannot print a rule that remembers the result of a lookup, and ends in a crash.
 fn remember(settings: &Settings, seconds: u32) -> Vec<Expr> {
-    let width = settings.width();
+    let width = settings.header().width();
     let data = 2 * width + 2;
     vec![
-        settings.load_source(0),
+        settings.header().load_source(0),
         Expr::LoadCt { key: settings.original_address(), to: Reg(width) },
         load_protocol(2 * width),
         Expr::LoadCt { key: CtKey::OriginalPort, to: Reg(2 * width + 1) },
-        settings.load_destination(data),
+        settings.header().load_destination(data),
         load_port(data + width),
         Expr::Update {
             set: AFFINITY.into(),
@@ -81,16 +82,16 @@ fn remember(settings: &Settings, seconds: u32) -> Vec<Expr> {
 
 /// Goes back when the source is in a network that is listed for the frontend, and drops everything else.
 fn guard(settings: &Settings, lengths: &Lengths) -> Vec<Vec<Expr>> {
-    let width = settings.width();
+    let width = settings.header().width();
     let source = width + 2;
     let listed = |length: u8| {
         let mask = settings.mask(length);
         let xor = vec![0; mask.len()];
         vec![
-            settings.load_destination(0),
+            settings.header().load_destination(0),
             load_protocol(width),
             load_port(width + 1),
-            settings.load_source(source),
+            settings.header().load_source(source),
             Expr::Bitwise { register: Reg(source), mask, xor },
             Expr::LoadBytes { value: u32::from(length).to_ne_bytes().to_vec(), to: Reg(source + width) },
             Expr::InSet { set: Map::Sources.name().into(), key: Reg(0), inverted: false },
@@ -114,7 +115,7 @@ fn mark(settings: &Settings, scope: Scope) -> Option<Vec<Expr>> {
     match scope {
         Scope::External | Scope::NodePort => Some(set_mark),
         Scope::Cluster | Scope::NodePortCluster => {
-            Some([settings.in_net(settings.load_source(0), settings.cluster_cidr, false), set_mark].concat())
+            Some([in_net(settings.header().load_source(0), settings.cluster_cidr, false), set_mark].concat())
         }
         Scope::Local | Scope::LocalNodePort => None,
     }

@@ -2,7 +2,7 @@
 
 use std::panic::resume_unwind;
 
-use nix::mount::{MsFlags, mount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 /// Fails at once when the test does not run as root, with the reason.
@@ -50,10 +50,15 @@ pub fn become_node() {
         let status = std::process::Command::new("ip").args(arguments.split(' ')).status().expect("run ip");
         assert!(status.success(), "ip {arguments}");
     }
-    let resolver = std::env::temp_dir().join(format!("oarlock-resolv-{}.conf", std::process::id()));
+    let directory = std::env::temp_dir().join(format!("oarlock-resolver-{}", std::process::id()));
+    let resolver = directory.join("resolv.conf");
+    std::fs::create_dir_all(&directory).expect("create a directory");
+    // A file system of its own: what is left of it is the one mount below, on which others may be mounted.
+    mount(Some("tmpfs"), &directory, Some("tmpfs"), MsFlags::empty(), none).expect("mount tmpfs");
     std::fs::write(&resolver, "nameserver 127.0.0.1\noptions timeout:1 attempts:1\n").expect("write resolv.conf");
     if let Ok(file) = std::fs::canonicalize("/etc/resolv.conf") {
         mount(Some(&resolver), &file, none, MsFlags::MS_BIND, none).expect("mount on resolv.conf");
     }
-    std::fs::remove_file(&resolver).expect("remove resolv.conf");
+    umount2(&directory, MntFlags::MNT_DETACH).expect("unmount tmpfs");
+    std::fs::remove_dir(&directory).expect("remove the directory");
 }

@@ -102,8 +102,6 @@ fn serve_upstream(directory: &std::path::Path) -> anyhow::Result<()> {
     let none: Option<&str> = None;
     for path in [RESOLV_CONF, "/run/systemd/resolve/resolv.conf"] {
         if std::path::Path::new(path).exists() {
-            // The kit has put one there that nobody can mount on.
-            let _ = nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH);
             nix::mount::mount(Some(&own), path, none, nix::mount::MsFlags::MS_BIND, none)?;
         }
     }

@@ -1,31 +1,15 @@
 //! NetworkPolicies with real packets: pods on one bridge, a neighbour outside, the real proxy and a fake API.
 
+#[macro_use]
 mod netproxy_world;
 
 use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::process::Command;
 
-use netproxy_world::{Family, TIMEOUT, World, ask, in_mode, port};
+use netproxy_world::{Family, TIMEOUT, World, ask, port};
 use oarlock_testkit::wait_for;
 use serde_json::{Value, json};
-
-macro_rules! in_each_mode {
-    ($($name:ident)*) => {
-        mod ipv4 {
-            use super::{Family, in_mode};
-            $(#[test] fn $name() { in_mode(&[Family::V4], super::$name); })*
-        }
-        mod ipv6 {
-            use super::{Family, in_mode};
-            $(#[test] fn $name() { in_mode(&[Family::V6], super::$name); })*
-        }
-        mod dual_stack {
-            use super::{Family, in_mode};
-            $(#[test] fn $name() { in_mode(&[Family::V4, Family::V6], super::$name); })*
-        }
-    };
-}
 
 in_each_mode! {
     a_policy_shuts_and_opens_pods_of_one_bridge

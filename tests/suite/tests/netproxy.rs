@@ -1,6 +1,7 @@
 //! Service traffic with real packets through the real kernel: the proxy in namespaces of its own, pods on a bridge, a
 //! neighbour outside, and a fake API. Each test runs in a cluster of IPv4, of IPv6, and of both.
 
+#[macro_use]
 mod netproxy_world;
 
 use std::collections::HashSet;
@@ -9,28 +10,11 @@ use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
 
-use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, at, endpoint_list, in_mode, parse, port, read_answer};
+use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, at, endpoint_list, parse, port, read_answer};
 use oarlock_testkit::wait_for;
 use serde_json::{Value, json};
 
 const NODE_PORT: u16 = 30_080;
-
-macro_rules! in_each_mode {
-    ($($name:ident)*) => {
-        mod ipv4 {
-            use super::{Family, in_mode};
-            $(#[test] fn $name() { in_mode(&[Family::V4], super::$name); })*
-        }
-        mod ipv6 {
-            use super::{Family, in_mode};
-            $(#[test] fn $name() { in_mode(&[Family::V6], super::$name); })*
-        }
-        mod dual_stack {
-            use super::{Family, in_mode};
-            $(#[test] fn $name() { in_mode(&[Family::V4, Family::V6], super::$name); })*
-        }
-    };
-}
 
 in_each_mode! {
     a_service_is_reached_from_pods_the_node_and_outside_by_all_its_endpoints

@@ -27,12 +27,7 @@ fn resize(cluster: &Cluster) {
     cluster.kubectl("wait --for=condition=Ready pod/grows --timeout=60s");
     let before = cluster.get("pod grows");
     let patch = r#"{"spec":{"containers":[{"name":"main","resources":{"requests":{"cpu":"150m"},"limits":{"cpu":"300m","memory":"96Mi"}}}]}}"#;
-    let output = cluster
-        .kubectl_command()
-        .args(["patch", "pod", "grows", "--subresource", "resize", "-p", patch])
-        .output()
-        .expect("kubectl");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cluster.kubectl(&format!("patch pod grows --subresource resize -p {patch}"));
     let actual = "get pod grows -o jsonpath={.status.containerStatuses[0].resources.limits.memory}";
     cluster.wait_for_output(actual, "the new size", |text| text == "96Mi");
     let after = cluster.get("pod grows");
@@ -44,12 +39,7 @@ fn resize(cluster: &Cluster) {
 
     let patch =
         r#"{"spec":{"containers":[{"name":"main","resources":{"requests":{"cpu":"4000"},"limits":{"cpu":"4000"}}}]}}"#;
-    let output = cluster
-        .kubectl_command()
-        .args(["patch", "pod", "grows", "--subresource", "resize", "-p", patch])
-        .output()
-        .expect("kubectl");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    cluster.kubectl(&format!("patch pod grows --subresource resize -p {patch}"));
     let reason = "get pod grows -o jsonpath={.status.conditions[?(@.type=='PodResizePending')].reason}";
     cluster.wait_for_output(reason, "the refusal", |text| text == "Infeasible");
     cluster.kubectl("delete pod grows --timeout=60s");

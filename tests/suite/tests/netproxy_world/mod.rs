@@ -86,6 +86,25 @@ impl Family {
     }
 }
 
+/// Makes tests of the functions named, each in a cluster of IPv4, of IPv6 and of both.
+#[allow(unused_macros, reason = "not every test file makes tests of each mode")]
+macro_rules! in_each_mode {
+    ($($name:ident)*) => {
+        mod ipv4 {
+            use super::netproxy_world::{Family, in_mode};
+            $(#[test] fn $name() { in_mode(&[Family::V4], super::$name); })*
+        }
+        mod ipv6 {
+            use super::netproxy_world::{Family, in_mode};
+            $(#[test] fn $name() { in_mode(&[Family::V6], super::$name); })*
+        }
+        mod dual_stack {
+            use super::netproxy_world::{Family, in_mode};
+            $(#[test] fn $name() { in_mode(&[Family::V4, Family::V6], super::$name); })*
+        }
+    };
+}
+
 /// Runs a test body in a cluster of one family, of the other, and of both: in that one once for each family.
 pub fn in_mode(families: &'static [Family], test: fn(&mut World, Family)) {
     in_fresh_namespaces(move || {
