@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::events::Events;
 use crate::joins::Joins;
+use crate::moves::Moves;
 use crate::paths::Paths;
 use crate::prometheus::Calls;
 use crate::record::Store;
@@ -30,6 +31,7 @@ pub(crate) struct Core {
     pub records: Arc<Store>,
     pub index: Index,
     pub joins: Joins,
+    pub moves: Moves,
     pub events: Events,
     pub calls: Calls,
     pub images: ImageStore,

@@ -21,6 +21,7 @@ use crate::error::Error;
 use crate::events::Events;
 use crate::host;
 use crate::joins::Joins;
+use crate::moves::Moves;
 use crate::paths::Paths;
 use crate::prometheus::Calls;
 use crate::reconcile;
@@ -62,6 +63,7 @@ impl Runtime {
             records,
             index: Index::default(),
             joins: Joins::default(),
+            moves: Moves::default(),
             events: Events::default(),
             calls: Calls::default(),
             images,

@@ -19,6 +19,7 @@ mod idmap;
 mod joins;
 mod metrics;
 mod mounts;
+mod moves;
 mod paths;
 mod prometheus;
 mod reconcile;

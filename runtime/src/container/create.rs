@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use oarlock_cgroup::Cgroup;
 use oarlock_proto::cri;
 
 use super::remove::undo;
@@ -14,7 +13,7 @@ use crate::record::{ContainerPhase, ContainerRecord, SandboxPhase, SandboxRecord
 use crate::spec;
 use crate::spec::image::Defaults;
 use crate::spec::user::Identity;
-use crate::state::{Container, Sandbox, new_id, now_nanos};
+use crate::state::{Container, new_id, now_nanos};
 use crate::view;
 
 /// Makes a container, or gives the one that exists with just this configuration.
@@ -29,7 +28,7 @@ pub(crate) async fn create(core: Arc<Core>, sandbox_id: String, config: cri::Con
     spec::container::check(&config, &core.host)?;
     let record = record_of(&core, &sandbox_record, config)?;
     let (id, name) = (record.id.clone(), record.name());
-    expect_start(&core, &sandbox);
+    core.moves.expect();
     let container = Container::new(record);
     if let Err(owner) = core.index.insert_container(container.clone()) {
         return existing(&core, &owner, &name, &container.record());
@@ -57,18 +56,6 @@ pub(crate) async fn create(core: Arc<Core>, sandbox_id: String, config: cri::Con
             Err(error)
         }
     }
-}
-
-/// The start that follows moves processes between control groups, for which the kernel waits some milliseconds unless it has
-/// just done so: let it wait while the bundle is made.
-fn expect_start(core: &Core, sandbox: &Sandbox) {
-    let Some(shim) = sandbox.shim() else { return };
-    let group = core.shim_group();
-    tokio::task::spawn_blocking(move || {
-        if let (Ok(group), true) = (Cgroup::new(&group), shim.record().is_alive()) {
-            group.expect_moves(shim.record().pid);
-        }
-    });
 }
 
 fn existing(core: &Core, owner: &str, name: &str, wanted: &ContainerRecord) -> Result<String, Error> {

@@ -195,16 +195,6 @@ impl<'a> Cgroup<'a> {
         File::open(dir).ok()
     }
 
-    /// Makes the next moves of processes quick: the kernel waits a grace period before the first of several, whichever it
-    /// is, and so may wait for this one, which moves a member of the group to where it is. Blocks for that long.
-    pub fn expect_moves(&self, member: i32) {
-        let Some(dir) = self.dirs().next() else { return };
-        let members = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-        if members.lines().any(|line| line.parse() == Ok(member)) {
-            let _ = fs::write(dir.join("cgroup.procs"), member.to_string());
-        }
-    }
-
     /// Whether the calling process is in this very group of the version 2 hierarchy.
     fn is_home_of_caller(&self) -> bool {
         let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
