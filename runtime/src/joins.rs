@@ -8,6 +8,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tonic::Status;
+use tracing::Instrument;
 
 type Outcome = Option<Result<String, Status>>;
 
@@ -31,11 +32,13 @@ impl Joins {
                     let (sender, receiver) = watch::channel(None);
                     running.insert(key.clone(), receiver.clone());
                     let leave = Leave { running: self.running.clone(), key };
-                    tokio::spawn(async move {
+                    // What the work logs and how long its steps take belongs to the call that began it.
+                    let carried_out = async move {
                         let result = work.await;
                         drop(leave);
                         let _ = sender.send(Some(result));
-                    });
+                    };
+                    tokio::spawn(carried_out.in_current_span());
                     receiver
                 }
             }

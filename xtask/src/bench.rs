@@ -4,7 +4,7 @@ use crate::{build, packages, step};
 
 #[derive(clap::Args)]
 pub(crate) struct BenchFlags {
-    /// The benchmark and its flags: up, memory, pod, agent, runtime, netproxy, cni, dns
+    /// The benchmark and its flags: up, memory, pod, agent, runtime, pull, netproxy, cni, dns
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     bench: Vec<String>,
 }
@@ -13,6 +13,9 @@ pub(crate) fn run(flags: &BenchFlags) -> anyhow::Result<()> {
     packages::ensure(packages::RUN)?;
     if flags.bench.iter().any(|flag| flag == "--peers") {
         packages::ensure(packages::PEERS)?;
+    }
+    if flags.bench.first().is_some_and(|bench| bench == "pull") {
+        packages::ensure(packages::REGISTRY)?;
     }
     let bin = build::run()?;
     step::run(

@@ -105,6 +105,8 @@ async fn make_shim(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision
         .map_err(|_| Error::TimedOut { operation: format!("starting the shim of sandbox {id}"), limit })?
         .map_err(Error::shim(format!("start the shim of sandbox {id}")))?;
     sandbox.set_shim(Some(shim));
+    // Who waits for the lock of moves holds the one of all groups: not before the shim is born in its own.
+    core.moves.expect();
     step("the shim runs");
     Ok(())
 }

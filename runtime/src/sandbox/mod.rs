@@ -56,11 +56,8 @@ pub(crate) async fn run(core: Arc<Core>, config: cri::PodSandboxConfig, handler:
     if let Err(owner) = core.index.insert_sandbox(sandbox.clone()) {
         return existing(&core, &owner, &name, &sandbox.record());
     }
-    // The wait passes while the sandbox is made.
-    core.moves.expect();
     match bring_up(&core, &sandbox, &decision).await {
         Ok(()) => {
-            core.moves.expect();
             tracing::info!(sandbox.id = %id, sandbox.name = %name, "sandbox ready");
             watch(core.clone(), sandbox.clone());
             view::publish_sandbox(&core, &sandbox, cri::ContainerEventType::ContainerCreatedEvent);

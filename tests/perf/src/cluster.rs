@@ -16,11 +16,20 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// `oarlock up --detach`, with the demo or without.
     pub(crate) fn start(demo: bool) -> anyhow::Result<Self> {
-        Self::start_with(demo, None)
+        Self::start_as(demo, None, None)
+    }
+
+    /// Without the demo, with daemons that log what `filter` says.
+    pub(crate) fn start_logging(filter: &str) -> anyhow::Result<Self> {
+        Self::start_as(false, None, Some(filter))
     }
 
     /// The same with a configuration file of that content.
     pub(crate) fn start_with(demo: bool, config: Option<&str>) -> anyhow::Result<Self> {
+        Self::start_as(demo, config, None)
+    }
+
+    fn start_as(demo: bool, config: Option<&str>, log_filter: Option<&str>) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new().prefix("oarlock-perf-").tempdir()?;
         let mut cluster = Self { directory, config: None, output: String::new() };
         if let Some(text) = config {
@@ -30,6 +39,9 @@ impl Cluster {
         }
         let mut command = cluster.oarlock();
         command.args(["up", "--detach", "--image"]).arg(image_archive());
+        if let Some(filter) = log_filter {
+            command.env("OARLOCK_LOG", filter);
+        }
         if demo {
             command.arg("--demo");
         }

@@ -15,6 +15,7 @@ use serde_json::json;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::peer::{self, Containerd, PAUSE_ARGUMENT, Runtime};
+use crate::spans;
 use crate::table::{self, Row};
 
 const IMAGE: &str = "oarlock.local/testimage:1";
@@ -44,6 +45,12 @@ pub(crate) struct CriFlags {
     /// Pods started at once; 0 leaves this part out
     #[arg(long, default_value_t = 100)]
     burst: usize,
+    /// Milliseconds between one pod and the next
+    #[arg(long, default_value_t = 0)]
+    pause: u64,
+    /// Show where the time of each call of ours goes, step by step; logging it costs some of it
+    #[arg(long)]
+    spans: bool,
     /// Measure containerd with runc and with crun too, where they are installed
     #[arg(long)]
     peers: bool,
@@ -62,6 +69,9 @@ pub(crate) fn run(flags: &CriFlags) -> anyhow::Result<()> {
         densities.push((name, density));
         Ok(())
     };
+    if flags.spans {
+        return steps(flags);
+    }
     one(peer::ours()?)?;
     if flags.peers {
         for (name, program) in peer::peers() {
@@ -76,6 +86,26 @@ pub(crate) fn run(flags: &CriFlags) -> anyhow::Result<()> {
     let rows: Vec<Row> = rows.into_iter().map(|(_, row)| row).collect();
     table::print("one pod at a time through CRI", &rows);
     print_densities(flags, &densities);
+    Ok(())
+}
+
+/// Pods one after another on ours, for what its daemon logs of each step.
+fn steps(flags: &CriFlags) -> anyhow::Result<()> {
+    let threads = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let cluster = peer::ours_logging(spans::LOG_FILTER)?;
+    threads.block_on(async {
+        let client = RuntimeServiceClient::new(connect(cluster.socket()).await?);
+        for round in 0..flags.rounds {
+            tokio::time::sleep(Duration::from_millis(flags.pause)).await;
+            one_pod(client.clone(), &format!("single-{round}")).await?;
+        }
+        anyhow::Ok(())
+    })?;
+    let log = cluster.path().join("log/runtime.log");
+    let log = std::fs::read_to_string(&log).with_context(|| format!("cannot read {}", log.display()))?;
+    let rows = spans::read(&log);
+    let of_pods = |row: &Row| CALLS.iter().any(|call| row.name.split(' ').next() == call.split(' ').next());
+    table::print("steps of each call", &rows.into_iter().filter(of_pods).collect::<Vec<_>>());
     Ok(())
 }
 
@@ -111,6 +141,7 @@ async fn measure(runtime: &dyn Runtime, flags: &CriFlags) -> anyhow::Result<([Ve
 
     let mut samples: [Vec<f64>; CALLS.len()] = std::array::from_fn(|_| Vec::new());
     for round in 0..flags.rounds {
+        tokio::time::sleep(Duration::from_millis(flags.pause)).await;
         let times = one_pod(client.clone(), &format!("single-{round}")).await?;
         for (sample, time) in samples.iter_mut().zip(times) {
             sample.push(time);
@@ -131,7 +162,7 @@ async fn measure(runtime: &dyn Runtime, flags: &CriFlags) -> anyhow::Result<([Ve
     Ok((samples, Density { daemon_bytes, per_pod_bytes: others_bytes / IDLE_PODS as u64, burst_ms }))
 }
 
-async fn connect(socket: PathBuf) -> anyhow::Result<Channel> {
+pub(crate) async fn connect(socket: PathBuf) -> anyhow::Result<Channel> {
     Endpoint::from_static("http://runtime")
         .timeout(CALL_LIMIT)
         .connect_with_connector(tower::service_fn(move |_| {

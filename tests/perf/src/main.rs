@@ -13,6 +13,8 @@ mod netproxy;
 mod peer;
 mod pod;
 mod proxy;
+mod pull;
+mod spans;
 mod table;
 mod up;
 
@@ -49,6 +51,8 @@ enum Bench {
     /// The same work through CRI alone: sandbox, create, start, stop, remove, memory and a burst
     #[command(alias = "cri")]
     Runtime(cri::CriFlags),
+    /// A cold pull of a large image from a registry on loopback
+    Pull(pull::PullFlags),
     /// The Service proxy with thousands of Services: load, changes, memory, connections
     Netproxy {
         /// How many Services, each with three endpoints
@@ -85,6 +89,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Pod { rounds } => pod::run(rounds),
         Bench::Agent(flags) => agent::run(&flags),
         Bench::Runtime(flags) => cri::run(&flags),
+        Bench::Pull(flags) => pull::run(&flags),
         Bench::Netproxy { services, rounds } => netproxy::run(&services, rounds),
         Bench::Cni { rounds, present } => cni::run(rounds, present),
         Bench::Dns { seconds, rounds } => dns::run(seconds, rounds),

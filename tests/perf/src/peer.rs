@@ -42,6 +42,13 @@ pub(crate) fn ours() -> anyhow::Result<Box<dyn Runtime>> {
     Ok(Box::new(cluster))
 }
 
+/// Starts ours with that log filter.
+pub(crate) fn ours_logging(filter: &str) -> anyhow::Result<Cluster> {
+    let cluster = Cluster::start_logging(filter)?;
+    cluster.import()?;
+    Ok(cluster)
+}
+
 impl Runtime for Cluster {
     fn name(&self) -> String {
         "oarlock".to_owned()
