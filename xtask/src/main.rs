@@ -2,6 +2,7 @@
 
 mod bench;
 mod build;
+mod fuzz;
 mod lab;
 mod packages;
 mod step;
@@ -33,6 +34,8 @@ enum Chore {
     Tidy,
     /// Run tests on a virtual machine with cgroup version 2
     Lab(lab::LabFlags),
+    /// Look for image layers that break out or crash the unpacking
+    Fuzz(fuzz::FuzzFlags),
     /// Measure, and print tables and JSON
     Bench(bench::BenchFlags),
 }
@@ -54,6 +57,7 @@ fn run() -> anyhow::Result<()> {
         Chore::Test(flags) => test::run(&flags),
         Chore::Tidy => tidy::run(),
         Chore::Lab(flags) => lab::run(&flags),
+        Chore::Fuzz(flags) => fuzz::run(&flags),
         Chore::Bench(flags) => bench::run(&flags),
     }
 }

@@ -16,6 +16,8 @@ pub(crate) const RUN: &[&str] = &["ca-certificates", "iproute2", "nftables"];
 pub(crate) const TEST: &[&str] =
     &["conntrack", "crun", "curl", "docker-registry", "netbase", "runc", "skopeo", "unzip"];
 
+/// What the fuzzer's own library is built with.
+pub(crate) const FUZZ: &[&str] = &["g++"];
 /// What `bench pull` fetches from.
 pub(crate) const REGISTRY: &[&str] = &["docker-registry", "skopeo"];
 /// What the virtual machine of `lab` needs.

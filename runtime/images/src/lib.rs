@@ -20,6 +20,8 @@ mod credentials;
 mod error;
 mod fetch;
 mod files;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod layers;
 mod manifest;
 mod model;
