@@ -52,6 +52,8 @@ pub(crate) struct ConfigFile {
     /// Networks that `externalIPs` of Services may be in; none by default.
     #[serde(rename = "externalIPsAllowed")]
     pub(crate) external_ips_allowed: Vec<IpNet>,
+    /// Addresses for Services of type LoadBalancer, as networks and as ranges `first-last`; none are given by default.
+    pub(crate) load_balancer_pools: Vec<String>,
     /// DNS domains that have resolvers of their own.
     pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
     /// The port of the API server.
@@ -113,6 +115,7 @@ pub(crate) struct Settings {
     pub(crate) node_port_range: (u16, u16),
     pub(crate) node_port_addresses: Vec<IpNet>,
     pub(crate) external_ips_allowed: Vec<IpNet>,
+    pub(crate) load_balancer_pools: Vec<IpNet>,
     pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
     pub(crate) api_port: u16,
     pub(crate) agent_port: u16,
@@ -263,7 +266,13 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
             ));
         }
     };
+    let own: Vec<IpNet> = [cluster_cidr, service_cidr]
+        .into_iter()
+        .chain(secondary.iter().flat_map(|second| [second.cluster_cidr, second.service_cidr]))
+        .chain([node_ip.into()])
+        .collect();
     Ok(Settings {
+        load_balancer_pools: balancer_pools(&file.load_balancer_pools, &own)?,
         node_name,
         node_ip,
         node_labels: file.node_labels,
@@ -349,6 +358,34 @@ fn check_node_name(name: &str) -> Result<(), ConfigError> {
     Err(field("nodeName", format!("{name:?} is not a DNS subdomain (lower case letters, digits, '-' and '.')")))
 }
 
+/// Pools as networks. None may hold addresses that are somebody's already.
+fn balancer_pools(texts: &[String], taken: &[IpNet]) -> Result<Vec<IpNet>, ConfigError> {
+    let mut pools = Vec::new();
+    for text in texts {
+        let wrong = |problem: &str| field("loadBalancerPools", format!("{text:?} {problem}"));
+        let parsed = match text.split_once('-') {
+            None => text.trim().parse().ok().map(|net: IpNet| vec![net.trunc()]),
+            Some((first, last)) => match (first.trim().parse(), last.trim().parse()) {
+                (Ok(IpAddr::V4(first)), Ok(IpAddr::V4(last))) if first <= last => {
+                    Some(ipnet::Ipv4Subnets::new(first, last, 0).map(IpNet::from).collect())
+                }
+                (Ok(IpAddr::V6(first)), Ok(IpAddr::V6(last))) if first <= last => {
+                    Some(ipnet::Ipv6Subnets::new(first, last, 0).map(IpNet::from).collect())
+                }
+                _ => None,
+            },
+        };
+        let nets = parsed.ok_or_else(|| wrong("is neither a network nor a range such as 192.0.2.10-192.0.2.20"))?;
+        for net in &nets {
+            if let Some(other) = taken.iter().find(|other| net.contains(*other) || other.contains(net)) {
+                return Err(wrong(&format!("overlaps {other}, which is in use")));
+            }
+        }
+        pools.extend(nets);
+    }
+    Ok(IpNet::aggregate(&pools))
+}
+
 fn port_range(text: &str) -> Result<(u16, u16), ConfigError> {
     let parsed =
         text.split_once('-').and_then(|(low, high)| Some((low.trim().parse().ok()?, high.trim().parse().ok()?)));
@@ -390,6 +427,9 @@ mod tests {
             ("serviceCidr: 10.43.0.0/16", "unknown field"),
             ("clusterDNS: 10.44.0.10", "not in serviceCIDR"),
             ("nodePortRange: 9-3", "nodePortRange"),
+            ("loadBalancerPools: [192.0.2.9-192.0.2.3]", "neither a network nor a range"),
+            ("loadBalancerPools: [192.0.2.9]", "neither a network nor a range"),
+            ("loadBalancerPools: [10.43.7.0/24]", "overlaps 10.43.0.0/16"),
             ("nodeName: Bad_Name", "nodeName"),
             ("dataDir: relative", "absolute"),
             ("maxPods: many", "maxPods"),
@@ -401,6 +441,14 @@ mod tests {
             let error = parse(text).expect_err(text);
             assert!(error.to_string().contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn pools_are_networks_and_ranges() {
+        let text = "nodeIP: 198.51.100.1\nloadBalancerPools: [192.0.2.10 - 192.0.2.12, \"2001:db8::/120\"]\n";
+        let pools: Vec<String> =
+            parse(text).expect("valid").load_balancer_pools.iter().map(ToString::to_string).collect();
+        assert_eq!(pools, ["192.0.2.10/31", "192.0.2.12/32", "2001:db8::/120"]);
     }
 
     #[test]

@@ -37,6 +37,10 @@ pub struct Config {
     /// Networks that external addresses of Services may be in; none are served without any, because whoever may make a
     /// Service could otherwise take any address.
     pub external_ips_allowed: Vec<IpNet>,
+    /// Addresses for Services of type LoadBalancer, which the nodes announce on their links; none without any.
+    pub balancer_pools: Vec<IpNet>,
+    /// The `loadBalancerClass` that asks for them, beside no class at all.
+    pub balancer_class: String,
     pub health_listen: SocketAddr,
     /// Where the CNI configuration is written, as `10-oarlock.conflist`, once the Node has a pod CIDR; nowhere without.
     pub cni_conf_dir: Option<PathBuf>,
@@ -68,6 +72,8 @@ impl Default for Config {
             node_port_range: (30_000, 32_767),
             node_port_addresses: Vec::new(),
             external_ips_allowed: Vec::new(),
+            balancer_pools: Vec::new(),
+            balancer_class: String::new(),
             health_listen: (Ipv4Addr::UNSPECIFIED, 10_256).into(),
             cni_conf_dir: None,
             cni_state_dir: "/var/lib/cni/networks".into(),

@@ -3,6 +3,8 @@
 //! A UDP client that goes on sending keeps its flow, and so its old endpoint, for ever. After every change that concerns
 //! such protocols all their flows are compared with what is right now: level-based, so nothing has to be remembered.
 
+use std::collections::HashSet;
+
 use ipnet::IpNet;
 use oarlock_netlink::conntrack::Flow;
 use oarlock_netlink::{Connection, Protocol as NetlinkProtocol};
@@ -20,10 +22,16 @@ pub struct Scope {
     pub dns_address: Option<std::net::IpAddr>,
     /// First and last node port.
     pub node_ports: (u16, u16),
+    /// Networks in which every address is a Service's or nobody's.
+    pub external: Vec<IpNet>,
 }
 
+/// Frontends that went away since flows were last looked through. This is what finds flows to addresses that other
+/// balancers gave; those in networks of ours are found without it.
+pub type Retired = HashSet<ElementKey>;
+
 /// Whether a flow goes somewhere that the ledger does not lead to (any more).
-pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope) -> bool {
+pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired) -> bool {
     let (wanted, actual) = (flow.original.destination, flow.reply.source);
     let protocol = Protocol(flow.original.protocol);
     let by_address = |map| ElementKey::by_address(map, wanted.ip(), protocol, wanted.port());
@@ -42,18 +50,26 @@ pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope) -> bool {
     if is_frontend(by_port(Map::NodePorts)) {
         return !leads(by_port(Map::NodePorts)) && !leads(by_port(Map::LocalNodePorts));
     }
+    let was_frontend = || {
+        retired.contains(&by_address(Map::Services))
+            || retired.contains(&by_port(Map::NodePorts))
+            || scope.external.iter().any(|net| net.contains(&wanted.ip()))
+    };
+    if actual != wanted && was_frontend() {
+        return true;
+    }
     // What once went through a node port that is gone.
     let in_range = (scope.node_ports.0..=scope.node_ports.1).contains(&wanted.port());
     in_range && actual != wanted && scope.cluster_cidr.contains(&actual.ip())
 }
 
 /// Forgets the stale flows, and says how many there were.
-pub fn clean(ledger: &Ledger, scope: &Scope) -> oarlock_netlink::Result<usize> {
+pub fn clean(ledger: &Ledger, scope: &Scope, retired: &Retired) -> oarlock_netlink::Result<usize> {
     let mut connection = Connection::open(NetlinkProtocol::Netfilter)?;
     let is_ipv4 = scope.service_cidr.addr().is_ipv4();
     let mut stale = Vec::new();
     connection.each_flow(is_ipv4, &[Protocol::UDP.0, Protocol::SCTP.0], |flow| {
-        if is_stale(&flow, ledger, scope) {
+        if is_stale(&flow, ledger, scope, retired) {
             stale.push(flow);
         }
     })?;

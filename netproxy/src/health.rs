@@ -39,6 +39,8 @@ pub struct Status {
     pub flows_removed: AtomicU64,
     pub services: AtomicU64,
     pub elements: AtomicU64,
+    /// Balancer addresses that this node announces.
+    pub announced: AtomicU64,
     commit_microseconds: AtomicU64,
     buckets: [AtomicU64; BUCKETS_MICROSECONDS.len()],
 }
@@ -180,6 +182,7 @@ fn metrics(status: &Status, dns: Counts) -> String {
         ),
         ("oarlock_netproxy_services", "gauge", "Services known.", read(&status.services)),
         ("oarlock_netproxy_elements", "gauge", "Map elements held.", read(&status.elements)),
+        ("oarlock_netproxy_announced_addresses", "gauge", "Balancer addresses announced.", read(&status.announced)),
         ("oarlock_dns_requests_total", "counter", "Questions answered.", dns.answered),
         ("oarlock_dns_forwarded_total", "counter", "Questions asked of upstream resolvers.", dns.forwarded),
         ("oarlock_dns_cache_hits_total", "counter", "Answers from the cache.", dns.cached),

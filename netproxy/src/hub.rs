@@ -1,6 +1,7 @@
 //! The owner of the cluster's state: events in, jobs for the worker, the node's configuration and what balancers are told out.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use crate::announce::{Candidate, NodeId, World};
 use crate::balancer_health::Wanted;
 use crate::cluster::Cluster;
 use crate::config::Config;
@@ -19,7 +21,7 @@ use crate::host;
 use crate::node::{self, Node};
 use crate::overlay;
 use crate::plan::{self, Context};
-use crate::service::ServiceName;
+use crate::service::{Service, ServiceName, Slice};
 use crate::watch::{Event, Kind};
 use crate::worker::Job;
 
@@ -42,7 +44,13 @@ pub struct Hub {
     dirty: HashSet<ServiceName>,
     /// What balancers are told, by Service.
     health_ports: BTreeMap<ServiceName, (u16, usize)>,
+    /// Balancer addresses of ours, by Service, with the nodes that have endpoints where only those may announce them.
+    announced: BTreeMap<ServiceName, Announced>,
+    world: watch::Sender<Arc<World>>,
 }
+
+/// Addresses of a Service, and who may announce them.
+type Announced = (Vec<IpAddr>, Option<BTreeSet<NodeId>>);
 
 /// Where a hub's results go.
 pub struct Outputs {
@@ -52,6 +60,8 @@ pub struct Outputs {
     pub balancers: watch::Sender<Arc<Wanted>>,
     /// The addresses of this node's pods.
     pub pod_cidrs: watch::Sender<Vec<ipnet::IpNet>>,
+    /// Balancer addresses and the nodes that may announce them.
+    pub world: watch::Sender<Arc<World>>,
 }
 
 impl Hub {
@@ -75,6 +85,8 @@ impl Hub {
             listed: HashSet::new(),
             dirty: HashSet::new(),
             health_ports: BTreeMap::new(),
+            announced: BTreeMap::new(),
+            world: outputs.world,
         }
     }
 
@@ -98,6 +110,9 @@ impl Hub {
                     }
                     if self.apply().await.is_err() {
                         return;
+                    }
+                    if nodes_changed {
+                        self.note_world();
                     }
                     nodes_changed
                 }
@@ -166,6 +181,29 @@ impl Hub {
         });
     }
 
+    /// What the announcers go by.
+    fn note_world(&self) {
+        let mut world = World::default();
+        for (addresses, only) in self.announced.values() {
+            // Two Services do not have one address; while they seem to, the first by name decides.
+            for address in addresses {
+                world.addresses.entry(*address).or_insert_with(|| only.clone());
+            }
+        }
+        if !world.addresses.is_empty() {
+            let nodes = self.nodes.iter().filter(|(_, node)| node.takes_traffic);
+            let candidate =
+                |(name, node): (&Arc<str>, &Node)| Candidate { name: name.clone(), internal: node.internal.clone() };
+            world.nodes = nodes.map(candidate).collect();
+            world.nodes.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        self.world.send_if_modified(|known| {
+            let changed = **known != world;
+            *known = Arc::new(world);
+            changed
+        });
+    }
+
     /// Plans what is dirty and hands it on. Nothing is planned before everything is known: a proxy that starts must not take
     /// away what it has not heard of yet.
     async fn apply(&mut self) -> Result<(), mpsc::error::SendError<Job>> {
@@ -176,6 +214,7 @@ impl Hub {
         }
         let mut planned = Vec::with_capacity(self.dirty.len());
         let mut balancers_changed = false;
+        let mut announced_changed = false;
         {
             let cluster = self.cluster.read();
             for name in self.dirty.drain() {
@@ -189,8 +228,16 @@ impl Hub {
                     Some(told) => self.health_ports.insert(name.clone(), told) != Some(told),
                     None => self.health_ports.remove(&name).is_some(),
                 };
+                let announced = service.and_then(|service| announced(&self.config, service, &slices));
+                announced_changed |= match announced {
+                    Some(announced) => self.announced.insert(name.clone(), announced.clone()) != Some(announced),
+                    None => self.announced.remove(&name).is_some(),
+                };
                 planned.push((name, by_family));
             }
+        }
+        if announced_changed {
+            self.note_world();
         }
         if balancers_changed {
             let by_port = |(name, (port, count)): (&ServiceName, &(u16, usize))| (*port, (name.clone(), *count));
@@ -259,6 +306,19 @@ impl Hub {
             _ => debug!("host checked"),
         }
     }
+}
+
+/// The addresses of a Service that the nodes announce, if there are any.
+fn announced(config: &Config, service: &Service, slices: &[&Slice]) -> Option<Announced> {
+    let is_ours = service.balancer_class.as_deref().is_none_or(|class| class == config.balancer_class);
+    let in_pool = |address: &&IpAddr| config.balancer_pools.iter().any(|pool| pool.contains(*address));
+    let addresses: Vec<IpAddr> =
+        service.ingress.iter().filter(|_| is_ours && !service.other_proxy).filter(in_pool).copied().collect();
+    let only = service.external_local.then(|| {
+        let endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
+        endpoints.filter(|endpoint| endpoint.ready).filter_map(|endpoint| endpoint.node).collect()
+    });
+    (!addresses.is_empty()).then_some((addresses, only))
 }
 
 fn check_network(network: &crate::Network, record: Option<&std::path::Path>) -> Result<(), host::SysctlError> {

@@ -3,11 +3,12 @@
 //! [`Netproxy`] watches Services, EndpointSlices and Nodes. `service` reduces the objects, `plan` says which elements of which
 //! maps a Service means, `rules` holds the fixed chains, `ledger` puts all Services together and knows what a change changes:
 //! all pure. `sync` carries it out as single transactions on the thread of `worker`, repairs what others break, and
-//! `conntrack` forgets stale flows. `dns` answers names from the same state. `node` writes the CNI configuration, `overlay` finds the
+//! `conntrack` forgets stale flows. `dns` answers names from the same state. `announce` answers for balancer addresses on the node's link. `node` writes the CNI configuration, `overlay` finds the
 //! way to other nodes' pods. `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
 //!
 //! These tables are ours, and nothing else of the host's is touched.
 
+mod announce;
 mod balancer_health;
 mod cluster;
 mod config;

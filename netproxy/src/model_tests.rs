@@ -29,6 +29,7 @@ fn settings() -> Settings {
         cluster_cidr: "10.42.0.0/16".parse().unwrap(),
         service_cidr: "10.43.0.0/16".parse().unwrap(),
         dns_address: Some(DNS.into()),
+        balancer_pools: Vec::new(),
         node_port_addresses: None,
         masquerade_bridged: false,
     }
@@ -52,6 +53,7 @@ fn service(number: u8) -> Service {
         health_check_port: None,
         publish_not_ready: false,
         other_proxy: false,
+        balancer_class: None,
     }
 }
 
@@ -69,6 +71,7 @@ fn slice(of: &Service, endpoints: &[([u8; 4], bool, State)]) -> Slice {
         serving: !matches!(state, State::NotReady),
         terminating: matches!(state, State::Terminating),
         local: *local,
+        node: None,
         hostname: None,
         hints: None,
     };
@@ -302,14 +305,20 @@ fn udp_flows_to_endpoints_and_services_that_are_gone_are_stale() {
         cluster_cidr: settings().cluster_cidr,
         dns_address: Some(DNS.into()),
         node_ports: (30_000, 32_767),
+        external: vec!["192.0.2.0/28".parse().unwrap()],
     };
+    let retired = [element::ElementKey::by_address(Map::Services, [198, 51, 100, 9].into(), Protocol::UDP, 53)].into();
     let stale = |wanted: &str, actual: &str| {
         let client: SocketAddr = "10.42.0.99:1000".parse().unwrap();
         let tuple = |source, destination| Tuple { protocol: Protocol::UDP.0, source, destination };
         let flow =
             Flow { original: tuple(client, wanted.parse().unwrap()), reply: tuple(actual.parse().unwrap(), client) };
-        conntrack::is_stale(&flow, &ledger, &scope)
+        conntrack::is_stale(&flow, &ledger, &scope, &retired)
     };
+    assert!(stale("192.0.2.1:53", "10.42.0.2:8080"), "an address of a pool that no Service has any more");
+    assert!(stale("198.51.100.9:53", "10.42.0.2:8080"), "an address that a Service had");
+    assert!(!stale("198.51.100.9:54", "10.42.0.2:8080"), "another's");
+    assert!(!stale("198.51.100.9:53", "198.51.100.9:53"), "never translated");
     assert!(!stale("10.43.1.1:80", "10.42.0.2:8080"));
     assert!(stale("10.43.1.1:80", "10.42.0.3:8080"), "endpoint is gone");
     assert!(stale("10.43.1.1:80", "10.43.1.1:80"), "began before there were endpoints");

@@ -15,15 +15,23 @@ pub const ROUTE_PROTOCOL: u8 = 79;
 pub const CONFLIST: &str = "10-oarlock.conflist";
 const BRIDGE: &str = "oar0";
 
+/// Whether a link is one of those that the cluster's own networks are made of.
+pub fn is_cluster_link(name: &str) -> bool {
+    name == BRIDGE || crate::overlay::DEVICES.contains(&name)
+}
+
 /// A node as far as its pods' network is concerned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
     pub pod_cidrs: Vec<IpNet>,
     pub internal: Vec<IpAddr>,
     pub zone: Option<String>,
+    /// Whether balancers may send to it.
+    pub takes_traffic: bool,
 }
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+const EXCLUDE_LABEL: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
 
 impl Node {
     pub fn read(object: &core::Node) -> Node {
@@ -33,10 +41,14 @@ impl Node {
         let texts: Vec<&String> = many.map_or_else(|| one.into_iter().collect(), |all| all.iter().collect());
         let addresses = object.status.iter().flat_map(|status| status.addresses.iter().flatten());
         let internal = addresses.filter(|address| address.type_ == "InternalIP");
+        let conditions = object.status.iter().flat_map(|status| status.conditions.iter().flatten());
+        let is_ready = conditions.into_iter().any(|one| one.type_ == "Ready" && one.status == "True");
+        let labels = object.metadata.labels.as_ref();
         Node {
             pod_cidrs: texts.into_iter().filter_map(|text| text.parse().ok()).collect(),
             internal: internal.filter_map(|address| address.address.parse().ok()).collect(),
-            zone: object.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL)).cloned(),
+            zone: labels.and_then(|labels| labels.get(ZONE_LABEL)).cloned(),
+            takes_traffic: is_ready && !labels.is_some_and(|labels| labels.contains_key(EXCLUDE_LABEL)),
         }
     }
 }

@@ -13,7 +13,7 @@ use oarlock_netlink::{Connection, Link, Mac, Neighbour, Protocol, Route, Vxlan};
 
 use crate::node::{Node, ROUTE_PROTOCOL};
 
-const DEVICES: [&str; 2] = ["oar-vxlan4", "oar-vxlan6"];
+pub const DEVICES: [&str; 2] = ["oar-vxlan4", "oar-vxlan6"];
 /// The network's number and the port, those that other cluster networks of this kind use.
 const NETWORK: u32 = 4096;
 const PORT: u16 = 8472;
@@ -223,6 +223,7 @@ mod tests {
             pod_cidrs: pods.iter().map(|text| net(text)).collect(),
             internal: internal.iter().map(|text| text.parse().unwrap()).collect(),
             zone: None,
+            takes_traffic: true,
         }
     }
 

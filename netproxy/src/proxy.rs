@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::announce::{self, Identity};
 use crate::cluster::Cluster;
 use crate::config::{Config, Network};
 use crate::conntrack::Scope;
@@ -108,8 +109,23 @@ impl Netproxy {
             pod_cidrs,
         };
         tasks.spawn("network policies", policy::run(client.clone(), policies, token.clone()));
-        let outputs =
-            Outputs { cluster, status: status.clone(), jobs: jobs_in, balancers: balancers_in, pod_cidrs: cidrs_in };
+        let (world_in, world) = watch::channel(Arc::default());
+        let outputs = Outputs {
+            cluster,
+            status: status.clone(),
+            jobs: jobs_in,
+            balancers: balancers_in,
+            pod_cidrs: cidrs_in,
+            world: world_in,
+        };
+        if !config.balancer_pools.is_empty() {
+            let identity = Identity {
+                name: config.node_name.as_str().into(),
+                addresses: config.networks.iter().filter_map(|network| network.node_ip).collect(),
+            };
+            let announcing = announce::run(identity, client.clone(), world, status.clone(), token.clone());
+            tasks.spawn("balancer addresses", infallible(announcing));
+        }
         let hub = Hub::new(config.clone(), outputs);
         tasks.spawn("hub", infallible(hub.run(events, token.clone())));
         for address in &dns_addresses {
@@ -138,6 +154,7 @@ fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> 
         cluster_cidr: network.cluster_cidr,
         service_cidr: network.service_cidr,
         dns_address: Some(network.cluster_dns),
+        balancer_pools: config.balancer_pools.iter().filter(of_family).copied().collect(),
         node_port_addresses: (!config.node_port_addresses.is_empty())
             .then(|| config.node_port_addresses.iter().filter(of_family).copied().collect()),
         masquerade_bridged: !host::enable_bridge_filtering(is_ipv4, record),
@@ -147,6 +164,7 @@ fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> 
         cluster_cidr: network.cluster_cidr,
         dns_address: Some(network.cluster_dns),
         node_ports: config.node_port_range,
+        external: config.balancer_pools.iter().chain(&config.external_ips_allowed).filter(of_family).copied().collect(),
     };
     Ok(Family::new(Proxier::new(Netlink::open().map_err(Error::Nftables)?, settings), scope))
 }

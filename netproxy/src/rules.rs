@@ -28,6 +28,7 @@ const REJECT: &str = "refuse-now";
 const SERVICES: &str = "balance";
 const LOCAL: &str = "balance-local";
 const NO_ENDPOINTS: &str = "refuse";
+const AFTER_BALANCING: &str = "filter-prerouting-last";
 const REMEMBER: &str = "remember";
 /// What the numbers mean that frontends lead to. The kernel checks a verdict map as a whole whenever it changes, so the one
 /// that grows with Services leads to numbers, and only these small ones to chains: one for each kind of hook, because the
@@ -40,6 +41,7 @@ const CLASS_REJECT: u32 = 1;
 const CLASS_DROP: u32 = 2;
 const DESTINATION_NAT: i32 = -100;
 const BEFORE_DESTINATION_NAT: i32 = -110;
+const AFTER_DESTINATION_NAT: i32 = -90;
 const SOURCE_NAT: i32 = 100;
 
 /// What the fixed part depends on.
@@ -49,6 +51,8 @@ pub struct Settings {
     pub cluster_cidr: IpNet,
     pub service_cidr: IpNet,
     pub dns_address: Option<IpAddr>,
+    /// Addresses that nobody but Services has.
+    pub balancer_pools: Vec<IpNet>,
     /// Networks of the node's addresses that node ports are served on; all of them where nothing is said.
     pub node_port_addresses: Option<Vec<IpNet>>,
     /// Whether pods of one bridge see each other's answers without passing the node's NAT, because the kernel cannot show
@@ -223,6 +227,10 @@ pub fn foundation(settings: &Settings) -> Transaction {
     ] {
         transaction.push(Command::AddChain(Chain::base(name, kind, point, priority)));
     }
+    if !settings.balancer_pools.is_empty() {
+        let chain = Chain::base(AFTER_BALANCING, ChainKind::Filter, HookPoint::Prerouting, AFTER_DESTINATION_NAT);
+        transaction.push(Command::AddChain(chain));
+    }
     transaction.commands.extend(rules(settings).into_iter().map(Command::AddRule));
     for (classes, element) in fixed_classes() {
         transaction.push(Command::AddElements { set: classes.into(), elements: vec![element], exclusive: false });
@@ -385,11 +393,21 @@ fn filter(settings: &Settings) -> Vec<Rule> {
         if let Some(address) = settings.dns_address {
             rules.push(Rule::new(chain, [destination_is(address), vec![Expr::Verdict(Verdict::Return)]].concat()));
         }
-        let mut expressions = in_net(settings.header().load_destination(0), settings.service_cidr, true);
-        expressions.push(goto(REJECT));
-        rules.push(Rule::new(chain, expressions));
+        rules.push(refuse_to(settings, chain, settings.service_cidr));
+    }
+    for pool in &settings.balancer_pools {
+        // Not where packets are forwarded: back out of their own link, with a redirect, after which the kernel counts a
+        // refusal as one message too many.
+        rules.extend([AFTER_BALANCING, "filter-output"].map(|chain| refuse_to(settings, chain, *pool)));
     }
     rules
+}
+
+/// Refuses what goes to a network.
+fn refuse_to(settings: &Settings, chain: &str, net: IpNet) -> Rule {
+    let mut expressions = in_net(settings.header().load_destination(0), net, true);
+    expressions.push(goto(REJECT));
+    Rule::new(chain, expressions)
 }
 
 /// How many rules the fixed chains and these others have together.

@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 
+use crate::announce::{NodeId, node_id};
+
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
@@ -100,6 +102,8 @@ pub struct Service {
     pub publish_not_ready: bool,
     /// Another proxy takes care of the Service's packets.
     pub other_proxy: bool,
+    /// Whose balancer the Service asks for; nobody's in particular without.
+    pub balancer_class: Option<Box<str>>,
 }
 
 impl Service {
@@ -122,6 +126,7 @@ impl Service {
             health_check_port: health_check_port(spec),
             publish_not_ready: spec.publish_not_ready_addresses == Some(true),
             other_proxy: labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)),
+            balancer_class: spec.load_balancer_class.as_deref().map(Into::into),
         })
     }
 
@@ -195,6 +200,7 @@ pub struct Endpoint {
     pub terminating: bool,
     /// Whether it runs on this node.
     pub local: bool,
+    pub node: Option<NodeId>,
     pub hostname: Option<Box<str>>,
     pub hints: Option<Box<Hints>>,
 }
@@ -261,6 +267,7 @@ fn read_endpoint(endpoint: &discovery::Endpoint, own_node: &str) -> Option<Endpo
         serving: conditions.and_then(|conditions| conditions.serving).unwrap_or(ready),
         terminating: conditions.and_then(|conditions| conditions.terminating).unwrap_or(false),
         local: endpoint.node_name.as_deref() == Some(own_node),
+        node: endpoint.node_name.as_deref().map(node_id),
         hostname: endpoint.hostname.as_deref().map(Into::into),
         hints: hints(endpoint),
     })

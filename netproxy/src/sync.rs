@@ -35,6 +35,8 @@ pub struct Committed {
     pub connectionless_changed: bool,
     /// Some endpoint went away, so clients may be bound to it.
     pub endpoints_removed: bool,
+    /// Frontends of UDP and SCTP that went away.
+    pub retired: Vec<ElementKey>,
 }
 
 /// The owner of one family's table.
@@ -90,7 +92,7 @@ impl<K: Kernel> Proxier<K> {
         let committed = describe(&staged);
         let Some(mut present) = self.present.take() else {
             self.establish()?;
-            return Ok(Committed { connectionless_changed: true, endpoints_removed: true });
+            return Ok(Committed { connectionless_changed: true, endpoints_removed: true, retired: Vec::new() });
         };
         let transaction = self.ledger.change(&self.settings, &staged, &mut present);
         match self.kernel.commit(&transaction) {
@@ -102,7 +104,7 @@ impl<K: Kernel> Proxier<K> {
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "nftables refused a change; comparing with the kernel");
                 self.repair()?;
-                Ok(Committed { connectionless_changed: true, endpoints_removed: true })
+                Ok(Committed { connectionless_changed: true, endpoints_removed: true, ..committed })
             }
         }
     }
@@ -315,9 +317,13 @@ pub fn has_endpoint(ledger: &Ledger, key: ElementKey, test: impl Fn(std::net::So
 
 fn describe(delta: &Delta) -> Committed {
     let mut committed = Committed::default();
-    for (key, old, _) in delta.iter() {
+    for (key, old, new) in delta.iter() {
         if matches!(key.map, Map::Hairpin | Map::Affine | Map::AffineNodePorts | Map::Guarded | Map::Sources) {
             continue;
+        }
+        let is_frontend = matches!(key.map, Map::Services | Map::NodePorts);
+        if is_frontend && key.protocol != Protocol::TCP && old.is_some() && new.is_none() {
+            committed.retired.push(*key);
         }
         committed.connectionless_changed |= key.protocol != Protocol::TCP;
         committed.endpoints_removed |= matches!(old, Some(Target::Endpoint(_)));

@@ -84,10 +84,27 @@ pub async fn run<K, N, E>(
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
     N: Clone + Eq + Hash,
 {
+    run_with(api, watcher::Config::default(), listed, name, event, events, shutdown).await;
+}
+
+/// As [`run`], for the objects that `config` selects.
+pub async fn run_with<K, N, E>(
+    api: Api<K>,
+    config: watcher::Config,
+    listed: E,
+    name: impl Fn(&K) -> Option<N>,
+    event: impl Fn(N, Option<K>) -> E,
+    events: Sender<E>,
+    shutdown: CancellationToken,
+) where
+    E: Clone,
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
+    N: Clone + Eq + Hash,
+{
     let mut known: HashSet<N> = HashSet::new();
     let mut listing: HashSet<N> = HashSet::new();
     let mut backoff = FIRST_BACKOFF;
-    let mut stream = Box::pin(watcher(api, watcher::Config::default()));
+    let mut stream = Box::pin(watcher(api, config));
     loop {
         let next = tokio::select! {
             next = stream.next() => next,

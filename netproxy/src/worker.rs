@@ -1,5 +1,6 @@
 //! The thread that owns nftables: jobs in, transactions out, for each address family its own table.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -36,11 +37,12 @@ pub struct Family<K> {
     scope: conntrack::Scope,
     failed: bool,
     flows_pending: bool,
+    retired: conntrack::Retired,
 }
 
 impl<K: Kernel> Family<K> {
     pub fn new(proxier: Proxier<K>, scope: conntrack::Scope) -> Family<K> {
-        Family { proxier, scope, failed: false, flows_pending: false }
+        Family { proxier, scope, failed: false, flows_pending: false, retired: HashSet::new() }
     }
 }
 
@@ -95,7 +97,8 @@ fn commit<K: Kernel>(family: &mut Family<K>, status: &Status) {
         Ok(committed) => {
             family.failed = false;
             family.flows_pending |= committed.connectionless_changed;
-            clean_up(&mut family.proxier, committed);
+            family.retired.extend(committed.retired.iter().copied());
+            clean_up(&mut family.proxier, &committed);
         }
         Err(problem) => {
             family.failed = true;
@@ -112,7 +115,7 @@ fn note_commit<K: Kernel>(families: &[Family<K>], status: &Status, took: Duratio
     debug!(took = ?took, elements, "rules written");
 }
 
-fn clean_up<K: Kernel>(proxier: &mut Proxier<K>, committed: Committed) {
+fn clean_up<K: Kernel>(proxier: &mut Proxier<K>, committed: &Committed) {
     if committed.endpoints_removed
         && let Err(problem) = proxier.release_clients()
     {
@@ -130,9 +133,10 @@ fn run_audit<K: Kernel>(proxier: &mut Proxier<K>, status: &Status) {
 }
 
 /// Forgets flows that lead nowhere; says whether that worked.
-fn clean_flows<K: Kernel>(family: &Family<K>, status: &Status) -> bool {
-    match conntrack::clean(family.proxier.ledger(), &family.scope) {
+fn clean_flows<K: Kernel>(family: &mut Family<K>, status: &Status) -> bool {
+    match conntrack::clean(family.proxier.ledger(), &family.scope, &family.retired) {
         Ok(count) => {
+            family.retired = HashSet::new();
             status.flows_removed.fetch_add(count as u64, Ordering::Relaxed);
             if count > 0 {
                 debug!(flows = count, "stale flows forgotten");

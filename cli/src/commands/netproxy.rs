@@ -10,6 +10,9 @@ use super::{agent, daemon};
 use crate::config::Settings;
 use crate::host;
 
+/// The `loadBalancerClass` that asks for addresses of the pools.
+pub(crate) const BALANCER_CLASS: &str = "oarlock.io/announced";
+
 /// The cluster's networks, the primary one first.
 fn networks(settings: &Settings) -> Vec<Network> {
     let primary = Network {
@@ -36,6 +39,8 @@ pub(crate) fn proxy_config(settings: &Settings) -> Config {
         node_port_range: settings.node_port_range,
         node_port_addresses: settings.node_port_addresses.clone(),
         external_ips_allowed: settings.external_ips_allowed.clone(),
+        balancer_pools: settings.load_balancer_pools.clone(),
+        balancer_class: BALANCER_CLASS.to_owned(),
         stub_domains: settings
             .stub_domains
             .iter()

@@ -11,6 +11,7 @@ use oarlock_scheduler::Scheduler;
 use oarlock_supervise::Tasks;
 
 use super::daemon;
+use super::netproxy::BALANCER_CLASS;
 use crate::config::Settings;
 use crate::pki;
 
@@ -47,6 +48,8 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
                     .map(|cidr| (cidr, if cidr.addr().is_ipv4() { 24 } else { 64 }))
                     .collect(),
                 root_ca_pem: credentials.ca_pem.clone(),
+                balancer_pools: settings.load_balancer_pools.clone(),
+                balancer_class: BALANCER_CLASS.to_owned(),
             },
         );
         let scheduler = Scheduler::new(

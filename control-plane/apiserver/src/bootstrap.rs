@@ -19,7 +19,8 @@ pub(crate) async fn bootstrap(config: &Config, store: &dyn Store) -> Result<(), 
     for object in missing_or_kept(config) {
         plan(store, object, false, &mut ops);
     }
-    for object in policy::cluster_roles().into_iter().chain(policy::cluster_role_bindings()) {
+    let roles = policy::cluster_roles().into_iter().chain(policy::cluster_role_bindings());
+    for object in roles.chain(policy::namespaced_roles()) {
         plan(store, object, true, &mut ops);
     }
     for object in address_objects(config) {

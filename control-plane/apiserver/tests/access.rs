@@ -251,3 +251,14 @@ async fn over_tls_certificates_and_tokens_get_in_and_nobody_else() {
     assert!(watch.next().await.is_none(), "watches end when the server stops");
     running.await.expect("no panic").expect("stops in order");
 }
+
+#[tokio::test]
+async fn the_proxy_keeps_leases_of_announcers_but_not_those_of_nodes() {
+    let fixture = Fixture::new().await;
+    let proxy = fixture.as_user("system:kube-proxy", &[]);
+    let leases = |namespace: &str| format!("/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases");
+    let lease = json!({"metadata": {"name": "oarlock-announcer-n1"}, "spec": {"holderIdentity": "n1"}});
+    assert_eq!(proxy.post(&leases("kube-system"), &lease).await.code, 201);
+    assert_eq!(proxy.get(&format!("{}?labelSelector=a%3Dtrue", leases("kube-system"))).await.code, 200);
+    assert_eq!(proxy.post(&leases("kube-node-lease"), &lease).await.code, 403);
+}

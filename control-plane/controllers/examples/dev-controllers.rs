@@ -20,6 +20,8 @@ async fn main() -> anyhow::Result<()> {
     let config = oarlock_controllers::Config {
         cluster_cidrs: vec![("10.42.0.0/16".parse()?, 24)],
         root_ca_pem: "not a certificate\n".to_owned(),
+        balancer_pools: Vec::new(),
+        balancer_class: String::new(),
     };
     oarlock_controllers::Controllers::new(client, config).run(shutdown).await?;
     Ok(())

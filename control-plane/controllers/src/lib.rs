@@ -5,6 +5,7 @@
 //! out. All are level-based: nothing is remembered that cannot be computed again from the API. This crate owns no
 //! storage and no HTTP: everything goes through a `kube::Client`.
 
+mod balancer;
 mod conditions;
 mod deployment;
 mod disruption;
@@ -34,6 +35,10 @@ pub struct Config {
     pub cluster_cidrs: Vec<(IpNet, u8)>,
     /// PEM of the cluster's CA, published as `kube-root-ca.crt` in each namespace.
     pub root_ca_pem: String,
+    /// Addresses for Services of type LoadBalancer; none are handed out without any.
+    pub balancer_pools: Vec<IpNet>,
+    /// The `loadBalancerClass` that asks for them, beside no class at all.
+    pub balancer_class: String,
 }
 
 /// Why the controllers stopped.
@@ -81,6 +86,8 @@ impl Controllers {
         start("deployment", deployment::start(&shared, &stop));
         start("replicaset", replicaset::start(&shared, &stop));
         start("endpointslice", endpoints::start(&shared, &stop));
+        let provider = balancer::Provider { pools: self.config.balancer_pools, class: self.config.balancer_class };
+        start("service-load-balancer", balancer::start(&shared, &stop, provider));
         start("namespace", namespace::start(&shared, &stop));
         start("garbage", garbage::start(&shared, &stop));
         start("serviceaccount", service_account::start(&shared, &stop));

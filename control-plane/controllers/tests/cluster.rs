@@ -30,7 +30,12 @@ fn cluster() -> Cluster {
         "status": {"conditions": [{"type": "Ready", "status": "True"}]},
     }));
     let stop = CancellationToken::new();
-    let config = Config { cluster_cidrs: vec![("10.42.0.0/16".parse().unwrap(), 24)], root_ca_pem: "PEM".to_owned() };
+    let config = Config {
+        cluster_cidrs: vec![("10.42.0.0/16".parse().unwrap(), 24)],
+        root_ca_pem: "PEM".to_owned(),
+        balancer_pools: vec!["192.0.2.0/30".parse().unwrap()],
+        balancer_class: "ours".to_owned(),
+    };
     let controllers = Controllers::new(api.client(), config);
     let token = stop.clone();
     let running = tokio::spawn(async move { controllers.run(token).await.expect("the controllers run until stopped") });
@@ -449,4 +454,27 @@ async fn a_budget_says_how_many_pods_may_go() {
             budget["status"]["disruptionsAllowed"] == 1 && budget["status"]["currentHealthy"] == 3
         })
         .await;
+}
+
+#[tokio::test]
+async fn balancer_addresses_come_and_go_with_their_services() {
+    let cluster = cluster();
+    let make = |name: &str, wish: Option<&str>| {
+        cluster.create(json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
+            "spec": {"type": "LoadBalancer", "clusterIP": "10.43.0.9", "loadBalancerIP": wish, "ports": [{"port": 80}]},
+        }))
+    };
+    let has = |api: &FakeApi, name: &str| {
+        let service = api.get("services", "default", name)?;
+        Some(text(&service, "/status/loadBalancer/ingress/0/ip").to_owned())
+    };
+    make("one", None);
+    cluster.until_true("the first address", |api| has(api, "one").as_deref() == Some("192.0.2.0")).await;
+    make("two", Some("192.0.2.0"));
+    cluster.event("SyncLoadBalancerFailed", "192.0.2.0 belongs to Service default/one").await;
+    cluster.delete("services", "default", "one", json!({}));
+    cluster.until_true("the address that is free again", |api| has(api, "two").as_deref() == Some("192.0.2.0")).await;
+    cluster.edit("services", "default", "two", |service| service["spec"]["type"] = "ClusterIP".into());
+    cluster.until_true("the address to be given back", |api| has(api, "two").as_deref() == Some("")).await;
 }

@@ -346,6 +346,7 @@ mod tests {
             health_check_port: None,
             publish_not_ready: false,
             other_proxy: false,
+            balancer_class: None,
         }
     }
 
@@ -356,6 +357,7 @@ mod tests {
             serving: ready,
             terminating: false,
             local: true,
+            node: None,
             hostname: hostname.map(Into::into),
             hints: None,
         }

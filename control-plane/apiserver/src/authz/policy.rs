@@ -30,6 +30,24 @@ fn role(name: &str, labels: &[(&str, &str)], rules: Vec<Value>) -> Value {
     object
 }
 
+/// The role and binding inside a namespace.
+fn namespaced(mut object: Value, kind: &str, namespace: &str) -> Value {
+    object["kind"] = kind.into();
+    object["metadata"]["namespace"] = namespace.into();
+    object
+}
+
+/// Roles that hold in one namespace only, with their bindings.
+pub(crate) fn namespaced_roles() -> Vec<Value> {
+    const NAME: &str = "oarlock:announcer";
+    const NAMESPACE: &str = "kube-system";
+    let verbs = [READ, &["create", "patch", "update"]].concat();
+    let announcer = role(NAME, &[], vec![rule(&verbs, &["coordination.k8s.io"], &["leases"])]);
+    let mut bound = namespaced(binding(NAME, NAME, &[("User", "system:kube-proxy")]), "RoleBinding", NAMESPACE);
+    bound["roleRef"]["kind"] = "Role".into();
+    vec![namespaced(announcer, "Role", NAMESPACE), bound]
+}
+
 fn binding(name: &str, role: &str, subjects: &[(&str, &str)]) -> Value {
     let subjects: Vec<Value> = subjects
         .iter()
