@@ -140,14 +140,33 @@ fn remove_where(kernel: &mut Netlink, is_ipv4: bool, is_stale: impl Fn(&str) -> 
     }
 }
 
-/// Takes away what belongs to `owner`.
-pub fn remove(owner: &Owner) -> Result<()> {
+/// Takes away what belongs to `owner`: looked for at its addresses where they are known, which costs the same with any
+/// number of pods, and else among all.
+pub fn remove(owner: &Owner, addresses: &[IpAddr]) -> Result<()> {
     let mut kernel = Netlink::open().map_err(nft("cannot remove masquerading"))?;
-    let removed = [true, false]
-        .into_iter()
-        .try_for_each(|is_ipv4| remove_where(&mut kernel, is_ipv4, |found| found == owner.as_str()));
+    let removed = if addresses.is_empty() {
+        let mine = |found: &str| found == owner.as_str();
+        [true, false].into_iter().try_for_each(|is_ipv4| remove_where(&mut kernel, is_ipv4, mine))
+    } else {
+        addresses.iter().try_for_each(|address| remove_at(&mut kernel, owner, *address))
+    };
     linger::keep_open(kernel);
     removed
+}
+
+fn remove_at(kernel: &mut Netlink, owner: &Owner, address: IpAddr) -> Result<()> {
+    let failed = nft("cannot remove masquerading");
+    let (table, key) = (table(address.is_ipv4()), Key::single(address));
+    let found = kernel.element(&table, MAP, &key).map_err(&failed)?;
+    if found.and_then(|element| element.comment).as_deref() != Some(owner.as_str()) {
+        return Ok(());
+    }
+    let mut transaction = Transaction::new(table);
+    transaction.push(Command::DeleteElements { set: MAP.into(), keys: vec![key] });
+    match kernel.commit(&transaction) {
+        Err(error) if error.is_not_found() => Ok(()),
+        other => other.map_err(failed),
+    }
 }
 
 /// Takes away what belongs to attachments to `network` that are none of `valid`.
@@ -162,10 +181,9 @@ pub fn keep_only(network: &str, valid: &[Owner]) -> Result<()> {
 /// Whether `address` is masqueraded for `owner`.
 pub fn check(owner: &Owner, address: IpAddr) -> Result<()> {
     let mut kernel = Netlink::open().map_err(nft("cannot read masquerading"))?;
-    let elements = kernel.elements(&table(address.is_ipv4()), MAP).map_err(nft("cannot read masquerading"))?;
-    let key = Key::single(address);
-    let mine = |element: &Element| element.key == key && element.comment.as_deref() == Some(owner.as_str());
-    if elements.unwrap_or_default().iter().any(mine) {
+    let found = kernel.element(&table(address.is_ipv4()), MAP, &Key::single(address));
+    let found = found.map_err(nft("cannot read masquerading"))?;
+    if found.is_some_and(|element| element.comment.as_deref() == Some(owner.as_str())) {
         Ok(())
     } else {
         Err(PluginError::Drift(format!("address {address} is not masqueraded")))

@@ -84,13 +84,12 @@ pub async fn run<K, N, E>(
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + 'static,
     N: Clone + Eq + Hash,
 {
-    run_with(api, watcher::Config::default(), listed, name, event, events, shutdown).await;
+    run_with((api, watcher::Config::default()), listed, name, event, events, shutdown).await;
 }
 
-/// As [`run`], for the objects that `config` selects.
+/// As [`run`], for the objects of `selected` that its configuration selects.
 pub async fn run_with<K, N, E>(
-    api: Api<K>,
-    config: watcher::Config,
+    selected: (Api<K>, watcher::Config),
     listed: E,
     name: impl Fn(&K) -> Option<N>,
     event: impl Fn(N, Option<K>) -> E,
@@ -104,7 +103,7 @@ pub async fn run_with<K, N, E>(
     let mut known: HashSet<N> = HashSet::new();
     let mut listing: HashSet<N> = HashSet::new();
     let mut backoff = FIRST_BACKOFF;
-    let mut stream = Box::pin(watcher(api, config));
+    let mut stream = Box::pin(watcher(selected.0, selected.1));
     loop {
         let next = tokio::select! {
             next = stream.next() => next,

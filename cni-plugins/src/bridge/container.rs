@@ -11,7 +11,7 @@ use oarlock_netlink::{Connection, NetlinkError, Protocol, Route};
 use oarlock_netns::run_in_fd;
 
 use crate::error::{Context, PluginError, Result};
-use crate::sysctl;
+use crate::{linger, sysctl};
 
 /// The container's namespace, with a connection that works inside it.
 pub struct Inside {
@@ -95,13 +95,18 @@ fn route_of(route: &CniRoute, ips: &[IpConfig], link: u32) -> Route {
 
 /// DEL: deletes the container's link, and with it the pair. A namespace or link that is gone is fine.
 pub fn remove_link(netns: &Path, ifname: &str) -> Result<()> {
-    let mut connection = match Connection::open_in(Protocol::Route, netns) {
-        Ok(connection) => connection,
+    let failed = || format!("delete {ifname} of the container");
+    let open = || Ok([Connection::open(Protocol::Route)?, Connection::open(Protocol::Route)?]);
+    let mut sockets = match oarlock_netns::run_in(netns, open) {
+        Ok(sockets) => sockets.context(failed)?,
         // The runtime took it away between the look and the visit, or the path is no namespace any more.
-        Err(NetlinkError::Namespace(_)) if !oarlock_netns::is_pinned(netns) => return Ok(()),
-        Err(error) => return Err(error).context(|| format!("delete {ifname} of the container")),
+        Err(_) if !oarlock_netns::is_pinned(netns) => return Ok(()),
+        Err(error) => return Err(NetlinkError::Namespace(error)).context(failed),
     };
-    connection.delete_link_by_name(ifname).context(|| format!("delete {ifname} of the container"))
+    match sockets[0].link(ifname).context(failed)? {
+        Some(link) => linger::delete_link(&mut sockets, link.index).context(failed),
+        None => Ok(()),
+    }
 }
 
 /// CHECK: the link, its addresses and routes are as ADD left them.

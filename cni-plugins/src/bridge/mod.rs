@@ -9,13 +9,15 @@ mod config;
 mod container;
 mod host;
 
+use std::net::IpAddr;
+
 use oarlock_cni::types::{CniResult, Interface, IpConfig};
 use oarlock_netlink::{Connection, Link, Mac, Protocol};
 
 use crate::call::{Call, stable_hash};
 use crate::error::{Context, PluginError, Result};
 use crate::plugin::Plugin;
-use crate::{delegate, masquerade};
+use crate::{delegate, host_local, masquerade};
 use config::Config;
 use container::Inside;
 
@@ -48,7 +50,7 @@ fn add(call: &Call) -> Result<CniResult> {
     if attached.is_err() {
         // The first error is the one to tell; the runtime's DEL repeats what fails here.
         let _ = connection.delete_link_by_name(&own_veth(call));
-        let _ = masquerade::remove(&call.owner());
+        let _ = masquerade::remove(&call.owner(), &[]);
         if let Some(kind) = config.ipam_type() {
             let _ = delegate::del(kind, call);
         }
@@ -144,15 +146,28 @@ fn address_of(ips: &[IpConfig]) -> Mac {
 
 fn del(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
+    let addresses = own_addresses(call, &config);
     // Every step is taken, and the first failure is told.
     let released = config.ipam_type().map_or(Ok(()), |kind| delegate::del(kind, call));
-    let unmasqueraded = if config.ip_masq { masquerade::remove(&call.owner()) } else { Ok(()) };
+    let unmasqueraded = if config.ip_masq { masquerade::remove(&call.owner(), &addresses) } else { Ok(()) };
     // Without the namespace the pair is gone with it, or will be as soon as the kernel gets to it.
     let unlinked = match call.netns.as_deref().filter(|path| path.exists()) {
         Some(netns) => container::remove_link(netns, &call.ifname),
         None => Ok(()),
     };
     released.and(unmasqueraded).and(unlinked)
+}
+
+/// The container's addresses as far as anybody knows: the runtime, from its record of ADD, and `host-local`.
+fn own_addresses(call: &Call, config: &Config) -> Vec<IpAddr> {
+    let previous = call.prev_result().ok().flatten().unwrap_or_default();
+    let mut addresses: Vec<IpAddr> = previous.ips.iter().map(|ip| ip.address.addr()).collect();
+    if config.ipam_type() == Some(host_local::PLUGIN.name) {
+        addresses.extend(host_local::recorded(call).unwrap_or_default());
+    }
+    addresses.sort();
+    addresses.dedup();
+    addresses
 }
 
 fn check(call: &Call) -> Result<()> {

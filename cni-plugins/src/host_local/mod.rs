@@ -28,7 +28,7 @@ fn add(call: &Call) -> Result<CniResult> {
     let config = Config::read(call)?;
     let store = Store::open(&config.data_dir, &call.network.name)?;
     let owner = owner(call);
-    let held = store.addresses_of(&owner)?;
+    let held = store.recorded(&owner)?.unwrap_or_default();
     let mut wanted = config.requested.clone();
     let mut given = Vec::new();
     for (index, set) in config.ranges.iter().enumerate() {
@@ -85,6 +85,15 @@ fn del(call: &Call) -> Result<()> {
     match Store::open_existing(&config.data_dir, &call.network.name)? {
         Some(store) => store.release_all(&owner(call)),
         None => Ok(()),
+    }
+}
+
+/// The addresses that the container has from this plugin.
+pub fn recorded(call: &Call) -> Result<Vec<IpAddr>> {
+    let config = Config::read(call)?;
+    match Store::open_existing(&config.data_dir, &call.network.name)? {
+        Some(store) => Ok(store.recorded(&owner(call))?.unwrap_or_default()),
+        None => Ok(Vec::new()),
     }
 }
 

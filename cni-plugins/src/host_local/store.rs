@@ -93,14 +93,26 @@ impl Store {
         self.directory.join(ATTACHMENTS).join(owner.file_name())
     }
 
-    /// The addresses that `owner` has.
+    /// The addresses that `owner` has, whoever gave them.
     pub fn addresses_of(&self, owner: &Owner<'_>) -> Result<Vec<IpAddr>> {
+        match self.recorded(owner)? {
+            Some(addresses) => Ok(addresses),
+            None => Ok(self.held(owner, self.all()?)),
+        }
+    }
+
+    /// The addresses that `owner` has from this plugin: what is asked for is one file, however many are given.
+    pub fn recorded(&self, owner: &Owner<'_>) -> Result<Option<Vec<IpAddr>>> {
         let listed = match fs::read_to_string(self.attachment_path(owner)) {
             Ok(text) => text.lines().filter_map(|line| line.parse().ok()).collect(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => self.all()?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(failed("read", &self.attachment_path(owner))(error)),
         };
-        Ok(listed.into_iter().filter(|address| self.is_held_by(*address, owner)).collect())
+        Ok(Some(self.held(owner, listed)))
+    }
+
+    fn held(&self, owner: &Owner<'_>, addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+        addresses.into_iter().filter(|address| self.is_held_by(*address, owner)).collect()
     }
 
     fn is_held_by(&self, address: IpAddr, owner: &Owner<'_>) -> bool {
@@ -129,7 +141,7 @@ impl Store {
             return Ok(false);
         }
         // The intent first: whatever happens next, DEL finds the address.
-        let mut listed = self.addresses_of(owner)?;
+        let mut listed = self.recorded(owner)?.unwrap_or_default();
         listed.push(address);
         self.write_attachment(owner, &listed)?;
         let new = self.directory.join(NEW);
@@ -151,7 +163,7 @@ impl Store {
         let new = self.directory.join(NEW);
         let write = || -> io::Result<()> {
             let mut file = File::create(&new)?;
-            addresses.iter().try_for_each(|address| writeln!(file, "{address}"))?;
+            file.write_all(addresses.iter().map(|address| format!("{address}\n")).collect::<String>().as_bytes())?;
             fs::rename(&new, &path)
         };
         write().map_err(failed("write", &path))
@@ -172,7 +184,7 @@ impl Store {
             let path = self.address_path(address);
             absent_is_fine(fs::remove_file(&path)).map_err(failed("remove", &path))?;
         }
-        let rest = self.addresses_of(owner)?;
+        let rest = self.recorded(owner)?.unwrap_or_default();
         if rest.is_empty() { self.forget(owner) } else { self.write_attachment(owner, &rest) }
     }
 

@@ -7,6 +7,8 @@
 mod config;
 mod rules;
 
+use std::net::IpAddr;
+
 use oarlock_cni::types::CniResult;
 use oarlock_netlink::{Connection, Protocol};
 use oarlock_nft::{Kernel, Netlink, NftError};
@@ -33,7 +35,7 @@ fn add(call: &Call) -> Result<CniResult> {
     let addresses = previous.container_ips();
     let mut kernel = Netlink::open().map_err(nft("cannot map ports"))?;
     // A call that was killed may have left some of the same container's elements.
-    remove(&mut kernel, |found| found == call.owner().as_str())?;
+    remove_own(&mut kernel, call, &config.mappings, &addresses)?;
     for is_ipv4 in [true, false] {
         // A result without any address of a family has nothing to lead that family's mappings to.
         let Some(address) = addresses.iter().copied().find(|address| address.is_ipv4() == is_ipv4) else { continue };
@@ -50,7 +52,7 @@ fn add(call: &Call) -> Result<CniResult> {
     Ok(previous)
 }
 
-fn map(kernel: &mut Netlink, call: &Call, mappings: &[&Mapping], address: std::net::IpAddr, snat: bool) -> Result<()> {
+fn map(kernel: &mut Netlink, call: &Call, mappings: &[&Mapping], address: IpAddr, snat: bool) -> Result<()> {
     let failed = nft("cannot map ports");
     let owner = call.owner();
     let elements = rules::elements(owner.as_str(), mappings, address, snat);
@@ -109,11 +111,31 @@ fn remove(kernel: &mut Netlink, is_stale: impl Fn(&str) -> bool) -> Result<()> {
     Ok(())
 }
 
+/// Takes away the container's own elements, at the ports and addresses that it is known to have.
+fn remove_own(kernel: &mut Netlink, call: &Call, mappings: &[Mapping], addresses: &[IpAddr]) -> Result<()> {
+    let failed = nft("cannot remove port mappings");
+    let owner = call.owner();
+    for is_ipv4 in [true, false] {
+        let transaction = rules::own_removal(kernel, is_ipv4, owner.as_str(), mappings, addresses).map_err(&failed)?;
+        match kernel.commit(&transaction) {
+            Err(error) if error.is_not_found() => {}
+            other => other.map_err(&failed)?,
+        }
+    }
+    Ok(())
+}
+
 fn del(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
     let owner = call.owner();
     let mut kernel = Netlink::open().map_err(nft("cannot remove port mappings"))?;
-    let removed = remove(&mut kernel, |found| found == owner.as_str());
+    let addresses = call.prev_result().ok().flatten().map(|previous| previous.container_ips()).unwrap_or_default();
+    // A runtime that does not repeat what it asked of ADD leaves no other way than to look at everything.
+    let removed = if config.mappings.is_empty() || addresses.is_empty() {
+        remove(&mut kernel, |found| found == owner.as_str())
+    } else {
+        remove_own(&mut kernel, call, &config.mappings, &addresses)
+    };
     linger::keep_open(kernel);
     removed.and(forget_udp(&config.mappings))
 }

@@ -132,6 +132,28 @@ pub fn elements(owner: &str, mappings: &[&Mapping], address: IpAddr, snat: bool)
     transaction
 }
 
+/// What takes the elements of one owner away, looked for at its own ports and addresses only.
+pub fn own_removal(
+    kernel: &mut dyn Kernel,
+    is_ipv4: bool,
+    owner: &str,
+    mappings: &[Mapping],
+    addresses: &[IpAddr],
+) -> Result<Transaction> {
+    let table = table(is_ipv4);
+    let mut transaction = Transaction::new(table.clone());
+    let hairpin = |address: &IpAddr| (HAIRPIN, Key::new().address(*address).address(*address).bytes());
+    let ports = mappings.iter().filter(|mapping| mapping.is_for(is_ipv4)).map(key);
+    let all = ports.chain(addresses.iter().filter(|address| address.is_ipv4() == is_ipv4).map(hairpin));
+    for (set, key) in all {
+        let found = kernel.element(&table, set, &key)?;
+        if found.is_some_and(|element| element.comment.as_deref() == Some(owner)) {
+            transaction.push(Command::DeleteElements { set: set.into(), keys: vec![key] });
+        }
+    }
+    Ok(transaction)
+}
+
 /// What takes the elements of stale owners away.
 pub fn removal(kernel: &mut dyn Kernel, is_ipv4: bool, is_stale: impl Fn(&str) -> bool) -> Result<Transaction> {
     let table = table(is_ipv4);
@@ -151,8 +173,7 @@ pub fn removal(kernel: &mut dyn Kernel, is_ipv4: bool, is_stale: impl Fn(&str) -
 pub fn taken<'a>(kernel: &mut dyn Kernel, mappings: &[&'a Mapping], is_ipv4: bool) -> Result<Option<&'a Mapping>> {
     for mapping in mappings {
         let (set, key) = key(mapping);
-        let elements = kernel.elements(&table(is_ipv4), set)?.unwrap_or_default();
-        if elements.iter().any(|element| element.key == key) {
+        if kernel.element(&table(is_ipv4), set, &key)?.is_some() {
             return Ok(Some(mapping));
         }
     }
@@ -170,11 +191,8 @@ pub fn missing<'a>(
         let (set, key) = key(mapping);
         let target = Key::new().address(address).port(mapping.container_port).bytes();
         let wanted = Element::data(key, target).comment(owner);
-        let elements = kernel.elements(&table(address.is_ipv4()), set)?.unwrap_or_default();
-        if !elements
-            .iter()
-            .any(|element| element.key == key && element.value == wanted.value && element.comment == wanted.comment)
-        {
+        let found = kernel.element(&table(address.is_ipv4()), set, &key)?;
+        if !found.is_some_and(|element| element.value == wanted.value && element.comment == wanted.comment) {
             return Ok(Some(mapping));
         }
     }

@@ -117,7 +117,7 @@ pub async fn run(
 async fn watch_leases(api: Api<Lease>, seen: mpsc::Sender<Option<Seen>>, shutdown: CancellationToken) {
     let config = watcher::Config::default().labels(&format!("{}=true", lease::LABEL));
     let event = |node: Arc<str>, lease: Option<Lease>| Some((node, lease.as_ref().and_then(lease::renewal)));
-    watches::run_with(api, config, None, lease::holder, event, seen, shutdown).await;
+    watches::run_with((api, config), None, lease::holder, event, seen, shutdown).await;
 }
 
 impl Keeper {

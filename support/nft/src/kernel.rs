@@ -1,6 +1,7 @@
 //! The seam between a ruleset's owner and nf_tables.
 
 use crate::Result;
+use crate::key::Bytes;
 use crate::model::{Element, Table, Transaction};
 
 /// Something that holds nf_tables state: the kernel, or a fake.
@@ -19,6 +20,11 @@ pub trait Kernel: Send {
 
     /// The elements of a set; `None` without the set or the table.
     fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>>;
+
+    /// One element of a set, whatever the number of the others; `None` without it, the set or the table.
+    fn element(&mut self, table: &Table, set: &str, key: &Bytes) -> Result<Option<Element>> {
+        Ok(self.elements(table, set)?.into_iter().flatten().find(|element| element.key == *key))
+    }
 
     /// A number that changes with every commit of anybody, but not with elements that rules add.
     fn generation(&mut self) -> Result<u32>;

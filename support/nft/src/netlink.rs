@@ -185,6 +185,38 @@ impl Kernel for Netlink {
         self.read_elements(table, set)
     }
 
+    fn element(&mut self, table: &Table, set: &str, key: &Bytes) -> Result<Option<Element>> {
+        const ELEMENT: u16 = 1;
+        let mut found = None;
+        let result = self.connection.query(
+            "look up an element of a set",
+            encode::GET_ELEMENT,
+            0,
+            |w| {
+                w.raw(&[table.family.number(), 0, 0, 0]);
+                w.string(encode::LIST_TABLE, &table.name);
+                w.string(encode::LIST_SET, set);
+                w.nest(encode::LIST_ELEMENTS, |w| {
+                    w.nest(ELEMENT, |w| {
+                        w.nest(encode::ELEMENT_KEY, |w| w.attribute(encode::DATA_VALUE, key.as_slice()));
+                    });
+                });
+            },
+            |message| {
+                if message.kind == encode::NEW_ELEMENT {
+                    let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
+                    let list = attribute(body, encode::LIST_ELEMENTS).unwrap_or_default();
+                    found = attributes(list).find_map(|(_, element)| parse_element(element));
+                }
+            },
+        );
+        match result {
+            Ok(()) => Ok(found),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(NftError::Netlink(error)),
+        }
+    }
+
     fn generation(&mut self) -> Result<u32> {
         let mut generation = None;
         self.connection
