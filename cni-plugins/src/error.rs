@@ -45,6 +45,8 @@ pub enum PluginError {
     NotABridge { name: String },
     #[error("bridge {name} has address {existing}, not {wanted}")]
     OtherAddress { name: String, existing: IpNet, wanted: IpNet },
+    #[error("{name} of the container is no end of a pair whose other end is on the host")]
+    NoPair { name: String },
     #[error("the container has a link {name} already")]
     LinkExists { name: String },
     #[error("host port {protocol}/{port} is taken by another container")]

@@ -1,13 +1,16 @@
-//! The CNI plugins `bridge`, `host-local`, `portmap` and `loopback` in one file, chosen by the name that it is called by.
+//! The CNI plugins `bridge`, `host-local`, `portmap`, `bandwidth`, `firewall`, `tuning` and `loopback` in one file, chosen by the name that it is called by.
 //!
 //! Installed under each plugin's name (hard links or copies); `oarlock-cni-plugins <plugin>` works too. Every call is one
 //! process that lives for about a millisecond, so there is no async runtime, no logging and no helper process here: netlink
 //! is spoken directly.
 
+mod bandwidth;
 mod bridge;
 mod call;
+mod chained;
 mod delegate;
 mod error;
+mod firewall;
 mod host_local;
 mod linger;
 mod loopback;
@@ -15,13 +18,22 @@ mod masquerade;
 mod plugin;
 mod portmap;
 mod sysctl;
+mod tuning;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 use plugin::Plugin;
 
-const PLUGINS: [Plugin; 4] = [bridge::PLUGIN, host_local::PLUGIN, portmap::PLUGIN, loopback::PLUGIN];
+const PLUGINS: [Plugin; 7] = [
+    bridge::PLUGIN,
+    host_local::PLUGIN,
+    portmap::PLUGIN,
+    bandwidth::PLUGIN,
+    firewall::PLUGIN,
+    tuning::PLUGIN,
+    loopback::PLUGIN,
+];
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os();

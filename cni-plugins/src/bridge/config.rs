@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 use oarlock_cni::names::is_valid_interface;
 use oarlock_cni::types::Dns;
-use oarlock_netlink::Mac;
+use oarlock_netlink::{Mac, PortVlan};
 use serde::Deserialize;
 
 use crate::call::Call;
@@ -28,7 +28,56 @@ pub struct Config {
     pub mtu: u32,
     pub mac: Option<Mac>,
     pub dns: Dns,
+    /// The VLANs of the container's port; none when the bridge does not look at them.
+    pub vlans: Vec<PortVlan>,
+    /// Whether the port stays in the VLAN that bridges put every port into.
+    pub preserve_default_vlan: bool,
     ipam_type: String,
+}
+
+/// One VLAN, or a range of them.
+#[derive(Debug, Deserialize)]
+struct Trunk {
+    #[serde(default, rename = "minID")]
+    min: Option<i64>,
+    #[serde(default, rename = "maxID")]
+    max: Option<i64>,
+    #[serde(default)]
+    id: Option<i64>,
+}
+
+const LAST_VLAN: i64 = 4094;
+
+fn vlans(access: i64, trunks: &[Trunk]) -> Result<Vec<PortVlan>> {
+    let wrong = |field: &str, problem: &str| Err(PluginError::config(field, problem));
+    let valid = |id: i64| u16::try_from(id).ok().filter(|id| (1..=LAST_VLAN as u16).contains(id));
+    if access != 0 && !trunks.is_empty() {
+        return wrong("vlanTrunk", "cannot be used together with vlan");
+    }
+    if access != 0 {
+        let Some(id) = valid(access) else { return wrong("vlan", "is not between 0 and 4094") };
+        return Ok(vec![PortVlan { id, is_access: true }]);
+    }
+    let mut found = Vec::new();
+    for trunk in trunks {
+        let range = match (trunk.min, trunk.max, trunk.id) {
+            (Some(min), Some(max), id) if min <= max => {
+                found.extend(id.map(|id| (id, id)));
+                (min, max)
+            }
+            (None, None, Some(id)) => (id, id),
+            _ => return wrong("vlanTrunk", "needs id, or minID and a maxID that is not less"),
+        };
+        found.push(range);
+    }
+    let mut ids = std::collections::BTreeSet::new();
+    for (min, max) in found {
+        let (Some(min), Some(max)) = (valid(min), valid(max)) else {
+            return wrong("vlanTrunk", "has a VLAN that is not between 1 and 4094");
+        };
+        ids.extend(min..=max);
+    }
+    Ok(ids.into_iter().map(|id| PortVlan { id, is_access: false }).collect())
 }
 
 #[derive(Debug, Deserialize)]
@@ -57,7 +106,11 @@ struct Raw {
     #[serde(default)]
     mtu: u32,
     #[serde(default)]
-    vlan: u16,
+    vlan: i64,
+    #[serde(default)]
+    vlan_trunk: Vec<Trunk>,
+    #[serde(default)]
+    preserve_default_vlan: Option<bool>,
     #[serde(default)]
     mac: Option<String>,
     #[serde(default)]
@@ -98,9 +151,7 @@ impl Config {
         if raw.hairpin_mode && raw.promisc_mode {
             return Err(PluginError::config("promiscMode", "cannot be used together with hairpinMode"));
         }
-        if raw.vlan != 0 {
-            return Err(PluginError::config("vlan", "is not supported"));
-        }
+        let vlans = vlans(raw.vlan, &raw.vlan_trunk)?;
         if let Some(backend) = raw.ip_masq_backend.filter(|backend| !backend.is_empty() && backend != "nftables") {
             return Err(PluginError::config(
                 "ipMasqBackend",
@@ -125,12 +176,42 @@ impl Config {
             mtu: raw.mtu,
             mac: mac.map_err(|error: oarlock_netlink::InvalidMac| PluginError::config("mac", error.to_string()))?,
             dns: raw.dns,
+            vlans,
+            preserve_default_vlan: raw.preserve_default_vlan.unwrap_or(true),
             ipam_type: raw.ipam.kind,
         })
+    }
+
+    /// The VLAN that the container is in without knowing.
+    pub fn access_vlan(&self) -> Option<u16> {
+        self.vlans.iter().find(|vlan| vlan.is_access).map(|vlan| vlan.id)
     }
 
     /// The IPAM plugin, unless the network has no addresses.
     pub fn ipam_type(&self) -> Option<&str> {
         Some(self.ipam_type.as_str()).filter(|kind| !kind.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn trunk(text: &str) -> Result<Vec<u16>> {
+        let trunks: Vec<Trunk> = serde_json::from_str(text).unwrap();
+        vlans(0, &trunks).map(|vlans| vlans.into_iter().map(|vlan| vlan.id).collect())
+    }
+
+    #[test]
+    fn vlans_are_one_or_ranges_and_never_both() {
+        assert_eq!(vlans(100, &[]).unwrap(), [PortVlan { id: 100, is_access: true }]);
+        assert!(vlans(0, &[]).unwrap().is_empty());
+        assert!(vlans(4095, &[]).is_err() && vlans(-1, &[]).is_err());
+        assert_eq!(trunk(r#"[{"id":7},{"minID":3,"maxID":5},{"id":4}]"#).unwrap(), [3, 4, 5, 7]);
+        for bad in [r#"[{"minID":5,"maxID":3}]"#, r#"[{"minID":5}]"#, "[{}]", r#"[{"id":0}]"#, r#"[{"id":4095}]"#] {
+            assert!(trunk(bad).is_err(), "{bad}");
+        }
+        let both = [Trunk { min: None, max: None, id: Some(5) }];
+        assert!(vlans(5, &both).is_err());
     }
 }

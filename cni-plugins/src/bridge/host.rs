@@ -1,19 +1,23 @@
 //! The host's side: the bridge, its addresses, its ports.
 
+use std::fs::File;
 use std::io::Read;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 
 use ipnet::IpNet;
 use oarlock_cni::types::IpConfig;
-use oarlock_netlink::{Connection, Link, LinkChange, Mac, VethPair};
+use oarlock_netlink::{Connection, Link, LinkChange, Mac, PortVlan, VethPair};
 
 use super::config::Config;
-use crate::call::Call;
+use crate::call::{Call, stable_hash};
 use crate::error::{Context, PluginError, Result};
 use crate::sysctl;
 
 const VETH_PREFIX: &str = "veth";
 const VETH_NAME_BYTES: usize = 15;
+/// The VLAN that bridges put every new port into.
+const DEFAULT_VLAN: u16 = 1;
 
 /// A random address of the locally administered, unicast kind.
 pub fn random_mac() -> Mac {
@@ -39,17 +43,26 @@ pub fn ensure_bridge(connection: &mut Connection, config: &Config) -> Result<Lin
         return set_up(connection, config, bridge);
     }
     // With an address of its own the bridge does not take over that of its lowest port, and keeps it when ports go.
-    match connection.create_bridge(&config.bridge, Some(random_mac()), config.mtu, false) {
+    match connection.create_bridge(&config.bridge, Some(random_mac()), config.mtu, !config.vlans.is_empty()) {
         Err(error) if !error.is_exists() => Err(error).context(|| format!("create bridge {}", config.bridge))?,
         _ => {}
     }
-    sysctl::ensure(&format!("net/ipv6/conf/{}/accept_ra", config.bridge), "0")?;
+    prepare_ipv6(&config.bridge)?;
     let bridge = existing_bridge(connection, config)?;
     let bridge = bridge.ok_or_else(|| PluginError::Drift(format!("bridge {} was deleted meanwhile", config.bridge)))?;
     set_up(connection, config, bridge)
 }
 
+/// No routers are listened to, and the link-local address is usable at once: until it is, the host asks for no neighbour
+/// on behalf of packets that it forwards.
+fn prepare_ipv6(link: &str) -> Result<()> {
+    ["accept_ra", "accept_dad"].iter().try_for_each(|name| sysctl::ensure(&format!("net/ipv6/conf/{link}/{name}"), "0"))
+}
+
 fn set_up(connection: &mut Connection, config: &Config, bridge: Link) -> Result<Link> {
+    if !config.vlans.is_empty() && !bridge.vlan_filtering {
+        connection.enable_vlan_filtering(bridge.index).context(|| format!("let {} look at VLAN tags", bridge.name))?;
+    }
     let promiscuous = config.promisc_mode && bridge.promiscuity == 0;
     if !bridge.up || promiscuous {
         let change = LinkChange { up: Some(true), promiscuous: promiscuous.then_some(true), ..LinkChange::default() };
@@ -87,6 +100,57 @@ pub fn create_pair(connection: &mut Connection, pair: &Pair<'_>, netns: Borrowed
         }
         other => other.context(failed),
     }
+}
+
+/// Puts a port of the bridge into these VLANs.
+fn join_vlans(connection: &mut Connection, config: &Config, port: &Link, vlans: &[PortVlan]) -> Result<()> {
+    let failed = || format!("put {} into its VLANs", port.name);
+    if !vlans.is_empty() && !config.preserve_default_vlan {
+        connection.remove_port_vlan(port.index, DEFAULT_VLAN).context(failed)?;
+    }
+    vlans.iter().try_for_each(|vlan| connection.add_port_vlan(port.index, vlan).context(failed))
+}
+
+/// Puts the container's port into the VLANs of the configuration.
+pub fn join_own_vlans(connection: &mut Connection, config: &Config, port: &Link) -> Result<()> {
+    join_vlans(connection, config, port, &config.vlans)
+}
+
+/// The host's own way into a VLAN of the bridge, which has the gateway's addresses there: a pair of which one end is a port
+/// of the bridge, and the other is called `<bridge>.<VLAN>`.
+pub fn ensure_vlan_link(connection: &mut Connection, config: &Config, bridge: &Link, vlan: u16) -> Result<Link> {
+    let name = format!("{}.{vlan}", bridge.name);
+    let failed = || format!("set up {name}");
+    if !oarlock_cni::names::is_valid_interface(&name) {
+        return Err(PluginError::config("vlan", format!("{name:?} is too long for an interface's name")));
+    }
+    if let Some(link) = connection.link(&name).context(failed)? {
+        return Ok(link);
+    }
+    let path = Path::new("/proc/self/ns/net");
+    let own =
+        File::open(path).map_err(|source| PluginError::File { operation: "open", path: path.to_owned(), source })?;
+    let port = format!("{VETH_PREFIX}{:011x}", stable_hash(&["vlan", &name]) & 0xfff_ffff_ffff);
+    let pair = VethPair {
+        name: &port,
+        master: Some(bridge.index),
+        mac: None,
+        peer_name: &name,
+        peer_mac: Some(random_mac()),
+        peer_netns: own.as_fd(),
+        mtu: bridge.mtu,
+    };
+    match connection.create_veth(&pair) {
+        // Another call was quicker.
+        Err(error) if !error.is_exists() => Err(error).context(failed)?,
+        _ => {}
+    }
+    let port = connection.require_link(&port).context(failed)?;
+    join_vlans(connection, config, &port, &[PortVlan { id: vlan, is_access: true }])?;
+    let link = connection.require_link(&name).context(failed)?;
+    prepare_ipv6(&name)?;
+    connection.set_up(link.index).context(failed)?;
+    Ok(link)
 }
 
 /// Gives the bridge its gateway addresses and lets the host forward.
@@ -141,17 +205,34 @@ pub fn check(connection: &mut Connection, config: &Config, veth: &str) -> Result
         Some(port) if port.hairpin != config.hairpin_mode => {
             drift(format!("hairpin mode of {veth} is {}", port.hairpin))
         }
+        Some(port) if !has_vlans(connection, config, port.index)? => {
+            drift(format!("{veth} is not in the VLANs of the network"))
+        }
         Some(port) if !port.up => drift(format!("{veth} is down")),
         Some(_) => Ok(()),
     }
 }
 
+fn has_vlans(connection: &mut Connection, config: &Config, port: u32) -> Result<bool> {
+    if config.vlans.is_empty() {
+        return Ok(true);
+    }
+    let found = connection.port_vlans(port).context(|| "list the VLANs of the port".into())?;
+    Ok(config.vlans.iter().all(|vlan| found.contains(vlan)))
+}
+
 /// GC: deletes the ports of the bridge that this plugin made and that belong to no valid attachment.
 pub fn remove_stray_ports(connection: &mut Connection, config: &Config, valid: &[String]) -> Result<()> {
     let Some(bridge) = existing_bridge(connection, config)? else { return Ok(()) };
-    for link in connection.links().context(|| "list links".into())? {
+    let links = connection.links().context(|| "list links".into())?;
+    // Ports whose other ends are the host's own ways into VLANs.
+    let prefix = format!("{}.", bridge.name);
+    let host_ends: Vec<u32> =
+        links.iter().filter(|link| link.name.starts_with(&prefix)).filter_map(|link| link.peer).collect();
+    for link in links {
         let ours = link.name.len() == VETH_NAME_BYTES && link.name.starts_with(VETH_PREFIX);
-        if link.master == Some(bridge.index) && ours && !valid.contains(&link.name) {
+        if link.master == Some(bridge.index) && ours && !host_ends.contains(&link.index) && !valid.contains(&link.name)
+        {
             connection.delete_link(link.index).context(|| format!("delete {}", link.name))?;
         }
     }

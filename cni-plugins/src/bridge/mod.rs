@@ -102,8 +102,13 @@ impl Attach<'_> {
                 .set_bridge_port(port.index, config.hairpin_mode, config.port_isolation)
                 .context(|| format!("set up bridge port {veth}"))?;
         }
+        host::join_own_vlans(connection, config, &port)?;
+        let mut vlan_link = None;
         if config.is_gateway {
-            host::ensure_gateways(connection, config, bridge, &result.ips)?;
+            if let Some(vlan) = config.access_vlan() {
+                vlan_link = Some(host::ensure_vlan_link(connection, config, bridge, vlan)?);
+            }
+            host::ensure_gateways(connection, config, vlan_link.as_ref().unwrap_or(bridge), &result.ips)?;
         }
         if config.ip_masq {
             for ip in &result.ips {
@@ -118,6 +123,7 @@ impl Attach<'_> {
             ..Interface::default()
         };
         result.interfaces = vec![host_link(bridge), host_link(&port), container_link];
+        result.interfaces.extend(vlan_link.as_ref().map(host_link));
         if result.dns.is_empty() {
             result.dns = config.dns.clone();
         }

@@ -1,4 +1,4 @@
-//! Netlink, as far as a node's network needs it: links, addresses, routes, neighbours and connection tracking entries,
+//! Netlink, as far as a node's network needs it: links, addresses, routes, neighbours, rates and connection tracking entries,
 //! each change one message with its acknowledgement, synchronous and without a runtime.
 //!
 //! [`wire`] writes and reads messages of any netlink family, [`Connection`] sends them; oarlock-nft builds on both.
@@ -13,8 +13,10 @@ pub mod conntrack;
 mod error;
 mod link;
 mod neighbour;
+mod qdisc;
 mod route;
 mod sockopt;
+mod vlan;
 pub mod wire;
 
 pub use address::Address;
@@ -22,7 +24,9 @@ pub use connection::{Connection, Protocol, Refusal};
 pub use error::NetlinkError;
 pub use link::{InvalidMac, Link, LinkChange, Mac, VethPair, Vxlan};
 pub use neighbour::Neighbour;
+pub use qdisc::TokenBucket;
 pub use route::Route;
+pub use vlan::PortVlan;
 
 /// The result of every operation of this crate.
 pub type Result<T, E = NetlinkError> = std::result::Result<T, E>;

@@ -20,6 +20,7 @@ const IFLA_MTU: u16 = 4;
 const IFLA_LINK: u16 = 5;
 const IFLA_MASTER: u16 = 10;
 const IFLA_PROTINFO: u16 = 12;
+const IFLA_TXQLEN: u16 = 13;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_PROMISCUITY: u16 = 30;
@@ -86,6 +87,14 @@ pub struct Link {
     pub peer: Option<u32>,
     /// How many users asked for promiscuous mode.
     pub promiscuity: u32,
+    /// Whether somebody switched promiscuous mode on by the link's flag.
+    pub promiscuous: bool,
+    /// Whether it takes frames for all multicast groups.
+    pub all_multicast: bool,
+    /// How many packets may wait to be sent.
+    pub queue_length: u32,
+    /// Whether a bridge looks at VLAN tags.
+    pub vlan_filtering: bool,
     /// Whether this bridge port sends frames back where they came from.
     pub hairpin: bool,
     /// The address that packets of a VXLAN device leave from.
@@ -126,6 +135,8 @@ pub struct Vxlan<'a> {
 pub struct LinkChange {
     pub up: Option<bool>,
     pub promiscuous: Option<bool>,
+    pub all_multicast: Option<bool>,
+    pub queue_length: Option<u32>,
     pub mtu: Option<u32>,
     pub mac: Option<Mac>,
     pub name: Option<String>,
@@ -133,7 +144,7 @@ pub struct LinkChange {
     pub master: Option<u32>,
 }
 
-fn link_header(writer: &mut Writer, family: u8, index: u32, link_flags: u32, change: u32) {
+pub(crate) fn link_header(writer: &mut Writer, family: u8, index: u32, link_flags: u32, change: u32) {
     writer.raw(&[family, 0, 0, 0]);
     writer.raw(&index.to_ne_bytes());
     writer.raw(&link_flags.to_ne_bytes());
@@ -141,6 +152,8 @@ fn link_header(writer: &mut Writer, family: u8, index: u32, link_flags: u32, cha
 }
 
 const UP: u32 = libc::IFF_UP as u32;
+const PROMISCUOUS: u32 = libc::IFF_PROMISC as u32;
+const ALL_MULTICAST: u32 = libc::IFF_ALLMULTI as u32;
 
 impl Connection {
     /// Makes a veth pair. The near end is up at once, the far end is not.
@@ -179,6 +192,16 @@ impl Connection {
                     w.nest(IFLA_INFO_DATA, |w| w.u8(IFLA_BR_VLAN_FILTERING, 1));
                 }
             });
+        })
+    }
+
+    /// Makes a link of a kind that needs no more than its name, up.
+    pub(crate) fn create_plain_link(&mut self, name: &str, kind: &str, mtu: u32) -> Result<()> {
+        self.request("create a link", NEW_LINK, flags::CREATE | flags::EXCL, |w| {
+            link_header(w, 0, 0, UP, UP);
+            w.string(IFLA_IFNAME, name);
+            common_attributes(w, None, mtu);
+            w.nest(IFLA_LINKINFO, |w| w.string(IFLA_INFO_KIND, kind));
         })
     }
 
@@ -241,9 +264,9 @@ impl Connection {
 
     /// Changes a link.
     pub fn change_link(&mut self, index: u32, change: &LinkChange) -> Result<()> {
-        const PROMISCUOUS: u32 = libc::IFF_PROMISC as u32;
         let (mut value, mut mask) = (0, 0);
-        for (wanted, bit) in [(change.up, UP), (change.promiscuous, PROMISCUOUS)] {
+        for (wanted, bit) in [(change.up, UP), (change.promiscuous, PROMISCUOUS), (change.all_multicast, ALL_MULTICAST)]
+        {
             if let Some(on) = wanted {
                 mask |= bit;
                 value |= if on { bit } else { 0 };
@@ -252,6 +275,9 @@ impl Connection {
         self.request("change a link", NEW_LINK, 0, |w| {
             link_header(w, 0, index, value, mask);
             common_attributes(w, change.mac, change.mtu.unwrap_or(0));
+            if let Some(length) = change.queue_length {
+                w.u32(IFLA_TXQLEN, length);
+            }
             if let Some(name) = &change.name {
                 w.string(IFLA_IFNAME, name);
             }
@@ -273,6 +299,17 @@ impl Connection {
             w.nest(IFLA_PROTINFO, |w| {
                 w.u8(IFLA_BRPORT_MODE, u8::from(hairpin));
                 w.u8(IFLA_BRPORT_ISOLATED, u8::from(isolated));
+            });
+        })
+    }
+
+    /// Lets a bridge look at VLAN tags.
+    pub fn enable_vlan_filtering(&mut self, bridge: u32) -> Result<()> {
+        self.request("let a bridge filter VLANs", NEW_LINK, 0, |w| {
+            link_header(w, 0, bridge, 0, 0);
+            w.nest(IFLA_LINKINFO, |w| {
+                w.string(IFLA_INFO_KIND, "bridge");
+                w.nest(IFLA_INFO_DATA, |w| w.u8(IFLA_BR_VLAN_FILTERING, 1));
             });
         })
     }
@@ -324,6 +361,10 @@ fn parse(message: &Received<'_>) -> Option<Link> {
         kind: None,
         peer: None,
         promiscuity: 0,
+        promiscuous: read_u32(&header[8..])? & PROMISCUOUS != 0,
+        all_multicast: read_u32(&header[8..])? & ALL_MULTICAST != 0,
+        queue_length: 0,
+        vlan_filtering: false,
         hairpin: false,
         local: None,
     };
@@ -335,13 +376,16 @@ fn parse(message: &Received<'_>) -> Option<Link> {
             IFLA_MTU => link.mtu = read_u32(value)?,
             IFLA_LINK => link.peer = read_u32(value),
             IFLA_MASTER => link.master = read_u32(value).filter(|master| *master != 0),
+            IFLA_TXQLEN => link.queue_length = read_u32(value)?,
             IFLA_PROMISCUITY => link.promiscuity = read_u32(value)?,
             IFLA_LINKINFO => {
                 link.kind = attribute(value, IFLA_INFO_KIND).map(read_string);
                 let port = attribute(value, IFLA_INFO_SLAVE_DATA);
-                let data = attribute(value, IFLA_INFO_DATA).filter(|_| link.kind.as_deref() == Some("vxlan"));
-                let local =
-                    data.and_then(|data| attribute(data, VXLAN_LOCAL).or_else(|| attribute(data, VXLAN_LOCAL_V6)));
+                let data_of = |kind| attribute(value, IFLA_INFO_DATA).filter(|_| link.kind.as_deref() == Some(kind));
+                let filtering = data_of("bridge").and_then(|data| attribute(data, IFLA_BR_VLAN_FILTERING));
+                link.vlan_filtering = filtering == Some(&[1]);
+                let local = data_of("vxlan")
+                    .and_then(|data| attribute(data, VXLAN_LOCAL).or_else(|| attribute(data, VXLAN_LOCAL_V6)));
                 link.local = local.and_then(crate::wire::read_address);
                 link.hairpin = port.and_then(|port| attribute(port, IFLA_BRPORT_MODE)) == Some(&[1]);
             }

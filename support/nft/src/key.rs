@@ -14,6 +14,8 @@ pub enum Field {
     Port,
     /// A number of four bytes in host order.
     Mark,
+    /// The name of a link, sixteen bytes.
+    LinkName,
 }
 
 impl Field {
@@ -21,7 +23,7 @@ impl Field {
     pub fn len_bytes(self) -> u32 {
         match self {
             Field::Ipv4 | Field::Mark => 4,
-            Field::Ipv6 => 16,
+            Field::Ipv6 | Field::LinkName => 16,
             Field::Protocol => 1,
             Field::Port => 2,
         }
@@ -35,6 +37,7 @@ impl Field {
             Field::Protocol => 12,
             Field::Port => 13,
             Field::Mark => 19,
+            Field::LinkName => 41,
         }
     }
 
@@ -45,6 +48,7 @@ impl Field {
             Field::Protocol => "inet_proto",
             Field::Port => "inet_service",
             Field::Mark => "mark",
+            Field::LinkName => "ifname",
         }
     }
 }
@@ -126,6 +130,14 @@ impl Key {
     #[must_use]
     pub fn mark(self, number: u32) -> Key {
         self.push(&number.to_ne_bytes())
+    }
+
+    /// A link's name; one that is longer than the kernel allows is cut.
+    #[must_use]
+    pub fn link_name(self, name: &str) -> Key {
+        let mut bytes = [0; 16];
+        bytes.iter_mut().zip(name.bytes().take(15)).for_each(|(to, from)| *to = from);
+        self.push(&bytes)
     }
 
     pub fn bytes(self) -> Bytes {
