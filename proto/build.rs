@@ -30,6 +30,14 @@ const KEPT: &[&str] = &[
     "UserNamespace",
 ];
 
+/// What a kubelet and its plugins speak.
+const PLUGINS: &[&str] = &[
+    "kubelet/deviceplugin.proto",
+    "kubelet/podresources.proto",
+    "kubelet/pluginregistration.proto",
+    "csi/v1/csi.proto",
+];
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=cri/v1/api.proto");
     println!("cargo:rerun-if-changed=oarlock/v1/images.proto");
@@ -49,5 +57,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .build_client(true)
         .build_server(true)
         .compile_fds(protox::compile(["oarlock/v1/images.proto"], ["."])?)?;
+
+    for plugin in PLUGINS {
+        println!("cargo:rerun-if-changed={plugin}");
+        let both = tonic_prost_build::configure().build_client(true).build_server(true);
+        both.compile_fds(protox::compile([plugin], ["."])?)?;
+    }
     Ok(())
 }

@@ -14,6 +14,7 @@ use oarlock_volumes::VolumeManager;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use crate::assignment::{self, Assignments, PodResources};
 use crate::cgroups::PodCgroups;
 use crate::cri::Runtime;
 use crate::images::ImageCollector;
@@ -58,6 +59,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
     let data_dir = config.data_dir.clone();
     let read = tokio::task::spawn_blocking(move || (Machine::read(&data_dir), identity::read())).await;
     let (machine, identity) = read.unwrap_or_default();
+    let assignments = Assignments::open(&config, &machine)?;
 
     let runtime = Runtime::new(&config.runtime_endpoint);
     let (recorder, event_sender) = recorder::recorder(client.clone(), config.node_name.clone());
@@ -71,6 +73,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
         volumes: VolumeManager::new(config.pods_root(), objects.clone()),
         probes: ProbeManager::new(Arc::new(RuntimeExec(runtime.clone())), probe_updates),
         capacity,
+        assignments,
         cgroups: ArcSwap::from_pointee(cgroups),
         table: PodTable::default(),
         id_scheme: ArcSwap::from_pointee("oarlock://".to_owned()),
@@ -124,6 +127,10 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
     tasks.spawn("node lease", finished(sync::keep_lease(shared.clone(), token.clone())));
     tasks.spawn("runtime events", finished(pleg::follow_events(shared.clone(), news.clone(), token.clone())));
     tasks.spawn("runtime relist", finished(pleg::relist(shared.clone(), news.clone(), token.clone())));
+    if shared.assignments.cpu_static() {
+        tasks.spawn("processors", finished(assignment::keep_processors(shared.clone(), token.clone())));
+    }
+    serve_plugins(&shared, &mut tasks);
     let images = ImageCollector::new(shared.clone());
     let evictions = eviction::run(shared.clone(), images.clone(), news.clone(), token.clone());
     tasks.spawn("evictions", finished(evictions));
@@ -133,6 +140,47 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
     tasks.spawn("pod watch", finished(watch));
     tasks.spawn("node API", api.run(token));
     tasks.join(DRAIN).await.map_err(Error::from)
+}
+
+/// The sockets by which plugins and monitors on the node find the agent. A node where they cannot be made goes without.
+fn serve_plugins(shared: &Arc<Shared>, tasks: &mut Tasks) {
+    let token = tasks.token();
+    let plugins = shared.assignments.plugins.clone();
+    let (state, end) = (shared.clone(), token.clone());
+    tasks.spawn("device plugins", async move {
+        let told = || state.node_changed.notify_one();
+        tokio::select! {
+            () = end.cancelled() => {}
+            () = state.assignments.follow_plugins(told) => {}
+        }
+        Ok::<_, std::convert::Infallible>(())
+    });
+    let end = token.clone();
+    tasks.spawn("device plugin registration", async move {
+        if let Err(error) = plugins.serve(end.clone()).await {
+            tracing::warn!(%error, "device plugins cannot register");
+            end.cancelled().await;
+        }
+        Ok::<_, std::convert::Infallible>(())
+    });
+    let directory = shared.config.kubelet_dir.join("plugins_registry");
+    let takers = plugin_takers(shared);
+    tasks.spawn("plugin registration", finished(oarlock_plugins::watcher::watch(directory, takers, token.clone())));
+    let socket = shared.config.kubelet_dir.join("pod-resources/kubelet.sock");
+    let source = Arc::new(PodResources { shared: shared.clone() });
+    tasks.spawn("pod resources", async move {
+        if let Err(error) = oarlock_plugins::pod_resources::serve(socket, source, token.clone()).await {
+            tracing::warn!(%error, "the pod resources API cannot be served");
+            token.cancelled().await;
+        }
+        Ok::<_, std::convert::Infallible>(())
+    });
+}
+
+/// Who takes which kind of plugin.
+fn plugin_takers(shared: &Arc<Shared>) -> oarlock_plugins::watcher::Takers {
+    let devices: Arc<dyn oarlock_plugins::watcher::Taker> = Arc::new(shared.assignments.plugins.clone());
+    oarlock_plugins::watcher::Takers::from([("DevicePlugin", devices)])
 }
 
 /// Learns the runtime's name and cgroup driver, if it is there; later is early enough otherwise.

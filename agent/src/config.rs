@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 
-use crate::{Error, EvictionConfig, ImageGcConfig, KubeletConfiguration, ShutdownConfig};
+use crate::{AssignmentConfig, Error, EvictionConfig, ImageGcConfig, KubeletConfiguration, ShutdownConfig};
 
 /// Everything the agent needs to know. Start from [`Config::new`] and change what differs.
 #[derive(Debug, Clone)]
@@ -22,6 +22,8 @@ pub struct Config {
     pub runtime_endpoint: PathBuf,
     /// `<data_dir>/pods` holds pod volumes, `<data_dir>/agent` the agent's own small records.
     pub data_dir: PathBuf,
+    /// Where plugins of a kubelet look for it: `device-plugins`, `plugins_registry`, `pod-resources`, and state files.
+    pub kubelet_dir: PathBuf,
     pub pod_logs_dir: PathBuf,
     /// Where `<pod>_<namespace>_<container>-<id>.log` symbolic links are kept; None keeps none.
     pub container_logs_dir: Option<PathBuf>,
@@ -78,6 +80,8 @@ pub struct Config {
     /// When pods are ended because the node runs short.
     pub eviction: EvictionConfig,
     pub image_gc: ImageGcConfig,
+    /// Processors, memory and devices for containers of their own.
+    pub assignment: AssignmentConfig,
     pub shutdown: ShutdownConfig,
     /// What was given as KubeletConfiguration, for `/configz`.
     pub kubelet: KubeletConfiguration,
@@ -93,6 +97,7 @@ impl Config {
             second_node_ip: None,
             kubeconfig: data_dir.join("agent/kubeconfig"),
             runtime_endpoint: PathBuf::from("/run/oarlock/runtime.sock"),
+            kubelet_dir: PathBuf::from("/var/lib/kubelet"),
             pod_logs_dir: PathBuf::from("/var/log/pods"),
             container_logs_dir: Some(PathBuf::from("/var/log/containers")),
             listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 10250),
@@ -130,6 +135,7 @@ impl Config {
             node_lease_duration: Duration::from_secs(40),
             eviction: EvictionConfig::default(),
             image_gc: ImageGcConfig::default(),
+            assignment: AssignmentConfig::default(),
             shutdown: ShutdownConfig::default(),
             kubelet: KubeletConfiguration::default(),
         }

@@ -10,6 +10,7 @@
 
 mod admission;
 mod agent;
+mod assignment;
 mod cgroups;
 mod config;
 mod cri;
@@ -38,6 +39,7 @@ mod termination;
 mod watched;
 mod worker;
 
+pub use assignment::{AssignmentConfig, AssignmentError};
 pub use config::Config;
 pub use error::Error;
 pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshold};

@@ -15,11 +15,11 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::admission;
+use crate::admission::{self, Refusal};
 use crate::cri::{Found, found_pods};
 use crate::model::PodUid;
-use crate::resize;
-use crate::shared::Shared;
+use crate::resize::{self, Pending};
+use crate::shared::{PodEntry, Shared};
 use crate::spec::resources::{Qos, pod_requests, qos_of};
 use crate::spec::{self, names};
 use crate::worker::{self, Event, Worker, unknown_pod};
@@ -65,6 +65,8 @@ struct Known {
     source: Option<Source>,
     /// Counts towards what is taken of the node.
     admitted: bool,
+    /// Its plugins are still being asked; it does not start before.
+    admitting: bool,
 }
 
 /// The keeper of all workers.
@@ -72,6 +74,8 @@ pub(crate) struct Pods {
     shared: Arc<Shared>,
     known: HashMap<PodUid, Known>,
     workers: JoinSet<(PodUid, bool)>,
+    /// Pods for which plugins are asked, and what came of it.
+    admissions: JoinSet<(PodUid, Result<(), Refusal>)>,
     /// UIDs told since a source began.
     told: HashMap<Source, HashSet<PodUid>>,
     ready: HashSet<Source>,
@@ -90,6 +94,7 @@ impl Pods {
             shared,
             known: HashMap::new(),
             workers: JoinSet::new(),
+            admissions: JoinSet::new(),
             told: HashMap::new(),
             ready: HashSet::new(),
             sources,
@@ -111,6 +116,9 @@ impl Pods {
                     self.send(&uid, Event::Probe(update)).await;
                 }
                 Some(ended) = self.workers.join_next(), if !self.workers.is_empty() => self.ended(ended).await,
+                Some(Ok((uid, result))) = self.admissions.join_next(), if !self.admissions.is_empty() => {
+                    self.admitted(&uid, result).await;
+                }
             }
             if std::mem::take(&mut self.weights_stale) {
                 self.allocate_waiting().await;
@@ -141,6 +149,7 @@ impl Pods {
             Ok((uid, true)) => {
                 self.weights_stale = true;
                 let ended = self.known.remove(&uid);
+                self.take_back();
                 if let Some(next) = ended.and_then(|ended| self.queued.remove(&full_name(&ended.pod))) {
                     self.desired(Source::Files, next).await;
                 }
@@ -251,16 +260,60 @@ impl Pods {
             admission::admit(&pod, &place, &others)
         };
         let admitted = judged.is_ok() && !terminal(&pod);
-        self.start_worker(uid.clone(), pod, Some(source), admitted);
+        let asks = admitted && !acknowledged && self.shared.assignments.concerns(&pod);
+        self.start_worker(uid.clone(), pod.clone(), Some(source), admitted);
+        if asks {
+            self.begin_admission(uid.clone(), pod);
+        }
         self.allocate(&uid).await;
         if let Err(refusal) = judged {
             self.send(&uid, Event::Rejected { reason: refusal.reason, message: refusal.message }).await;
         }
     }
 
+    /// Has the pod given what it asks for itself, in the background: plugins may take their time.
+    fn begin_admission(&mut self, uid: PodUid, pod: Arc<Pod>) {
+        self.take_back();
+        if let Some(known) = self.known.get_mut(&uid) {
+            known.admitting = true;
+        }
+        let shared = self.shared.clone();
+        self.admissions.spawn(async move {
+            let result = shared.assignments.admit(&pod).await;
+            (uid, result)
+        });
+    }
+
+    async fn admitted(&mut self, uid: &PodUid, result: Result<(), Refusal>) {
+        match self.known.get_mut(uid) {
+            Some(known) => {
+                known.admitting = false;
+                known.admitted &= result.is_ok();
+            }
+            // It went meanwhile.
+            None => return self.take_back(),
+        }
+        self.allocate(uid).await;
+        if let Err(refusal) = result {
+            self.weights_stale = true;
+            self.send(uid, Event::Rejected { reason: refusal.reason, message: refusal.message }).await;
+        }
+    }
+
+    /// Takes back what pods have for themselves that are over: their containers have ended, or nobody knows them any more.
+    fn take_back(&self) {
+        let all_ready = self.all_ready();
+        self.shared.assignments.keep_only(|uid| {
+            let uid = PodUid::from(uid);
+            let Some(known) = self.known.get(&uid) else { return !all_ready };
+            let runs = |entry: PodEntry| entry.observed.containers.iter().any(|container| container.live());
+            known.admitted || known.admitting || self.shared.table.get(&uid).is_none_or(runs)
+        });
+    }
+
     /// Gives a pod the resources that its object asks for, if the node has them, and hands it on.
     async fn allocate(&mut self, uid: &PodUid) {
-        let Some(known) = self.known.get(uid) else { return };
+        let Some(known) = self.known.get(uid).filter(|known| !known.admitting) else { return };
         let desired = known.desired.clone();
         let mut pending = None;
         let mut pod = desired.clone();
@@ -268,6 +321,9 @@ impl Pods {
             let others = self.known.iter().filter(|(other, known)| known.admitted && *other != uid);
             let others: Vec<&Pod> = others.map(|(_, known)| &*known.pod).collect();
             pending = resize::judge(&desired, &self.shared.capacity, &others).err();
+            if let Some(message) = self.shared.assignments.resize_refused(&known.pod) {
+                pending = Some(Pending { reason: "Infeasible", message: message.to_owned() });
+            }
             if pending.is_some() {
                 pod = Arc::new(resize::with_resources_of(&desired, &known.pod));
             } else {
@@ -308,7 +364,7 @@ impl Pods {
         let pod = Arc::new(resize::as_last_told(&desired));
         let worker = Worker::new(self.shared.clone(), pod.clone(), receiver);
         let shutdown = self.shutdown.clone();
-        self.known.insert(uid.clone(), Known { mailbox, desired, pod, source, admitted });
+        self.known.insert(uid.clone(), Known { mailbox, desired, pod, source, admitted, admitting: false });
         self.weights_stale = true;
         self.workers.spawn(async move {
             let forgotten = worker.run(shutdown).await;
@@ -332,6 +388,7 @@ impl Pods {
                 Err(error) => tracing::debug!(%error, "the runtime could not be searched for unknown pods yet"),
             }
             self.end_leftovers().await;
+            self.take_back();
         }
     }
 

@@ -14,6 +14,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, Semaphore};
 
 use crate::Config;
+use crate::assignment::Assignments;
 use crate::cgroups::PodCgroups;
 use crate::cri::Runtime;
 use crate::eviction::Pressure;
@@ -37,6 +38,7 @@ pub(crate) struct Shared {
     pub watched: Arc<Watched>,
     pub cgroups: ArcSwap<PodCgroups>,
     pub capacity: Capacity,
+    pub assignments: Assignments,
     pub table: PodTable,
     /// `<runtime>://`, before container ids.
     pub id_scheme: ArcSwap<String>,

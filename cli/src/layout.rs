@@ -55,6 +55,11 @@ impl Layout {
         self.data_dir.join("agent")
     }
 
+    /// Where plugins look for a kubelet: their sockets, and what they share with pods.
+    pub(crate) fn kubelet_dir(&self) -> PathBuf {
+        self.either("kubelet", "/var/lib/kubelet")
+    }
+
     /// Logs of the daemons under `oarlock up`.
     pub(crate) fn log_dir(&self) -> PathBuf {
         self.data_dir.join("log")

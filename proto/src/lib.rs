@@ -1,6 +1,6 @@
 //! Owns the wire protocols that Oarlock's processes speak to each other and to their upstream counterparts:
-//! the Container Runtime Interface v1 and Oarlock's own image calls, as generated clients and servers.
-//! Holds no logic.
+//! the Container Runtime Interface v1, Oarlock's own image calls, and what a kubelet's plugins speak, as generated clients and
+//! servers. Holds no logic.
 
 /// The Container Runtime Interface, version 1 (protobuf package `runtime.v1`).
 pub mod cri {
@@ -12,4 +12,28 @@ pub mod cri {
 pub mod images {
     #![allow(clippy::all, missing_docs, rust_2018_idioms)]
     tonic::include_proto!("oarlock.v1");
+}
+
+/// The device plugin protocol (protobuf package `v1beta1`).
+pub mod deviceplugin {
+    #![allow(clippy::all, missing_docs, rust_2018_idioms)]
+    tonic::include_proto!("v1beta1");
+}
+
+/// The pod resources API (protobuf package `v1`).
+pub mod podresources {
+    #![allow(clippy::all, missing_docs, rust_2018_idioms)]
+    tonic::include_proto!("v1");
+}
+
+/// How a kubelet learns of plugins (protobuf package `pluginregistration`).
+pub mod pluginregistration {
+    #![allow(clippy::all, missing_docs, rust_2018_idioms)]
+    tonic::include_proto!("pluginregistration");
+}
+
+/// The Container Storage Interface as a node calls it (protobuf package `csi.v1`).
+pub mod csi {
+    #![allow(clippy::all, missing_docs, rust_2018_idioms)]
+    tonic::include_proto!("csi.v1");
 }

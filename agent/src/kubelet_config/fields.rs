@@ -45,8 +45,15 @@ pub(super) struct Fields {
     #[serde(rename = "cgroupsPerQOS")]
     pub(super) cgroups_per_qos: Option<bool>,
     pub(super) cpu_manager_policy: Option<String>,
+    pub(super) cpu_manager_policy_options: Option<BTreeMap<String, String>>,
+    pub(super) cpu_manager_reconcile_period: Option<GoDuration>,
+    #[serde(rename = "reservedSystemCPUs")]
+    pub(super) reserved_system_cpus: Option<String>,
     pub(super) memory_manager_policy: Option<String>,
+    pub(super) reserved_memory: Option<Vec<ReservedMemory>>,
     pub(super) topology_manager_policy: Option<String>,
+    pub(super) topology_manager_scope: Option<String>,
+    pub(super) topology_manager_policy_options: Option<BTreeMap<String, String>>,
     pub(super) max_pods: Option<u32>,
     pub(super) pods_per_core: Option<u32>,
     pub(super) pod_pids_limit: Option<i64>,
@@ -119,6 +126,13 @@ pub(super) struct Switch {
 pub(super) struct Authorization {
     pub(super) mode: Option<String>,
     pub(super) webhook: Option<BTreeMap<String, Value>>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct ReservedMemory {
+    pub(super) numa_node: u32,
+    pub(super) limits: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -3,6 +3,7 @@
 //! A field that does not exist is refused, and so is one that exists upstream and would be promised but not kept here. Those
 //! that events or the runtime have made meaningless are taken and named in [`KubeletConfiguration::without_effect`].
 
+mod assignment;
 mod fields;
 
 use std::collections::BTreeMap;
@@ -20,7 +21,6 @@ const WITHOUT_EFFECT: &[&str] = &[
     "configMapAndSecretChangeDetectionStrategy",
     "containerLogMaxWorkers",
     "contentType",
-    "cpuManagerReconcilePeriod",
     "enableContentionProfiling",
     "enableControllerAttachDetach",
     "enableDebugFlagsHandler",
@@ -57,7 +57,6 @@ const WITHOUT_EFFECT: &[&str] = &[
 /// Fields that exist and are refused, since nothing here would keep their promise.
 const UNSUPPORTED: &[&str] = &[
     "allowedUnsafeSysctls",
-    "cpuManagerPolicyOptions",
     "enableServer",
     "enableSystemLogHandler",
     "enableSystemLogQuery",
@@ -68,8 +67,6 @@ const UNSUPPORTED: &[&str] = &[
     "preloadedImagesVerificationAllowlist",
     "protectKernelDefaults",
     "qosReserved",
-    "reservedMemory",
-    "reservedSystemCPUs",
     "rotateCertificates",
     "runOnce",
     "serverTLSBootstrap",
@@ -81,8 +78,6 @@ const UNSUPPORTED: &[&str] = &[
     "systemReservedCgroup",
     "tlsCipherSuites",
     "tlsMinVersion",
-    "topologyManagerPolicyOptions",
-    "topologyManagerScope",
     "tracing",
     "userNamespaces",
     "volumePluginDir",
@@ -160,6 +155,7 @@ impl KubeletConfiguration {
         fields.eviction(&mut config.eviction)?;
         fields.images_and_logs(config)?;
         fields.resources(config)?;
+        fields.assignment(config)?;
         fields.shutdown(config)?;
         fields.plain(config)?;
         config.kubelet = self.clone();
@@ -171,12 +167,6 @@ impl Fields {
     /// Fields that may only say what is so anyway.
     fn check_fixed(&self) -> Result<(), KubeletConfigError> {
         let only = |ok: bool, field: &'static str, problem: &str| if ok { Ok(()) } else { Err(wrong(field, problem)) };
-        let off = "only \"none\" is implemented";
-        let is_none =
-            |policy: &Option<String>| policy.as_deref().is_none_or(|p| p.is_empty() || p.eq_ignore_ascii_case("none"));
-        only(is_none(&self.cpu_manager_policy), "cpuManagerPolicy", off)?;
-        only(is_none(&self.memory_manager_policy), "memoryManagerPolicy", off)?;
-        only(is_none(&self.topology_manager_policy), "topologyManagerPolicy", off)?;
         only(self.read_only_port.unwrap_or(0) == 0, "readOnlyPort", "nothing is served without authentication")?;
         only(self.register_node != Some(false), "registerNode", "the node registers itself")?;
         let swap = self.memory_swap.as_ref().and_then(|swap| swap.swap_behavior.as_deref()).unwrap_or_default();

@@ -67,7 +67,15 @@ fn what_is_wrong_is_refused_and_named() {
         ("readOnlyPort: 10255", "readOnlyPort"),
         ("authentication: {anonymous: {enabled: true}}", "authentication.anonymous.enabled"),
         ("authentication: {anonymus: {}}", "unknown field `anonymus`"),
-        ("cpuManagerPolicy: static", "cpuManagerPolicy"),
+        ("cpuManagerPolicy: static", "cpuManagerPolicy: the static policy needs"),
+        ("cpuManagerPolicy: fast", "cpuManagerPolicy: \"fast\" is neither"),
+        ("cpuManagerPolicyOptions: {full-pcpus-only: \"true\"}", "cpuManagerPolicyOptions"),
+        ("cpuManagerPolicy: static\nreservedSystemCPUs: \"0\"\ncpuManagerPolicyOptions: {fast: \"true\"}", "fast"),
+        ("reservedSystemCPUs: 0-a", "reservedSystemCPUs"),
+        ("memoryManagerPolicy: Static", "memoryManagerPolicy: the Static policy needs reservedMemory"),
+        ("reservedMemory: [{numaNode: 0, limits: {cpu: \"1\"}}]", "reservedMemory"),
+        ("topologyManagerPolicy: all", "topologyManagerPolicy"),
+        ("topologyManagerScope: node", "topologyManagerScope"),
         ("kubeReserved: {memory: lots}", "kubeReserved: memory"),
         ("cpuCFSQuotaPeriod: 2s", "cpuCFSQuotaPeriod"),
         ("containerRuntimeEndpoint: tcp://1.2.3.4:1", "containerRuntimeEndpoint"),
@@ -89,6 +97,27 @@ fn default_thresholds_can_be_kept_beside_own_ones() {
     let config = read("evictionHard: {memory.available: 1Gi}\nmergeDefaultEvictionSettings: true\n").expect("valid");
     assert_eq!(config.eviction.hard(Signal::MemoryAvailable), Some(Amount::Absolute(1 << 30)));
     assert_eq!(config.eviction.hard(Signal::NodefsAvailable), Some(Amount::Percent(5.0)));
+}
+
+#[test]
+fn the_managers_are_set_up() {
+    let config = read(
+        "cpuManagerPolicy: static
+cpuManagerPolicyOptions: {full-pcpus-only: \"true\"}
+reservedSystemCPUs: 0,2
+memoryManagerPolicy: Static
+reservedMemory: [{numaNode: 1, limits: {memory: 1Gi, hugepages-2Mi: 4Mi}}]
+topologyManagerPolicy: single-numa-node
+topologyManagerScope: pod
+topologyManagerPolicyOptions: {prefer-closest-numa-nodes: \"true\", max-allowable-numa-nodes: \"12\"}
+",
+    )
+    .expect("valid");
+    let own = config.assignment;
+    assert!(own.cpu_static && own.cpu_options.full_physical && own.memory_static && own.topology_scope_pod);
+    assert_eq!(config.reserved_cpu_millis, 2000);
+    assert_eq!(own.reserved_memory[&1]["hugepages-2Mi"], 4 << 20);
+    assert!(own.prefer_closest && own.most_nodes == 12);
 }
 
 #[test]

@@ -56,6 +56,17 @@ impl Capacity {
         Self { capacity, allocatable }
     }
 
+    /// With what device plugins have: all devices, and those in order.
+    pub(crate) fn with_devices(&self, counts: &BTreeMap<String, (usize, usize)>) -> Self {
+        let mut both = self.clone();
+        let milli = |count: usize| i64::try_from(count).unwrap_or(i64::MAX).saturating_mul(1000);
+        for (resource, (all, healthy)) in counts {
+            both.capacity.insert(resource.clone(), milli(*all));
+            both.allocatable.insert(resource.clone(), milli(*healthy));
+        }
+        both
+    }
+
     pub(crate) fn memory_bytes(&self) -> i64 {
         self.capacity.get("memory").copied().unwrap_or(0) / 1000
     }

@@ -106,7 +106,7 @@ pub(crate) fn new_node(config: &Config, identity: &Identity, status: NodeStatus)
 /// What stays the same while the agent runs.
 pub(crate) struct Fixed<'a> {
     pub config: &'a Config,
-    pub capacity: &'a Capacity,
+    pub capacity: Capacity,
     pub identity: &'a Identity,
 }
 
@@ -227,7 +227,7 @@ mod tests {
     fn status(health: &Health, last: Option<&NodeStatus>, now: Timestamp) -> NodeStatus {
         let config = Config::new("n", "192.0.2.1".parse().unwrap());
         let (capacity, identity) = (Capacity::default(), Identity::default());
-        let fixed = Fixed { config: &config, capacity: &capacity, identity: &identity };
+        let fixed = Fixed { config: &config, capacity, identity: &identity };
         node_status(&fixed, health, last, now)
     }
 

@@ -58,7 +58,8 @@ impl NodeSync {
     }
 
     fn fixed<'a>(&'a self, shared: &'a Shared) -> status::Fixed<'a> {
-        status::Fixed { config: &shared.config, capacity: &shared.capacity, identity: &self.identity }
+        let capacity = shared.capacity.with_devices(&shared.assignments.plugins.counts());
+        status::Fixed { config: &shared.config, capacity, identity: &self.identity }
     }
 
     /// Runs until `shutdown`.

@@ -6,7 +6,8 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use oarlock_proto::cri;
 
 use super::expand::expand;
-use super::{hash, names, resources, sandbox, security};
+use super::{devices, hash, names, resources, sandbox, security};
+use crate::assignment::Assigned;
 
 /// What beside the pod a container needs to know.
 pub(crate) struct ContainerFacts {
@@ -17,6 +18,8 @@ pub(crate) struct ContainerFacts {
     pub env: Vec<(String, String)>,
     pub mounts: Vec<cri::Mount>,
     pub node: resources::NodeLimits,
+    /// What the container has of the node for itself.
+    pub assigned: Assigned,
     /// Containers without a seccomp profile get the runtime's.
     pub seccomp_default: bool,
     /// The container whose processes an ephemeral container sees.
@@ -37,7 +40,10 @@ pub(crate) fn container_config(
     };
     let profiles = security::Profiles { root: &facts.seccomp_root, by_default: facts.seccomp_default };
     let context = security::container_context(pod, container, &facts.image_user, facts.target.as_deref(), profiles)?;
-    Ok(cri::ContainerConfig {
+    let mut limits = resources::linux_resources(pod, container, facts.node);
+    limits.cpuset_cpus = facts.assigned.cpus.clone();
+    limits.cpuset_mems = facts.assigned.memory_nodes.clone();
+    let mut config = cri::ContainerConfig {
         metadata: Some(cri::ContainerMetadata { name: container.name.clone(), attempt: facts.restart_count }),
         image: Some(cri::ImageSpec {
             image: facts.image_ref.clone(),
@@ -61,14 +67,15 @@ pub(crate) fn container_config(
         stdin: container.stdin.unwrap_or(false),
         stdin_once: container.stdin_once.unwrap_or(false),
         tty: container.tty.unwrap_or(false),
-        linux: Some(cri::LinuxContainerConfig {
-            resources: Some(resources::linux_resources(pod, container, facts.node)),
-            security_context: Some(context),
-        }),
+        linux: Some(cri::LinuxContainerConfig { resources: Some(limits), security_context: Some(context) }),
         windows: None,
         cdi_devices: Vec::new(),
         stop_signal: stop_signal(container) as i32,
-    })
+    };
+    for answer in &facts.assigned.answers {
+        devices::add(&mut config, answer);
+    }
+    Ok(config)
 }
 
 fn labels(pod: &Pod, container: &Container) -> HashMap<String, String> {
@@ -139,6 +146,7 @@ mod tests {
             env: vec![("A".into(), "1".into())],
             mounts: Vec::new(),
             node: resources::NodeLimits { memory_bytes: 1 << 30, cpu_period_us: Some(100_000) },
+            assigned: Assigned::default(),
             seccomp_default: false,
             target: None,
             seccomp_root: "/s".into(),

@@ -2,6 +2,7 @@
 //! an argument.
 
 pub(crate) mod container;
+pub(crate) mod devices;
 pub(crate) mod dns;
 pub(crate) mod env;
 pub(crate) mod env_file;

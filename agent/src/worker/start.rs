@@ -44,6 +44,7 @@ impl Job {
         let sandbox = self.observed.current_sandbox().ok_or(("CreateContainerError", "no sandbox".to_owned()))?;
         let image_ref = self.image.clone().ok_or(("CreateContainerError", "no image".to_owned()))?;
         let config_error = |message: String| ("CreateContainerConfigError", message);
+        let assigned = shared.assignments.prepare(self.uid.as_str(), &container.name).await.map_err(config_error)?;
         let (env, image_user, sandbox_config, handler) = tokio::join!(
             self.environment(container),
             self.image_user(&image_ref),
@@ -59,6 +60,7 @@ impl Job {
             env,
             mounts,
             node: shared.node_limits(),
+            assigned,
             seccomp_default: shared.config.seccomp_default,
             target: self.target(&container.name),
             seccomp_root: shared.config.data_dir.join("seccomp"),

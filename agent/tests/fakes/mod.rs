@@ -4,4 +4,5 @@
 
 pub mod api;
 pub mod node;
+pub mod plugin;
 pub mod runtime;

@@ -63,6 +63,7 @@ impl Node {
         let identity = authority.ensure_identity("node", &request).expect("a certificate");
         let mut config = Config::new("node-1", Ipv4Addr::LOCALHOST.into());
         config.data_dir = root.join("data");
+        config.kubelet_dir = root.join("kubelet");
         config.runtime_endpoint = root.join("runtime.sock");
         config.pod_logs_dir = root.join("logs/pods");
         config.container_logs_dir = Some(root.join("logs/containers"));

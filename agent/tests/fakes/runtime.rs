@@ -442,8 +442,11 @@ impl RuntimeService for FakeRuntime {
         &self,
         request: Request<cri::UpdateContainerResourcesRequest>,
     ) -> Answer<cri::UpdateContainerResourcesResponse> {
-        let shares = request.into_inner().linux.map_or(0, |linux| linux.cpu_shares);
-        self.change(format!("update cpu.shares={shares}"), |_| Ok(()))?;
+        let linux = request.into_inner().linux.unwrap_or_default();
+        let (shares, cpus) = (linux.cpu_shares, linux.cpuset_cpus);
+        let said =
+            if cpus.is_empty() { format!("update cpu.shares={shares}") } else { format!("update cpuset.cpus={cpus}") };
+        self.change(said, |_| Ok(()))?;
         ok(cri::UpdateContainerResourcesResponse {})
     }
     async fn reopen_container_log(

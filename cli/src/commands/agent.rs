@@ -20,6 +20,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         config.kubeconfig = layout.component_kubeconfig("agent");
         config.runtime_endpoint = layout.runtime_socket();
         config.data_dir = layout.agent_dir();
+        config.kubelet_dir = layout.kubelet_dir();
         config.pod_logs_dir = layout.pod_logs_dir();
         config.container_logs_dir = Some(layout.container_logs_dir());
         config.listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.agent_port));
