@@ -8,6 +8,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use oarlock_node_api::NodeApi;
+use oarlock_plugins::watcher::{Taker, Takers};
 use oarlock_probes::{ExecProbe, ProbeManager};
 use oarlock_supervise::Tasks;
 use oarlock_volumes::VolumeManager;
@@ -25,7 +26,7 @@ use crate::pods::{Pods, Source};
 use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
 use crate::watched::Watched;
-use crate::{Config, Error, eviction, logs, pleg, recorder, shutdown, sources};
+use crate::{Config, Error, eviction, logs, pleg, recorder, shutdown, sources, storage};
 
 const NEWS: usize = 1024;
 const PROBE_UPDATES: usize = 1024;
@@ -69,8 +70,12 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
     let placeholder = status::new_node(&config, &identity, Default::default());
     let capacity = Capacity::of(&machine, &config);
     let cgroups = PodCgroups::of(&config, &capacity);
+    let cluster = storage::NodeStorage::new(client.clone(), config.node_name.clone(), objects.clone());
+    let drivers = oarlock_csi::Drivers::new(cluster.clone());
+    let storage = oarlock_csi::Storage::new(config.kubelet_dir.clone(), cluster, drivers.clone());
     let shared = Arc::new(Shared {
-        volumes: VolumeManager::new(config.pods_root(), objects.clone()),
+        volumes: VolumeManager::new(config.pods_root(), objects.clone()).with_external(storage.clone()),
+        storage,
         probes: ProbeManager::new(Arc::new(RuntimeExec(runtime.clone())), probe_updates),
         capacity,
         assignments,
@@ -130,7 +135,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
     if shared.assignments.cpu_static() {
         tasks.spawn("processors", finished(assignment::keep_processors(shared.clone(), token.clone())));
     }
-    serve_plugins(&shared, &mut tasks);
+    serve_plugins(&shared, drivers, &mut tasks);
     let images = ImageCollector::new(shared.clone());
     let evictions = eviction::run(shared.clone(), images.clone(), news.clone(), token.clone());
     tasks.spawn("evictions", finished(evictions));
@@ -143,7 +148,7 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
 }
 
 /// The sockets by which plugins and monitors on the node find the agent. A node where they cannot be made goes without.
-fn serve_plugins(shared: &Arc<Shared>, tasks: &mut Tasks) {
+fn serve_plugins(shared: &Arc<Shared>, drivers: Arc<oarlock_csi::Drivers>, tasks: &mut Tasks) {
     let token = tasks.token();
     let plugins = shared.assignments.plugins.clone();
     let (state, end) = (shared.clone(), token.clone());
@@ -164,8 +169,10 @@ fn serve_plugins(shared: &Arc<Shared>, tasks: &mut Tasks) {
         Ok::<_, std::convert::Infallible>(())
     });
     let directory = shared.config.kubelet_dir.join("plugins_registry");
-    let takers = plugin_takers(shared);
+    let devices: Arc<dyn Taker> = Arc::new(shared.assignments.plugins.clone());
+    let takers = Takers::from([("DevicePlugin", devices), ("CSIPlugin", drivers)]);
     tasks.spawn("plugin registration", finished(oarlock_plugins::watcher::watch(directory, takers, token.clone())));
+    tasks.spawn("volumes", finished(storage::give_back_leftovers(shared.clone(), token.clone())));
     let socket = shared.config.kubelet_dir.join("pod-resources/kubelet.sock");
     let source = Arc::new(PodResources { shared: shared.clone() });
     tasks.spawn("pod resources", async move {
@@ -175,12 +182,6 @@ fn serve_plugins(shared: &Arc<Shared>, tasks: &mut Tasks) {
         }
         Ok::<_, std::convert::Infallible>(())
     });
-}
-
-/// Who takes which kind of plugin.
-fn plugin_takers(shared: &Arc<Shared>) -> oarlock_plugins::watcher::Takers {
-    let devices: Arc<dyn oarlock_plugins::watcher::Taker> = Arc::new(shared.assignments.plugins.clone());
-    oarlock_plugins::watcher::Takers::from([("DevicePlugin", devices)])
 }
 
 /// Learns the runtime's name and cgroup driver, if it is there; later is early enough otherwise.

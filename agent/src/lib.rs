@@ -35,6 +35,7 @@ mod shutdown;
 mod sources;
 mod spec;
 mod status;
+mod storage;
 mod termination;
 mod watched;
 mod worker;

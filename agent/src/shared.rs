@@ -32,6 +32,7 @@ pub(crate) struct Shared {
     pub client: kube::Client,
     pub runtime: Runtime,
     pub volumes: VolumeManager,
+    pub storage: Arc<oarlock_csi::Storage>,
     pub probes: ProbeManager,
     pub recorder: Recorder,
     pub objects: Arc<Objects>,

@@ -102,7 +102,9 @@ pub async fn watch(directory: PathBuf, takers: Takers, shutdown: CancellationTok
             Some(answered) = asking.join_next(), if !asking.is_empty() => {
                 let Ok((path, stamp, answer)) = answered else { continue };
                 under_way.remove(&path);
-                note(&mut known, path, stamp, answer);
+                if let Some((kind, plugin)) = note(&mut known, path, stamp, answer) {
+                    dismiss(&kind, &plugin, &takers).await;
+                }
             }
         }
     }
@@ -115,11 +117,17 @@ async fn sleep_until(at: Option<Instant>) {
     }
 }
 
-fn note(known: &mut HashMap<PathBuf, Known>, path: PathBuf, stamp: Stamp, answer: Result<(String, Plugin), String>) {
-    let Some(entry) = known.get_mut(&path) else { return };
+/// Takes in what came of asking a socket; gives the plugin back if its socket went meanwhile.
+fn note(
+    known: &mut HashMap<PathBuf, Known>,
+    path: PathBuf,
+    stamp: Stamp,
+    answer: Result<(String, Plugin), String>,
+) -> Option<(String, Plugin)> {
+    let Some(entry) = known.get_mut(&path) else { return answer.ok() };
     if entry.stamp != stamp {
         entry.retry_at = Some(Instant::now());
-        return;
+        return None;
     }
     match answer {
         Ok(taken) => {
@@ -135,6 +143,14 @@ fn note(known: &mut HashMap<PathBuf, Known>, path: PathBuf, stamp: Stamp, answer
             entry.retry_at = Some(Instant::now() + pause);
         }
     }
+    None
+}
+
+async fn dismiss(kind: &str, plugin: &Plugin, takers: &Takers) {
+    tracing::info!(plugin = plugin.name, kind, "plugin is gone");
+    if let Some(taker) = takers.get(kind) {
+        taker.dismiss(plugin).await;
+    }
 }
 
 /// Lets go of plugins whose socket went or was made anew.
@@ -148,10 +164,7 @@ async fn dismiss_gone(known: &mut HashMap<PathBuf, Known>, found: &BTreeMap<Path
         let Some(entry) = known.remove(&path) else { continue };
         // One that came back at once is taken again as the same.
         if let Some((kind, plugin)) = entry.taken.filter(|_| !found.contains_key(&path)) {
-            tracing::info!(plugin = plugin.name, kind, "plugin is gone");
-            if let Some(taker) = takers.get(kind.as_str()) {
-                taker.dismiss(&plugin).await;
-            }
+            dismiss(&kind, &plugin, takers).await;
         }
     }
 }

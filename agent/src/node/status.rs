@@ -35,6 +35,8 @@ pub(crate) struct Health {
     pub troubles: Vec<String>,
     pub pressure: Pressure,
     pub images: Vec<ContainerImage>,
+    /// Attached volumes that pods have.
+    pub volumes_in_use: Vec<String>,
 }
 
 /// What the runtime's status says against Ready.
@@ -131,6 +133,7 @@ pub(crate) fn node_status(fixed: &Fixed<'_>, health: &Health, last: Option<&Node
             kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(port) }),
         }),
         images: Some(health.images.clone()),
+        volumes_in_use: Some(health.volumes_in_use.clone()).filter(|volumes| !volumes.is_empty()),
         node_info: Some(NodeSystemInfo {
             architecture: identity.architecture.clone(),
             boot_id: identity.boot_id.clone(),

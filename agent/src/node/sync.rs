@@ -127,6 +127,8 @@ impl NodeSync {
             }
         }
         health.images = self.images.clone();
+        let storage = shared.storage.clone();
+        health.volumes_in_use = tokio::task::spawn_blocking(move || storage.volumes_in_use()).await.unwrap_or_default();
         health.pressure = shared.pressure();
         if shared.shutting_down.load(Ordering::Relaxed) {
             health.troubles.push(shutdown::NOT_READY.to_owned());

@@ -183,11 +183,20 @@ impl NodeBackend for Backend {
         let pods = self.shared.runtime.sandbox_stats().await.unwrap_or_default();
         let filesystem = self.shared.runtime.image_fs_info().await.ok();
         let now = Instant::now();
+        let mut drivers = HashMap::new();
+        for entry in self.shared.table.all() {
+            let uid = spec::pod_uid(&entry.pod);
+            let usage = self.shared.storage.usage(uid).await;
+            if !usage.is_empty() {
+                drivers.insert(uid.to_owned(), usage);
+            }
+        }
         let facts = stats::Facts {
             node_name: &self.shared.config.node_name,
             now_nanos: i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0),
             started: stats::starts(&self.shared),
             disk: &*self.disk_use().await,
+            drivers: &drivers,
             room: disk(&self.shared.config.data_dir).unwrap_or_default(),
             cpu_rate: machine::processor().0.and_then(|busy| self.cpu.look(now, busy)),
         };

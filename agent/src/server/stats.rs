@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 
 use jiff::Timestamp;
+use oarlock_csi::VolumeUse;
 use oarlock_proto::cri;
 use serde_json::{Map, Value, json};
 
@@ -123,7 +124,10 @@ fn pod(stats: &cri::PodSandboxStats, facts: &Facts<'_>) -> Option<Value> {
         };
         disk.volumes.iter().map(volume).collect::<Value>()
     });
-    put(&mut map, "volume", volumes);
+    let own = volumes.as_ref().and_then(Value::as_array).cloned().unwrap_or_default();
+    let of_drivers = facts.drivers.get(&metadata.uid).into_iter().flatten();
+    let all: Vec<Value> = own.into_iter().chain(of_drivers.map(|usage| facts.driver_volume(usage))).collect();
+    put(&mut map, "volume", (volumes.is_some() || !all.is_empty()).then_some(Value::Array(all)));
     let whole = disk.map(|disk| {
         let mut whole = facts.room(Some(disk.disk_bytes()));
         put_in(&mut whole, "inodesUsed", Some(disk.inodes));
@@ -143,6 +147,8 @@ pub(super) struct Facts<'a> {
     pub started: HashMap<String, String>,
     /// Files of each pod by UID.
     pub disk: &'a HashMap<String, PodUsage>,
+    /// Volumes of each pod whose drivers tell, by UID.
+    pub drivers: &'a HashMap<String, Vec<VolumeUse>>,
     /// The file system of pods and images.
     pub room: Disk,
     /// Processor time a second, in nanoseconds.
@@ -150,6 +156,25 @@ pub(super) struct Facts<'a> {
 }
 
 impl Facts<'_> {
+    fn driver_volume(&self, usage: &VolumeUse) -> Value {
+        let mut value = json!({ "time": time(self.now_nanos), "name": usage.volume });
+        for (names, amounts) in [
+            (["availableBytes", "capacityBytes", "usedBytes"], usage.bytes),
+            (["inodesFree", "inodes", "inodesUsed"], usage.inodes),
+        ] {
+            if let Some((available, total, used)) = amounts {
+                for (name, amount) in names.into_iter().zip([available, total, used]) {
+                    put_in(&mut value, name, u64::try_from(amount).ok());
+                }
+            }
+        }
+        if let Some((namespace, name)) = &usage.claim {
+            value["pvcRef"] = json!({ "name": name, "namespace": namespace });
+        }
+        value["volumeHealthStats"] = json!({ "abnormal": usage.trouble.is_some() });
+        value
+    }
+
     /// A part of the file system that takes so many bytes.
     fn room(&self, used: Option<u64>) -> Value {
         let mut value = json!({ "time": time(self.now_nanos), "availableBytes": self.room.available_bytes,

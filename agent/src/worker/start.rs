@@ -194,7 +194,7 @@ impl Job {
             }
             let host_path = self.shared.volumes.host_path(&self.pod, &container.name, &wanted).await;
             let host_path = host_path.map_err(|error| error.full_message())?;
-            let read_only = mount.read_only.unwrap_or(false) || oarlock_volumes::forces_read_only(&self.pod, mount);
+            let read_only = mount.read_only.unwrap_or(false) || self.shared.volumes.read_only(&self.pod, mount);
             let recursive = matches!(mount.recursive_read_only.as_deref(), Some("Enabled" | "IfPossible"));
             mounts.push(cri::Mount {
                 container_path: absolute(&mount.mount_path),

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod api;
+pub mod driver;
 pub mod node;
 pub mod plugin;
 pub mod runtime;

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-const ROLE: &str = "OARLOCK_TEST_DEVICE_PLUGIN";
+pub const ROLE: &str = "OARLOCK_TEST_DEVICE_PLUGIN";
 pub const RESOURCE: &str = "example.com/card";
 
 /// The process, as a test sees it.
@@ -81,7 +81,7 @@ struct Served {
     devices: watch::Receiver<Vec<wire::Device>>,
 }
 
-fn tell(call: &str) {
+pub fn tell(call: &str) {
     let mut output = std::io::stdout().lock();
     let _ = writeln!(output, "plugin: {call}");
     let _ = output.flush();

@@ -37,6 +37,9 @@ pub enum VolumeError {
     },
     #[error("{message}")]
     Invalid { message: String },
+    /// A volume that comes from elsewhere is not to be had now.
+    #[error("{message}")]
+    Storage { message: String },
     #[error("hostPath type check failed: {path} is not a {wanted}")]
     HostPathType { path: String, wanted: &'static str },
     #[error("failed to prepare subPath {sub_path:?} of volume {volume:?}: {reason}")]

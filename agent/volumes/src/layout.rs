@@ -15,6 +15,8 @@ pub(crate) enum VolumeKind {
     Secret,
     DownwardApi,
     Projected,
+    /// A claim, or a driver's volume: not made here.
+    External,
 }
 
 impl VolumeKind {
@@ -27,6 +29,9 @@ impl VolumeKind {
             (volume.secret.is_some(), VolumeKind::Secret),
             (volume.downward_api.is_some(), VolumeKind::DownwardApi),
             (volume.projected.is_some(), VolumeKind::Projected),
+            (volume.persistent_volume_claim.is_some(), VolumeKind::External),
+            (volume.ephemeral.is_some(), VolumeKind::External),
+            (volume.csi.is_some(), VolumeKind::External),
         ];
         if let Some((_, kind)) = kinds.into_iter().find(|(present, _)| *present) {
             return Ok(kind);
@@ -46,6 +51,7 @@ impl VolumeKind {
             VolumeKind::Secret => "kubernetes.io~secret",
             VolumeKind::DownwardApi => "kubernetes.io~downward-api",
             VolumeKind::Projected => "kubernetes.io~projected",
+            VolumeKind::External => "kubernetes.io~csi",
         }
     }
 }
@@ -132,7 +138,7 @@ pub(crate) fn is_contained(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use k8s_openapi::api::core::v1::PersistentVolumeClaimVolumeSource;
+    use k8s_openapi::api::core::v1::NFSVolumeSource;
 
     use super::*;
 
@@ -140,14 +146,11 @@ mod tests {
     fn unsupported_volume_is_named_with_its_kind() {
         let volume = Volume {
             name: "data".into(),
-            persistent_volume_claim: Some(PersistentVolumeClaimVolumeSource {
-                claim_name: "c".into(),
-                ..Default::default()
-            }),
+            nfs: Some(NFSVolumeSource { path: "/".into(), server: "s".into(), ..Default::default() }),
             ..Default::default()
         };
         let message = VolumeKind::of(&volume).unwrap_err().to_string();
-        assert!(message.contains("\"data\"") && message.contains("persistentVolumeClaim"), "{message}");
+        assert!(message.contains("\"data\"") && message.contains("nfs"), "{message}");
     }
 
     #[test]

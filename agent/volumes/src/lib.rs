@@ -8,6 +8,7 @@ mod atomic;
 mod content;
 mod downward;
 mod error;
+mod external;
 mod hostpath;
 mod layout;
 mod ledger;
@@ -23,5 +24,6 @@ mod subpath;
 mod tokens;
 
 pub use error::VolumeError;
-pub use manager::{Allocatable, PodFacts, VolumeManager, forces_read_only};
+pub use external::External;
+pub use manager::{Allocatable, PodFacts, VolumeManager, forces_read_only, give_to_group, is_mount_point};
 pub use source::{IssuedToken, ObjectSource, SourceError, TokenOrder};

@@ -12,6 +12,7 @@ use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard};
 
 use crate::content::Gatherer;
 use crate::error::VolumeError;
+use crate::external::{External, Nothing};
 use crate::hostpath;
 use crate::layout::{PodDir, VolumeKind, is_plain_name};
 use crate::mounter::{KernelMounter, Mounter};
@@ -45,6 +46,7 @@ pub struct Allocatable {
 pub struct VolumeManager {
     pods_root: PathBuf,
     source: Arc<dyn ObjectSource>,
+    external: Arc<dyn External>,
     mounter: Arc<dyn Mounter>,
     tokens: TokenCache,
     clock: fn() -> Timestamp,
@@ -65,13 +67,28 @@ impl VolumeManager {
         Self::with_mounter(pods_root, source, Arc::new(KernelMounter), Timestamp::now)
     }
 
+    /// With volumes that come from elsewhere.
+    #[must_use]
+    pub fn with_external(mut self, external: Arc<dyn External>) -> Self {
+        self.external = external;
+        self
+    }
+
     pub(crate) fn with_mounter(
         pods_root: PathBuf,
         source: Arc<dyn ObjectSource>,
         mounter: Arc<dyn Mounter>,
         clock: fn() -> Timestamp,
     ) -> Self {
-        Self { pods_root, source, mounter, tokens: TokenCache::default(), clock, locks: Mutex::default() }
+        Self {
+            pods_root,
+            source,
+            external: Arc::new(Nothing),
+            mounter,
+            tokens: TokenCache::default(),
+            clock,
+            locks: Mutex::default(),
+        }
     }
 
     /// Makes every volume that the pod's containers mount ready. Idempotent; safe to repeat after a crash. Takes every
@@ -110,6 +127,8 @@ impl VolumeManager {
     ) -> Result<(), VolumeError> {
         let kind = VolumeKind::of(volume)?;
         match kind {
+            VolumeKind::External if scope == Scope::Contents => self.external.refresh(pod, volume).await,
+            VolumeKind::External => self.external.set_up(pod, volume).await,
             VolumeKind::HostPath | VolumeKind::EmptyDir if scope == Scope::Contents => Ok(()),
             VolumeKind::HostPath => {
                 let source = volume.host_path.clone().unwrap_or_default();
@@ -149,6 +168,10 @@ impl VolumeManager {
         let kind = VolumeKind::of(volume)?;
         let base = match (&volume.host_path, kind) {
             (Some(source), VolumeKind::HostPath) => hostpath::path(source)?,
+            (_, VolumeKind::External) => {
+                let missing = || VolumeError::Storage { message: format!("volume {:?} is not set up", mount.name) };
+                self.external.path(&dir.uid, &mount.name).ok_or_else(missing)?
+            }
             _ => dir.volume(kind, &volume.name)?,
         };
         let sub_path = mount.sub_path.clone().unwrap_or_default();
@@ -197,11 +220,19 @@ impl VolumeManager {
         let place = self.place(PodDir::new(&self.pods_root, pod_uid)?);
         let guard = self.lock(pod_uid).await;
         let root = self.pods_root.clone();
+        // Subpaths of external volumes are bound below the pod's directory: they go first.
         blocking("tearing a pod down", move || place.tear_down(&root)).await?;
+        self.external.tear_down(pod_uid).await?;
         self.tokens.forget(pod_uid);
         drop(guard);
         self.drop_lock(pod_uid);
         Ok(())
+    }
+
+    /// Whether the volume behind `mount` may only be read, whatever the mount says.
+    pub fn read_only(&self, pod: &Pod, mount: &VolumeMount) -> bool {
+        forces_read_only(pod, mount)
+            || self.external.read_only(pod.metadata.uid.as_deref().unwrap_or_default(), &mount.name)
     }
 
     /// Names and paths of the pod's volumes that take room on the node's own disk.
@@ -228,7 +259,9 @@ impl VolumeManager {
             .filter_map(|entry| entry.file_name().into_string().ok())
             .filter(|uid| is_plain_name(uid) && !known.contains(uid))
             .collect();
+        orphans.extend(self.external.leftovers().into_iter().filter(|uid| is_plain_name(uid) && !known.contains(uid)));
         orphans.sort();
+        orphans.dedup();
         orphans
     }
 
@@ -275,7 +308,20 @@ async fn blocking<T: Send + 'static>(
 /// Whether the kind of volume behind `mount` is always mounted read-only (configMap, secret, downwardAPI, projected).
 pub fn forces_read_only(pod: &Pod, mount: &VolumeMount) -> bool {
     let kind = plan::find_volume(pod, &mount.name).and_then(VolumeKind::of);
-    kind.is_ok_and(|kind| !matches!(kind, VolumeKind::EmptyDir | VolumeKind::HostPath))
+    kind.is_ok_and(|kind| !matches!(kind, VolumeKind::EmptyDir | VolumeKind::HostPath | VolumeKind::External))
+}
+
+/// Gives what is at `root` to the pod's fsGroup as its change policy says, if it has one. Blocks.
+pub fn give_to_group(pod: &Pod, root: &std::path::Path) -> Result<(), VolumeError> {
+    match plan::fs_group(pod, VolumeKind::EmptyDir) {
+        Some(group) => crate::ownership::apply(root, group, plan::change_policy(pod)),
+        None => Ok(()),
+    }
+}
+
+/// Whether something is mounted at `path`. Blocks.
+pub fn is_mount_point(path: &std::path::Path) -> std::io::Result<bool> {
+    KernelMounter.is_mount_point(path)
 }
 
 #[cfg(test)]

@@ -56,7 +56,7 @@ fn security(pod: &Pod) -> Option<&PodSecurityContext> {
 pub(crate) fn fs_group(pod: &Pod, kind: VolumeKind) -> Option<FsGroup> {
     let gid = u32::try_from(security(pod)?.fs_group?).ok()?;
     match kind {
-        VolumeKind::HostPath => None,
+        VolumeKind::HostPath | VolumeKind::External => None,
         VolumeKind::EmptyDir => Some(FsGroup { gid, read_only: false }),
         _ => Some(FsGroup { gid, read_only: true }),
     }
