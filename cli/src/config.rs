@@ -14,6 +14,7 @@ use oarlock_agent::KubeletConfiguration;
 use serde::Deserialize;
 
 use crate::layout::Layout;
+use crate::runtime_config::NriFile;
 
 /// Where the configuration is looked for when no flag names a file.
 pub(crate) const DEFAULT_FILE: &str = "/etc/oarlock/config.yaml";
@@ -74,6 +75,8 @@ pub(crate) struct ConfigFile {
     pub(crate) registries: RegistriesFile,
     /// OCI runtimes by handler name, beside the built-in one.
     pub(crate) runtime_handlers: BTreeMap<String, PathBuf>,
+    /// Plugins of the Node Resource Interface.
+    pub(crate) nri: NriFile,
 }
 
 /// The `cni` part of the configuration file.
@@ -127,6 +130,7 @@ pub(crate) struct Settings {
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
     pub(crate) registries: RegistriesFile,
     pub(crate) runtime_handlers: BTreeMap<String, PathBuf>,
+    pub(crate) nri: NriFile,
 }
 
 /// What a dual-stack cluster has beside the network of its primary family.
@@ -296,6 +300,7 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         cni_bin_dirs: if file.cni.bin_dirs.is_empty() { layout.cni_bin_dirs() } else { file.cni.bin_dirs },
         registries: file.registries,
         runtime_handlers: file.runtime_handlers,
+        nri: file.nri,
         layout,
     })
 }

@@ -101,6 +101,19 @@ impl Layout {
         vec![self.own_cni_bin_dir(), "/opt/cni/bin".into()]
     }
 
+    /// Where NRI plugins connect; by default where they look for it.
+    pub(crate) fn nri_socket(&self) -> PathBuf {
+        self.either("run/nri.sock", "/var/run/nri/nri.sock")
+    }
+
+    pub(crate) fn nri_plugin_dir(&self) -> PathBuf {
+        self.either("nri/plugins", "/opt/nri/plugins")
+    }
+
+    pub(crate) fn nri_plugin_config_dir(&self) -> PathBuf {
+        self.either("nri/conf.d", "/etc/nri/conf.d")
+    }
+
     /// The pid file of `oarlock up`.
     pub(crate) fn up_pid_file(&self) -> PathBuf {
         self.run_dir().join("up.pid")

@@ -7,6 +7,7 @@ mod config;
 mod host;
 mod layout;
 mod pki;
+mod runtime_config;
 
 use std::process::ExitCode;
 

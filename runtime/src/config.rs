@@ -5,6 +5,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use oarlock_nri::Config as PluginConfig;
+
 /// Everything the runtime daemon is told. Relative paths are refused by [`crate::Runtime::new`].
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -30,6 +32,8 @@ pub struct Config {
     pub handlers: BTreeMap<String, PathBuf>,
     /// Where files of the Container Device Interface are looked for; later directories win.
     pub cdi_dirs: Vec<PathBuf>,
+    /// Plugins of the Node Resource Interface.
+    pub plugins: PluginConfig,
     /// Cgroup (below each hierarchy's root) for shims, and for pods that name no parent.
     pub cgroup_root: String,
     /// The image reported as the sandbox image, pinned against collection; no container is made of it.
@@ -63,6 +67,7 @@ impl Config {
             data_dir: data_dir.to_owned(),
             run_dir: run_dir.to_owned(),
             cni_cache_dir: data_dir.join("cni/cache"),
+            plugins: PluginConfig { socket: Some(run_dir.join("nri.sock")), ..PluginConfig::default() },
             ..Config::default()
         }
     }
@@ -82,6 +87,7 @@ impl Default for Config {
             registries: Registries::default(),
             handlers: BTreeMap::new(),
             cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
+            plugins: PluginConfig::default(),
             cgroup_root: "oarlock".to_owned(),
             pause_image: String::new(),
             cni_timeout: Duration::from_secs(60),

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use oarlock_cni::CniClient;
 use oarlock_images::ImageStore;
+use oarlock_nri::Plugins;
 use oarlock_shim_api::SpawnOptions;
 use oarlock_streaming::StreamingServer;
 use tokio_util::sync::CancellationToken;
@@ -38,6 +39,7 @@ pub(crate) struct Core {
     pub cni: CniClient,
     /// Taken for writing while CNI frees what belongs to nobody: no sandbox may join the network in the middle.
     pub network_gate: tokio::sync::RwLock<()>,
+    pub plugins: Arc<Plugins>,
     pub streaming: OnceLock<Arc<StreamingServer>>,
     /// Cancelled when the daemon stops serving.
     pub shutdown: CancellationToken,

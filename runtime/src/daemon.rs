@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use oarlock_cni::CniClient;
 use oarlock_images::{ImageStore, MirrorRule, RegistryConfig};
+use oarlock_nri::Plugins;
 use oarlock_streaming::StreamingServer;
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
@@ -22,6 +23,7 @@ use crate::events::Events;
 use crate::host;
 use crate::joins::Joins;
 use crate::moves::Moves;
+use crate::nri::Carrier;
 use crate::paths::Paths;
 use crate::prometheus::Calls;
 use crate::reconcile;
@@ -69,6 +71,7 @@ impl Runtime {
             images,
             cni,
             network_gate: tokio::sync::RwLock::new(()),
+            plugins: Plugins::new(config.plugins.clone()),
             streaming: std::sync::OnceLock::new(),
             shutdown: CancellationToken::new(),
             config,
@@ -81,6 +84,8 @@ impl Runtime {
             .map(Arc::new)?;
         let _ = core.streaming.set(streaming.clone());
         reconcile::reconcile(&core).await?;
+        // Before the first request, so that installed plugins see every pod.
+        core.plugins.start(Carrier::new(&core), core.shutdown.clone()).await;
         let listener = listen(&core.config.socket)?;
         Ok(Runtime { core, streaming, listener, lock })
     }
@@ -120,6 +125,7 @@ impl Runtime {
         if result.is_ok() {
             let _ = tokio::join!(served, tokio::time::timeout(DRAIN_LIMIT, streamed));
         }
+        let _ = tokio::time::timeout(DRAIN_LIMIT, core.plugins.shut_down()).await;
         let _ = fs::remove_file(&socket);
         drop(lock);
         tracing::info!("runtime stopped; containers go on");
@@ -135,8 +141,12 @@ fn check(config: &Config) -> Result<(), Error> {
         ("shim_binary", &config.shim_binary),
         ("cni_conf_dir", &config.cni_conf_dir),
         ("cni_cache_dir", &config.cni_cache_dir),
+        ("plugins.plugin_dir", &config.plugins.plugin_dir),
+        ("plugins.plugin_config_dir", &config.plugins.plugin_config_dir),
     ];
-    for (field, path) in paths.into_iter().chain(config.cni_bin_dirs.iter().map(|path| ("cni_bin_dirs", path))) {
+    let more = config.cni_bin_dirs.iter().map(|path| ("cni_bin_dirs", path));
+    let more = more.chain(config.plugins.socket.iter().map(|path| ("plugins.socket", path)));
+    for (field, path) in paths.into_iter().chain(more) {
         if !path.is_absolute() {
             return Err(Error::Configuration { field, problem: format!("{} is not an absolute path", path.display()) });
         }

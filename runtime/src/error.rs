@@ -83,6 +83,9 @@ pub enum Error {
     Cgroup { operation: &'static str, group: String, source: CgroupError },
     #[error(transparent)]
     Image(ImageError),
+    /// A plugin refuses it, or what plugins want cannot be had.
+    #[error(transparent)]
+    Plugin(#[from] oarlock_nri::Error),
     #[error("cannot {operation}")]
     Stream { operation: &'static str, source: StreamError },
 }

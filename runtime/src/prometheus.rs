@@ -72,6 +72,7 @@ pub(crate) fn text(core: &Core) -> String {
     gauge(&mut text, "oarlock_runtime_sandboxes", "Sandboxes on record.", sandboxes as f64);
     gauge(&mut text, "oarlock_runtime_containers", "Containers on record.", containers.len() as f64);
     gauge(&mut text, "oarlock_runtime_containers_running", "Containers that run.", running as f64);
+    gauge(&mut text, "oarlock_runtime_plugins", "NRI plugins connected.", core.plugins.count() as f64);
     gauge(&mut text, "oarlock_runtime_images", "Images in the store.", core.images.list().len() as f64);
     process(&mut text);
     text

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tracing::{Instrument, debug_span};
 
 use crate::error::Error;
+use crate::nri::Told;
 use crate::record::{ContainerPhase, ContainerRecord, Kind, SandboxPhase, SandboxRecord, Store};
 
 /// One sandbox.
@@ -24,11 +25,13 @@ pub(crate) struct Sandbox {
     shim: Mutex<Option<Shim>>,
     /// Held while the sandbox is stopped or removed, or a container is made in it.
     pub(crate) operation: tokio::sync::RwLock<()>,
+    pub(crate) told: Told,
 }
 
 impl Sandbox {
     pub(crate) fn new(record: SandboxRecord) -> Arc<Sandbox> {
         Arc::new(Sandbox {
+            told: Told::of(matches!(record.phase, SandboxPhase::NotReady | SandboxPhase::Removing)),
             record: ArcSwap::from_pointee(record),
             writing: Mutex::new(()),
             shim: Mutex::new(None),
@@ -95,11 +98,13 @@ pub(crate) struct Container {
     pub(crate) process: std::sync::OnceLock<Arc<Process>>,
     /// The last measurement of CPU use, for rates: when, in nanoseconds, and how much.
     pub(crate) cpu_sample: Mutex<Option<(i64, u64)>>,
+    pub(crate) told: Told,
 }
 
 impl Container {
     pub(crate) fn new(record: ContainerRecord) -> Arc<Container> {
         Arc::new(Container {
+            told: Told::of(matches!(record.phase, ContainerPhase::Exited | ContainerPhase::Removing)),
             phase: watch::channel(record.phase).0,
             record: ArcSwap::from_pointee(record),
             writing: Mutex::new(()),

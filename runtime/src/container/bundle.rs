@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use oarlock_failpoint::step;
 use oarlock_images::Image;
-use oci_spec::runtime::LinuxSeccomp;
+use oci_spec::runtime::{LinuxSeccomp, Spec};
 
 use super::{devices, ids, volumes};
 use crate::cdi;
@@ -17,6 +17,7 @@ use crate::core::Core;
 use crate::error::Error;
 use crate::idmap::Owner;
 use crate::mounts;
+use crate::nri::Further;
 use crate::record::{ContainerPhase, ContainerRecord, SandboxRecord};
 use crate::sandbox;
 use crate::spec;
@@ -29,12 +30,22 @@ use crate::state::blocking;
 /// Largest seccomp profile read.
 const PROFILE_BYTES_MAX: u64 = 4 << 20;
 
-/// Makes everything, and tells as whom the container runs. On failure what was made stays for the caller to undo.
+/// A bundle that is made.
+#[derive(Clone, Debug)]
+pub(super) struct Made {
+    /// As whom the container runs.
+    pub identity: Identity,
+    pub spec: Spec,
+}
+
+/// Makes everything, and writes the specification if it is not to be `adjusted` first. On failure what was made stays for
+/// the caller to undo.
 pub(super) async fn make(
     core: &Arc<Core>,
     record: &Arc<ContainerRecord>,
     sandbox: &Arc<SandboxRecord>,
-) -> Result<Identity, Error> {
+    as_it_is: bool,
+) -> Result<Made, Error> {
     let image = image_of(core, record)?;
     let rootfs = core.images.prepare_rootfs(&image.id, &record.id).await?;
     step("the container's layer is made");
@@ -47,26 +58,47 @@ pub(super) async fn make(
         step("the root file system is mounted");
         volumes::mount_images(&core, &record, &images, owner.as_ref())?;
         let identity = ids::look_up(&paths.rootfs(), &record.config, &Defaults::of(&image.config).user)?;
-        write(&core, &record, &sandbox, &Defaults::of(&image.config), &identity)?;
-        step("the specification is written");
-        Ok(identity)
+        let spec = specify(&core, &record, &sandbox, &Defaults::of(&image.config), &identity)?;
+        if as_it_is {
+            write(&core, &record.id, &spec)?;
+        }
+        Ok(Made { identity, spec })
     })
     .await
 }
 
-/// Writes the specification again, after the resources of a container that has not started changed.
-pub(super) async fn rewrite(
+/// Makes the specification anew, for a record that says something else than the one it was made of.
+pub(super) async fn respecify(
     core: &Arc<Core>,
-    record: &Arc<ContainerRecord>,
+    record: ContainerRecord,
     sandbox: &Arc<SandboxRecord>,
-) -> Result<(), Error> {
-    let image = image_of(core, record)?;
-    let (core, record, sandbox) = (core.clone(), record.clone(), sandbox.clone());
-    blocking("a bundle", move || write(&core, &record, &sandbox, &Defaults::of(&image.config), &record.identity)).await
+    identity: Identity,
+) -> Result<Spec, Error> {
+    let image = image_of(core, &record)?;
+    let (core, sandbox) = (core.clone(), sandbox.clone());
+    blocking("a bundle", move || specify(&core, &record, &sandbox, &Defaults::of(&image.config), &identity)).await
+}
+
+/// Writes the resources in force to the specification, after those of a container that has not started changed. All else
+/// stays as it is: plugins may have had a say in it.
+pub(super) async fn limit(core: &Arc<Core>, record: &Arc<ContainerRecord>, further: Further) -> Result<(), Error> {
+    let (core, record) = (core.clone(), record.clone());
+    blocking("a bundle", move || {
+        let path = core.paths.bundle(&record.id).config();
+        let failed = |error: oci_spec::OciSpecError| Error::io("read", &path)(std::io::Error::other(error));
+        let mut spec = Spec::load(&path).map_err(failed)?;
+        if let Some(linux) = spec.linux_mut() {
+            let current = linux.resources().clone().unwrap_or_default();
+            let renewed = spec::resources::renew(&current, &record.resources, &core.host)?;
+            linux.set_resources(Some(spec::resources::further(renewed, further)?));
+        }
+        write(&core, &record.id, &spec)
+    })
+    .await
 }
 
 /// The sandbox's user namespace, if it has one.
-fn owner_of(core: &Core, sandbox: &SandboxRecord) -> Result<Option<Owner>, Error> {
+pub(super) fn owner_of(core: &Core, sandbox: &SandboxRecord) -> Result<Option<Owner>, Error> {
     let pinned = sandbox::pinned(core, sandbox);
     pinned.user.zip(sandbox.user).map(|(path, mapping)| Owner::pinned(&path, mapping)).transpose()
 }
@@ -75,13 +107,13 @@ fn image_of(core: &Core, record: &ContainerRecord) -> Result<Image, Error> {
     core.images.status(&record.image_id).ok_or_else(|| Error::NoImage { reference: record.image_id.clone() })
 }
 
-fn write(
+fn specify(
     core: &Core,
     record: &ContainerRecord,
     sandbox: &SandboxRecord,
     defaults: &Defaults,
     identity: &Identity,
-) -> Result<(), Error> {
+) -> Result<Spec, Error> {
     let paths = core.paths.bundle(&record.id);
     let context = record.config.linux.as_ref().and_then(|linux| linux.security_context.as_ref());
     let options = context.and_then(|context| context.namespace_options.as_ref());
@@ -93,7 +125,7 @@ fn write(
         devices.retain(|known| known.path != device.path);
         devices.push(device);
     }
-    let spec = spec::container::build(spec::container::Inputs {
+    Ok(spec::container::build(spec::container::Inputs {
         config: &record.config,
         resources: &record.resources,
         image: defaults,
@@ -112,12 +144,20 @@ fn write(
         seccomp_profile: profile(context)?,
         annotations: annotations(record, sandbox),
         host: &core.host,
-    })?;
-    let config = paths.config();
-    let bytes = serde_json::to_vec(&spec)
+    })?)
+}
+
+/// Writes a specification, whole or not at all.
+pub(super) fn write(core: &Core, id: &str, spec: &Spec) -> Result<(), Error> {
+    let config = core.paths.bundle(id).config();
+    let bytes = serde_json::to_vec(spec)
         .map_err(|error| Error::Invalid(format!("cannot encode the specification: {error}")))?;
+    let partial = config.with_extension("partial");
     // Environments hold secrets.
-    write_private(&config, &bytes).map_err(Error::io("write", &config))
+    write_private(&partial, &bytes).map_err(Error::io("write", &partial))?;
+    fs::rename(&partial, &config).map_err(Error::io("rename to", &config))?;
+    step("the specification is written");
+    Ok(())
 }
 
 fn pid_path(core: &Core, record: &ContainerRecord, mode: &PidMode) -> Result<Option<PathBuf>, Error> {

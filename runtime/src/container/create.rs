@@ -6,9 +6,10 @@ use std::sync::Arc;
 use oarlock_proto::cri;
 
 use super::remove::undo;
-use super::{bundle, volumes};
+use super::{adjust, bundle, volumes};
 use crate::core::Core;
 use crate::error::Error;
+use crate::nri;
 use crate::record::{ContainerPhase, ContainerRecord, SandboxPhase, SandboxRecord, VERSION};
 use crate::spec;
 use crate::spec::image::Defaults;
@@ -33,29 +34,46 @@ pub(crate) async fn create(core: Arc<Core>, sandbox_id: String, config: cri::Con
     if let Err(owner) = core.index.insert_container(container.clone()) {
         return existing(&core, &owner, &name, &container.record());
     }
-    let made = async {
-        // The intent goes on record before anything is made.
-        container.change(&core.records, |_| {}).await?;
-        let identity = bundle::make(&core, &container.record(), &sandbox_record).await?;
-        container
-            .change(&core.records, move |record| {
-                record.identity = identity;
-                record.phase = ContainerPhase::Created;
-            })
-            .await
-    };
-    match made.await {
+    let made = make(&core, &container, &sandbox_record).await;
+    match made {
         Ok(record) => {
             tracing::info!(container.id = %id, container.name = %record.metadata().name, sandbox.id = %record.sandbox_id, "container created");
             view::publish_container(&core, &container, cri::ContainerEventType::ContainerCreatedEvent);
+            nri::container_created(&core, &container).await;
             Ok(id)
         }
         Err(error) => {
             tracing::warn!(container.id = %id, error = %error.full_message(), "container could not be made and is undone");
+            nri::container_undone(&core, &container).await;
             undo(&core, &container).await;
             Err(error)
         }
     }
+}
+
+async fn make(
+    core: &Arc<Core>,
+    container: &Arc<Container>,
+    sandbox: &Arc<SandboxRecord>,
+) -> Result<Arc<ContainerRecord>, Error> {
+    // The intent goes on record before anything is made.
+    let record = container.change(&core.records, |_| {}).await?;
+    // From here a plugin that comes is told of the container, or asked about it.
+    let _held = core.plugins.hold().await;
+    let plugins = core.plugins.count() > 0;
+    let made = bundle::make(core, &record, sandbox, !plugins).await?;
+    let identity = made.identity.clone();
+    let changes = if plugins { adjust::adjust(core, container, sandbox, made).await? } else { None };
+    container
+        .change(&core.records, move |record| {
+            record.identity = identity;
+            record.phase = ContainerPhase::Created;
+            if let Some(changes) = changes {
+                record.cgroup = changes.cgroup;
+                record.resources = changes.resources;
+            }
+        })
+        .await
 }
 
 fn existing(core: &Core, owner: &str, name: &str, wanted: &ContainerRecord) -> Result<String, Error> {

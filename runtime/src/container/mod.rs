@@ -3,6 +3,7 @@
 //! The phases are in `record`. Making a container prepares its root file system and its bundle; the engine is asked for
 //! it when it is started, so that a program that cannot be run is an error of starting, as clients expect.
 
+mod adjust;
 mod bundle;
 mod create;
 mod devices;

@@ -11,6 +11,7 @@ use super::volumes::image_key;
 use crate::core::Core;
 use crate::error::Error;
 use crate::mounts;
+use crate::nri;
 use crate::record::{ContainerPhase, ContainerRecord, Kind};
 use crate::sandbox;
 use crate::state::{Container, blocking};
@@ -19,6 +20,7 @@ use crate::view;
 /// Removes a container, killing it first if it runs.
 pub(crate) async fn remove(core: Arc<Core>, container: Arc<Container>) -> Result<(), Error> {
     stop(core.clone(), container.clone(), Duration::ZERO).await?;
+    nri::container_removed(&core, &container).await;
     let _alone = container.operation.lock().await;
     let id = container.id();
     if core.index.container(&id).is_err() {

@@ -13,6 +13,7 @@ use super::state_error;
 use super::stop::delete_in_engine;
 use crate::core::Core;
 use crate::error::Error;
+use crate::nri;
 use crate::record::{ContainerPhase, ContainerRecord};
 use crate::state::{Container, blocking, now_nanos};
 use crate::view;
@@ -25,12 +26,24 @@ const START_ERROR_REASON: &str = "StartError";
 pub(crate) async fn start(core: Arc<Core>, container: Arc<Container>) -> Result<(), Error> {
     let sandbox = core.index.sandbox(&container.record().sandbox_id)?;
     let _no_stop = sandbox.operation.read().await;
-    let _alone = container.operation.lock().await;
+    let held = core.plugins.hold().await;
+    // Asked before the container is locked: updates that plugins ask for wait for that.
+    let asked = match container.phase() {
+        ContainerPhase::Created => nri::container_starts(&core, &container).await,
+        _ => Ok(()),
+    };
+    let alone = container.operation.lock().await;
     let record = container.record();
     match record.phase {
         ContainerPhase::Created => {}
         ContainerPhase::Running => return Ok(()),
         _ => return Err(state_error(&record, "start it")),
+    }
+    if let Err(error) = asked {
+        fail(&core, &container, &error).await;
+        drop((alone, held));
+        nri::container_stopped(&core, &container).await;
+        return Err(error);
     }
     let shim = sandbox.living_shim("start a container in it")?;
     let oci_runtime = core.handler(&sandbox.record().handler)?;
@@ -54,10 +67,14 @@ pub(crate) async fn start(core: Arc<Core>, container: Arc<Container>) -> Result<
                 .await?;
             tracing::info!(container.id = %record.id, container.name = %record.metadata().name, "container started");
             view::publish_container(&core, &container, cri::ContainerEventType::ContainerStartedEvent);
+            drop((alone, held));
+            nri::container_started(&core, &container).await;
             Ok(())
         }
         Err(error) => {
             fail(&core, &container, &error).await;
+            drop((alone, held));
+            nri::container_stopped(&core, &container).await;
             Err(error)
         }
     }

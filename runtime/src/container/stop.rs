@@ -9,6 +9,7 @@ use oarlock_shim_api::{ExitRecord, Shim, read_exit_record};
 
 use crate::core::Core;
 use crate::error::Error;
+use crate::nri;
 use crate::record::{ContainerPhase, ContainerRecord};
 use crate::sandbox;
 use crate::state::{Container, blocking, now_nanos};
@@ -23,6 +24,15 @@ const UNKNOWN_REASON: &str = "Unknown";
 /// Stops a container: its stop signal, then after `grace` the end of every process in it. One that does not run is
 /// stopped already. A second call with a shorter grace period is not held up by the first.
 pub(crate) async fn stop(core: Arc<Core>, container: Arc<Container>, grace: Duration) -> Result<(), Error> {
+    end_within(&core, &container, grace).await?;
+    // One that was never started has not ended yet; plugins hear of its end when it is removed.
+    if container.phase() != ContainerPhase::Created {
+        nri::container_stopped(&core, &container).await;
+    }
+    Ok(())
+}
+
+async fn end_within(core: &Arc<Core>, container: &Arc<Container>, grace: Duration) -> Result<(), Error> {
     if container.phase() == ContainerPhase::Starting {
         // Whoever starts it holds the lock until it runs or has failed.
         drop(container.operation.lock().await);
@@ -34,18 +44,18 @@ pub(crate) async fn stop(core: Arc<Core>, container: Arc<Container>, grace: Dura
     let id = record.id.clone();
     let shim = core.index.sandbox(&record.sandbox_id).ok().and_then(|sandbox| sandbox.shim());
     let Some(shim) = shim else {
-        unknown_to_shim(&core, &container).await;
+        unknown_to_shim(core, container).await;
         return Ok(());
     };
     if !grace.is_zero() {
-        signal(&shim, &core, &container, record.stop_signal, false).await?;
+        signal(&shim, core, container, record.stop_signal, false).await?;
         step("the container has its stop signal");
         if tokio::time::timeout(grace, container.ended()).await.is_ok() {
             return Ok(());
         }
         tracing::info!(container.id = %id, ?grace, "container did not end in its grace period and is killed");
     }
-    signal(&shim, &core, &container, libc::SIGKILL, true).await?;
+    signal(&shim, core, container, libc::SIGKILL, true).await?;
     step("the container is killed");
     let limit = KILL_LIMIT;
     tokio::time::timeout(limit, container.ended())
@@ -132,7 +142,10 @@ async fn end(core: &Arc<Core>, container: &Arc<Container>, how: impl FnOnce(&mut
         })
         .await;
     match noted {
-        Ok(_) => view::publish_container(core, container, cri::ContainerEventType::ContainerStoppedEvent),
+        Ok(_) => {
+            view::publish_container(core, container, cri::ContainerEventType::ContainerStoppedEvent);
+            nri::container_exited(core, container);
+        }
         Err(error) => {
             tracing::error!(container.id = %container.id(), error = %error.full_message(), "a container's end is lost");
         }

@@ -9,15 +9,17 @@ use oarlock_proto::cri;
 use super::{bundle, state_error};
 use crate::core::Core;
 use crate::error::Error;
+use crate::nri::Further;
 use crate::record::ContainerPhase;
 use crate::spec::{HostFacts, resources};
 use crate::state::{Container, blocking};
 
-/// Lays `update` over what is in force. Zero and empty fields stay as they are.
+/// Lays `update` over what is in force. Zero and empty fields stay as they are. `further` is what plugins want beside it.
 pub(crate) async fn update(
     core: &Arc<Core>,
     container: &Arc<Container>,
     update: &cri::LinuxContainerResources,
+    further: Further,
 ) -> Result<(), Error> {
     resources::check(update, &core.host)?;
     let _alone = container.operation.lock().await;
@@ -27,11 +29,15 @@ pub(crate) async fn update(
     match record.phase {
         ContainerPhase::Created => {
             let changed = container.change(&core.records, move |record| record.resources = merged).await?;
-            let sandbox = core.index.sandbox(&record.sandbox_id)?.record();
-            bundle::rewrite(core, &changed, &sandbox).await
+            bundle::limit(core, &changed, further).await
         }
         ContainerPhase::Running => {
             let (group, limits) = (record.cgroup.clone(), limits(&merged, update, &core.host));
+            let limits = Limits {
+                pids_max: further.pids_max,
+                memory_reservation_bytes: further.memory_reservation_bytes,
+                ..limits
+            };
             blocking("a control group", move || apply(&group, &limits)).await?;
             step("limits are written");
             container.change(&core.records, move |record| record.resources = merged).await.map(drop)

@@ -114,7 +114,7 @@ fn mapped(wanted: &cri::Mount, source: PathBuf, target: &Path, owner: Option<&Ow
 }
 
 /// Made once: the specification is written anew when resources change.
-fn view(source: &Path, target: &Path, owner: Option<&Owner>) -> Result<PathBuf, Error> {
+pub(super) fn view(source: &Path, target: &Path, owner: Option<&Owner>) -> Result<PathBuf, Error> {
     if !target.exists() {
         idmap::place(source, target, owner.map(Owner::namespace), true)?;
     }

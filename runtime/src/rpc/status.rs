@@ -86,6 +86,12 @@ fn info(core: &Core) -> HashMap<String, String> {
         "seccomp": Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
         "lowestOomScoreAdj": host.oom_score_adj_floor,
         "capabilities": host.capabilities,
+        "nri": {
+            "enabled": core.config.plugins.enabled,
+            "socket": core.config.plugins.socket,
+            "pluginDir": core.config.plugins.plugin_dir,
+            "plugins": core.plugins.count(),
+        },
         "sandboxes": core.index.sandboxes().len(),
         "containers": core.index.containers().len(),
     });

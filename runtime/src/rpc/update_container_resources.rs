@@ -8,6 +8,7 @@ use tonic::Status;
 use crate::container;
 use crate::core::Core;
 use crate::error::Error;
+use crate::nri;
 
 pub(super) async fn update_container_resources(
     core: &Arc<Core>,
@@ -18,7 +19,9 @@ pub(super) async fn update_container_resources(
     }
     let container = core.index.container(&request.container_id)?;
     if let Some(update) = &request.linux {
-        container::update(core, &container, update).await?;
+        let (update, further) = nri::container_updates(core, &container, update).await?;
+        container::update(core, &container, &update, further).await?;
+        nri::container_updated(core, &container).await;
     }
     Ok(cri::UpdateContainerResourcesResponse {})
 }

@@ -9,6 +9,7 @@ use tonic::Status;
 use crate::container::{apply_limits, limits_of};
 use crate::core::Core;
 use crate::error::Error;
+use crate::nri;
 use crate::record::SandboxPhase;
 use crate::spec::resources;
 use crate::state::blocking;
@@ -26,6 +27,7 @@ pub(super) async fn update_pod_sandbox_resources(
     for part in [&request.overhead, &request.resources].into_iter().flatten() {
         resources::check(part, &core.host).map_err(Error::from)?;
     }
+    nri::sandbox_updates(core, &sandbox, request.overhead.as_ref(), request.resources.as_ref()).await?;
     if let Some(update) = request.resources.as_ref().filter(|_| record.owns_cgroup_parent) {
         let (group, limits) = (record.cgroup_parent.clone(), limits_of(update, update, &core.host));
         blocking("a control group", move || apply_limits(&group, &limits)).await?;
@@ -37,5 +39,6 @@ pub(super) async fn update_pod_sandbox_resources(
             linux.resources = request.resources.or(linux.resources.take());
         })
         .await?;
+    nri::sandbox_updated(core, &sandbox).await;
     Ok(cri::UpdatePodSandboxResourcesResponse {})
 }

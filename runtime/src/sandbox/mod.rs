@@ -15,6 +15,7 @@ use oarlock_proto::cri;
 
 use crate::core::Core;
 use crate::error::Error;
+use crate::nri;
 use crate::record::{Kind, SandboxPhase, SandboxRecord, VERSION};
 use crate::spec;
 use crate::spec::mount::SandboxFiles;
@@ -86,6 +87,10 @@ async fn bring_up(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &spec::san
     let joined = make::make(core, sandbox, decision).await?;
     loopback::forward(sandbox, &decision.port_mappings, &joined.ips).await;
     step("host ports are forwarded");
+    // What plugins are told of, they are told from now on.
+    let _held = core.plugins.hold().await;
+    nri::sandbox_runs(core, sandbox, &joined.ips).await?;
+    step("plugins know of the sandbox");
     sandbox
         .change(&core.records, move |record| {
             record.phase = SandboxPhase::Ready;

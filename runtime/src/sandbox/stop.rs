@@ -18,6 +18,7 @@ use crate::container;
 use crate::core::Core;
 use crate::error::Error;
 use crate::mounts;
+use crate::nri;
 use crate::paths::SandboxPaths;
 use crate::record::SandboxPhase;
 use crate::state::{Sandbox, blocking};
@@ -40,6 +41,7 @@ async fn stop_locked(core: &Arc<Core>, sandbox: &Arc<Sandbox>) -> Result<(), Err
     let id = sandbox.id();
     let mut failures = stop_containers(core, &id).instrument(debug_span!("stop containers")).await;
     step("the sandbox's containers are stopped");
+    nri::sandbox_stopped(core, sandbox).await;
     let left = tear_down(core, sandbox).await;
     failures.extend(left.network.into_iter().chain(left.local));
     if !failures.is_empty() {
@@ -76,6 +78,7 @@ pub(crate) async fn remove(core: Arc<Core>, sandbox: Arc<Sandbox>) -> Result<(),
     if !failures.is_empty() {
         return Err(Error::Teardown { operation: format!("remove sandbox {id}"), failures });
     }
+    nri::sandbox_removed(&core, &sandbox).await;
     forget(&core, &id).await?;
     view::publish_sandbox(&core, &sandbox, cri::ContainerEventType::ContainerDeletedEvent);
     core.index.remove_sandbox(&id);

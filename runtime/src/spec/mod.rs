@@ -4,6 +4,7 @@
 //! [`user::Identity`], [`device::HostDevice`]), so every decision can be read and tested here. What is not honoured is
 //! refused ([`SpecError`]), never dropped.
 
+pub(crate) mod adjust;
 pub(crate) mod capability;
 pub(crate) mod cdi;
 pub(crate) mod container;

@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use oarlock_proto::cri;
 use oci_spec::runtime::{
     LinuxCpuBuilder, LinuxDeviceCgroup, LinuxHugepageLimit, LinuxHugepageLimitBuilder, LinuxMemoryBuilder,
-    LinuxResources, LinuxResourcesBuilder,
+    LinuxPidsBuilder, LinuxResources, LinuxResourcesBuilder,
 };
 
 use super::{HostFacts, SpecError};
+use crate::nri::Further;
 
 const FIELD: &str = "linux.resources";
 
@@ -96,6 +97,44 @@ pub(crate) fn to_oci(
         builder = builder.unified(resources.unified.clone().into_iter().collect::<HashMap<_, _>>());
     }
     builder.build().map_err(failed)
+}
+
+/// The resources in force written over those of a specification, whose other limits stay.
+pub(crate) fn renew(
+    current: &LinuxResources,
+    resources: &cri::LinuxContainerResources,
+    host: &HostFacts,
+) -> Result<LinuxResources, SpecError> {
+    let wanted = to_oci(Some(resources), Vec::new(), host)?;
+    let mut renewed = current.clone();
+    if let Some(wanted) = wanted.cpu() {
+        let mut cpu = current.cpu().clone().unwrap_or_default();
+        cpu.set_shares(wanted.shares()).set_quota(wanted.quota()).set_period(wanted.period());
+        cpu.set_cpus(wanted.cpus().clone()).set_mems(wanted.mems().clone());
+        renewed.set_cpu(Some(cpu));
+    }
+    if let Some(wanted) = wanted.memory() {
+        let mut memory = current.memory().unwrap_or_default();
+        memory.set_limit(wanted.limit()).set_swap(wanted.swap());
+        renewed.set_memory(Some(memory));
+    }
+    renewed.set_hugepage_limits(wanted.hugepage_limits().clone());
+    renewed.set_unified(wanted.unified().clone());
+    Ok(renewed)
+}
+
+/// What plugins set beside CRI's resources.
+pub(crate) fn further(mut resources: LinuxResources, further: Further) -> Result<LinuxResources, SpecError> {
+    if let Some(limit) = further.pids_max {
+        let pids = LinuxPidsBuilder::default().limit(limit).build();
+        resources.set_pids(Some(pids.map_err(|error| SpecError::invalid(FIELD, error.to_string()))?));
+    }
+    if let Some(reservation) = further.memory_reservation_bytes {
+        let mut memory = resources.memory().unwrap_or_default();
+        memory.set_reservation(Some(reservation));
+        resources.set_memory(Some(memory));
+    }
+    Ok(resources)
 }
 
 /// Memory and swap together: a container with a memory limit and no word on swap gets no swap.
