@@ -67,7 +67,12 @@ impl Config {
             data_dir: data_dir.to_owned(),
             run_dir: run_dir.to_owned(),
             cni_cache_dir: data_dir.join("cni/cache"),
-            plugins: PluginConfig { socket: Some(run_dir.join("nri.sock")), ..PluginConfig::default() },
+            plugins: PluginConfig {
+                socket: Some(run_dir.join("nri.sock")),
+                plugin_dir: data_dir.join("nri/plugins"),
+                plugin_config_dir: data_dir.join("nri/conf.d"),
+                ..PluginConfig::default()
+            },
             ..Config::default()
         }
     }

@@ -15,7 +15,7 @@ pub struct Config {
     pub plugin_dir: PathBuf,
     /// Where their configuration is, as `NN-name.conf` or `name.conf`.
     pub plugin_config_dir: PathBuf,
-    /// How long a plugin may take to register once it is connected.
+    /// How long a plugin may take to register once it is connected, and how long to take in the state of the runtime.
     pub registration_timeout: Duration,
     /// How long a plugin may take over one request.
     pub request_timeout: Duration,

@@ -47,6 +47,8 @@ pub(crate) struct Plugin {
     events: Mask,
     connection: Connection,
     limit: Duration,
+    /// For being told the whole state of the runtime, which is part of coming to be known and takes longer than one event.
+    state_limit: Duration,
     /// Events that it only knows as state changes.
     by_state_change: AtomicI32,
     /// Killed when the plugin is dropped.
@@ -82,6 +84,7 @@ impl Plugin {
                 events: Mask::ALL,
                 connection,
                 limit: config.request_timeout,
+                state_limit: config.request_timeout.max(config.registration_timeout),
                 by_state_change: AtomicI32::new(0),
                 _child: launched.map(|launched| launched.child),
             };
@@ -231,8 +234,8 @@ impl Plugin {
         let method = "Synchronize";
         let mut updates = Vec::new();
         for request in synchronize::cut(pods, containers) {
-            let answer: api::SynchronizeResponse =
-                self.call(method, &request).await.map_err(|source| self.failed(method, source))?;
+            let answer = self.connection.call(PLUGIN_SERVICE, method, &request, self.state_limit).await;
+            let answer: api::SynchronizeResponse = answer.map_err(|source| self.failed(method, source))?;
             if request.more && (!answer.update.is_empty() || !answer.more) {
                 let problem = "does not take its state in several messages".to_owned();
                 return Err(Error::Answer { plugin: self.name.clone(), problem });

@@ -122,6 +122,13 @@ impl Daemon {
         let (_, task) = self.running.take().expect("the daemon runs");
         task.abort();
         let _ = task.await;
+        // A process would be gone by now; in this one the tasks that the daemon left end by themselves.
+        let socket = self.path().join("run/nri.sock");
+        let deadline = Instant::now() + LIMIT;
+        while std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+            assert!(Instant::now() < deadline, "plugins can still connect");
+            tokio::task::yield_now().await;
+        }
     }
 
     async fn finish(mut self) {
