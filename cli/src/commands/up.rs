@@ -33,8 +33,7 @@ use crate::config::{ConfigFlags, Settings};
 use crate::{host, pki};
 
 /// The plugins in our multi-call CNI program.
-const CNI_PLUGINS: &[&str] =
-    &["bandwidth", "bridge", "firewall", "host-local", "loopback", "portmap", "tuning"];
+const CNI_PLUGINS: &[&str] = &["bandwidth", "bridge", "firewall", "host-local", "loopback", "portmap", "tuning"];
 /// How long a daemon may take to say that it is ready.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 
