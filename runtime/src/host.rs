@@ -1,10 +1,12 @@
-//! Reads what decisions need to know about the host ([`HostFacts`]). Decides nothing.
+//! Reads what decisions need to know about the host ([`HostFacts`]). Decides nothing; what must be in the kernel for one of
+//! the facts to be true is put there.
 
 use std::fs;
 use std::path::Path;
 
 use oarlock_cgroup::Layout;
 
+use crate::apparmor;
 use crate::error::Error;
 use crate::idmap;
 use crate::spec::{HostFacts, capability};
@@ -26,7 +28,8 @@ pub(crate) fn facts(images: &Path) -> Result<HostFacts, Error> {
         capabilities: capability::of_mask(mask),
         oom_score_adj_floor: floor,
         no_user_namespaces: idmap::obstacle(images),
-        apparmor: fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|on| on.starts_with('Y')),
+        apparmor: apparmor::is_enabled(),
+        apparmor_default: apparmor::load_default(),
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
         hostname: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
     })

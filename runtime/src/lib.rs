@@ -5,6 +5,7 @@
 //! `sandbox` and `container` carry decisions out; `rpc` has one file a call. This crate makes no container itself:
 //! it asks the pod's shim. It never calls setns: it asks `oarlock-netns`.
 
+mod apparmor;
 mod backend;
 mod cdi;
 mod config;

@@ -24,6 +24,7 @@ use crate::{build, packages, step, target_dir};
 const SUITE: &str = "trixie";
 /// What is installed in the guest beside the minimal system.
 const PACKAGES: &[&str] = &[
+    "apparmor",
     "ca-certificates",
     "conntrack",
     "crun",

@@ -54,6 +54,7 @@ pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<Exit
     step("links", remove_bridge());
     step("proxy", oarlock_netproxy::remove_everything(&netproxy::proxy_config(settings)).map_err(anyhow::Error::from));
     step("nftables", remove_tables());
+    step("AppArmor", remove_profile());
     step("files", remove_files(settings, &logs));
     if problems.is_empty() {
         println!("reset: nothing of {} is left", settings.layout.data_dir().display());
@@ -231,6 +232,18 @@ fn remove_tables() -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Takes the runtime's profile for containers out of the kernel.
+fn remove_profile() -> anyhow::Result<()> {
+    const PROFILE: &str = "oarlock-default";
+    let directory = Path::new("/sys/kernel/security/apparmor");
+    let loaded = fs::read_to_string(directory.join("profiles")).unwrap_or_default();
+    if !loaded.lines().any(|line| line.split(' ').next() == Some(PROFILE)) {
+        return Ok(());
+    }
+    fs::write(directory.join(".remove"), PROFILE)
+        .with_context(|| format!("cannot remove the AppArmor profile {PROFILE}"))
 }
 
 fn remove_files(settings: &Settings, logs: &[PathBuf]) -> anyhow::Result<()> {

@@ -13,6 +13,8 @@ use super::image::{self, Defaults, OwnVariables};
 use super::mount::{self, SandboxFiles, Volume};
 use super::namespace::{self, Pinned, UserMapping};
 use super::user::Identity;
+use crate::apparmor::DEFAULT_PROFILE;
+
 use super::{HostFacts, SpecError, capability, resources, seccomp};
 
 /// Everything that decides a container's specification.
@@ -105,26 +107,31 @@ fn check_security(context: &cri::LinuxContainerSecurityContext, host: &HostFacts
     apparmor(context, host).map(drop)
 }
 
-/// The AppArmor profile to run under. Where the host has no AppArmor, only a profile by name is refused.
+/// The AppArmor profile to run under. A container that names none gets the runtime's own where that is loaded; where the host
+/// has no AppArmor, only a profile by name is refused.
 #[allow(deprecated, reason = "older clients only set apparmor_profile")]
 fn apparmor(context: &cri::LinuxContainerSecurityContext, host: &HostFacts) -> Result<Option<String>, SpecError> {
     let field = "linux.security_context.apparmor";
-    let (kind, name) = match &context.apparmor {
-        Some(profile) => (ProfileType::try_from(profile.profile_type), profile.localhost_ref.as_str()),
-        None => match context.apparmor_profile.as_str() {
-            "" | "unconfined" => (Ok(ProfileType::Unconfined), ""),
-            "runtime/default" => (Ok(ProfileType::RuntimeDefault), ""),
-            other => (Ok(ProfileType::Localhost), other),
-        },
+    let own = || host.apparmor_default.then(|| DEFAULT_PROFILE.to_owned());
+    let (kind, name) = match (&context.apparmor, context.apparmor_profile.as_str()) {
+        (Some(profile), _) => (ProfileType::try_from(profile.profile_type), profile.localhost_ref.as_str()),
+        (None, "") if context.privileged => return Ok(None),
+        (None, "") => return Ok(own()),
+        (None, "unconfined") => (Ok(ProfileType::Unconfined), ""),
+        (None, "runtime/default") => (Ok(ProfileType::RuntimeDefault), ""),
+        (None, other) => (Ok(ProfileType::Localhost), other),
     };
     let name = name.strip_prefix("localhost/").unwrap_or(name);
     match kind {
         _ if context.privileged => Ok(None),
         Ok(ProfileType::Unconfined) => Ok(host.apparmor.then(|| "unconfined".to_owned())),
         Ok(ProfileType::RuntimeDefault) if !host.apparmor => Ok(None),
-        Ok(ProfileType::RuntimeDefault) => {
-            Err(SpecError::unsupported(field, "this runtime brings no AppArmor profile of its own"))
-        }
+        Ok(ProfileType::RuntimeDefault) => own().map(Some).ok_or_else(|| {
+            SpecError::unsupported(
+                field,
+                format!("the profile {DEFAULT_PROFILE} is not loaded: is the package apparmor installed?"),
+            )
+        }),
         Ok(ProfileType::Localhost) if !host.apparmor => Err(SpecError::unsupported(field, "this host has no AppArmor")),
         Ok(ProfileType::Localhost) if name.is_empty() => Err(SpecError::invalid(field, "the profile has no name")),
         Ok(ProfileType::Localhost) => Ok(Some(name.to_owned())),
@@ -314,5 +321,34 @@ mod tests {
             context.apparmor = Some(cri::SecurityProfile { profile_type: localhost, localhost_ref: "p".into() });
         });
         assert!(check(&profile, &host).is_err());
+    }
+
+    #[test]
+    fn a_container_gets_the_profile_it_names_or_the_runtimes_own() {
+        use ProfileType::{Localhost, RuntimeDefault, Unconfined};
+        let host = |apparmor, apparmor_default| HostFacts { apparmor, apparmor_default, ..HostFacts::default() };
+        let of = |kind: Option<(ProfileType, &str)>, privileged, host: &HostFacts| {
+            let profile = |(kind, name): (ProfileType, &str)| cri::SecurityProfile {
+                profile_type: kind as i32,
+                localhost_ref: name.to_owned(),
+            };
+            let context = cri::LinuxContainerSecurityContext {
+                apparmor: kind.map(profile),
+                privileged,
+                ..cri::LinuxContainerSecurityContext::default()
+            };
+            apparmor(&context, host).map_err(|_| ())
+        };
+        let some = |name: &str| Ok(Some(name.to_owned()));
+        let (none, bare, full) = (host(false, false), host(true, false), host(true, true));
+        assert_eq!(of(None, false, &full), some(DEFAULT_PROFILE));
+        assert_eq!(of(Some((RuntimeDefault, "")), false, &full), some(DEFAULT_PROFILE));
+        assert_eq!(of(Some((Localhost, "mine")), false, &full), some("mine"));
+        assert_eq!(of(Some((Unconfined, "")), false, &full), some("unconfined"));
+        assert_eq!(of(None, true, &full), Ok(None));
+        assert_eq!(of(None, false, &bare), Ok(None));
+        assert_eq!(of(Some((RuntimeDefault, "")), false, &bare), Err(()));
+        assert_eq!(of(Some((RuntimeDefault, "")), false, &none), Ok(None));
+        assert_eq!(of(Some((Localhost, "mine")), false, &none), Err(()));
     }
 }

@@ -60,6 +60,8 @@ pub(crate) struct HostFacts {
     /// Why pods cannot have user namespaces; None where they can.
     pub no_user_namespaces: Option<String>,
     pub apparmor: bool,
+    /// The runtime's own AppArmor profile is in the kernel.
+    pub apparmor_default: bool,
     pub selinux: bool,
     /// The host's own name.
     pub hostname: String,

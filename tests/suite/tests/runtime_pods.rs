@@ -399,3 +399,46 @@ fn a_vendor_s_device_comes_with_what_its_file_says() {
         daemon
     });
 }
+
+/// On a host with AppArmor and its parser; without either, what must not be taken for confinement.
+#[test]
+fn containers_run_under_the_apparmor_profile_they_get() {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let enabled = read("/sys/module/apparmor/parameters/enabled").starts_with('Y');
+    let confined = enabled && std::path::Path::new("/usr/sbin/apparmor_parser").exists();
+    with_daemon("apparmor", move |mut daemon| async move {
+        let sandbox = daemon.sandbox("apparmor").await;
+        let named = |name: &str, profile: Option<(cri::security_profile::ProfileType, &str)>| {
+            let mut config = container_config(name, &["sleep"]);
+            let context = config.linux.get_or_insert_default().security_context.get_or_insert_default();
+            context.apparmor = profile
+                .map(|(kind, name)| cri::SecurityProfile { profile_type: kind as i32, localhost_ref: name.to_owned() });
+            config
+        };
+        use cri::security_profile::ProfileType::{Localhost, Unconfined};
+        let default = daemon.container(&sandbox, named("default", None)).await;
+        let free = daemon.container(&sandbox, named("free", Some((Unconfined, "")))).await;
+        if enabled {
+            // The first process's label, and that of an exec.
+            let expected = if confined { "oarlock-default (enforce)" } else { "unconfined" };
+            for label in ["/proc/1/attr/current", "/proc/self/attr/current"] {
+                assert_eq!(daemon.output(&default, &["cat", label]).await.trim(), expected, "{label}");
+                assert_eq!(daemon.output(&free, &["cat", label]).await.trim(), "unconfined", "{label}");
+            }
+        }
+        let refused = match daemon.create(&sandbox, named("absent", Some((Localhost, "no-such-profile")))).await {
+            Ok(id) => daemon.start_container(&id).await.unwrap_err(),
+            Err(refused) => refused,
+        };
+        let reason = if enabled { "no-such-profile" } else { "AppArmor" };
+        assert!(refused.message().contains(reason), "{refused}");
+        // The profile lets the signal through that stops it.
+        let stop = cri::StopContainerRequest { container_id: default.clone(), timeout: 20 };
+        let before = Instant::now();
+        daemon.runtime.stop_container(stop).await.unwrap();
+        assert!(before.elapsed() < LIMIT);
+        let status = daemon.status(&default).await;
+        assert_eq!(status.exit_code, 0, "{status:?}");
+        daemon
+    });
+}
