@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
 use oarlock_cni::CniClient;
 use oarlock_images::{ImageStore, MirrorRule, RegistryConfig};
 use oarlock_nri::Plugins;
@@ -50,6 +51,7 @@ impl Runtime {
     /// returns clients can connect; they are answered once the daemon runs.
     pub async fn new(config: Config) -> Result<Runtime, Error> {
         check(&config)?;
+        make_room()?;
         let paths = Paths::new(&config.data_dir, &config.run_dir);
         let lock = take_directories(&config, &paths)?;
         let records = Arc::new(Store::open(&paths.records())?);
@@ -165,11 +167,25 @@ fn check(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
+/// In a container with a cgroup namespace of its own there is none for groups until its processes have moved.
+fn make_room() -> Result<(), Error> {
+    let moved = oarlock_cgroup::make_room().map_err(|source| Error::Cgroup {
+        operation: "make room below",
+        group: "/".to_owned(),
+        source,
+    })?;
+    if moved {
+        tracing::info!("the processes of this container are in the control group `init` now, beside those of pods");
+    }
+    Ok(())
+}
+
 /// Makes the directories, readable by root alone, and locks them.
 fn take_directories(config: &Config, paths: &Paths) -> Result<Flock<fs::File>, Error> {
     for directory in [&config.data_dir, &config.run_dir] {
         fs::create_dir_all(directory).map_err(Error::io("create", directory))?;
     }
+    can_hold_layers(&config.data_dir)?;
     for directory in [paths.records(), paths.volumes(), paths.sandboxes(), paths.containers(), paths.engine()] {
         fs::create_dir_all(&directory).map_err(Error::io("create", &directory))?;
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o711))
@@ -189,6 +205,19 @@ fn take_directories(config: &Config, paths: &Paths) -> Result<Flock<fs::File>, E
         }
         errno => Error::io("lock", path)(errno.into()),
     })
+}
+
+/// The kernel does not write to an overlay through another, and a container's root file system is one.
+fn can_hold_layers(data_dir: &Path) -> Result<(), Error> {
+    let kind = statfs(data_dir).map_err(|errno| Error::io("look at", data_dir)(errno.into()))?.filesystem_type();
+    if kind != OVERLAYFS_SUPER_MAGIC {
+        return Ok(());
+    }
+    let problem = format!(
+        "{} is on an overlay file system, as in a container: put a volume or another file system there",
+        data_dir.display()
+    );
+    Err(Error::Configuration { field: "data_dir", problem })
 }
 
 fn registries(config: &Config) -> RegistryConfig {

@@ -19,6 +19,7 @@ mod limits;
 mod moves;
 mod oom;
 mod path;
+mod room;
 mod stats;
 
 pub use error::CgroupError;
@@ -28,4 +29,5 @@ pub use limits::Limits;
 pub use moves::MoveLock;
 pub use oom::OomWatch;
 pub use path::translate;
+pub use room::make_room;
 pub use stats::Stats;
