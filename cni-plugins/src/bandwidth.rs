@@ -18,13 +18,17 @@ const PREFIX: &str = "bwp";
 /// How long a packet waits for tokens at most.
 const LATENCY_MICROSECONDS: u64 = 25_000;
 
-/// Bits each second, and bits that may pass at once.
+/// Bits each second, and bits that may pass at once. containerd begins these names with capitals.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Limits {
+    #[serde(alias = "IngressRate")]
     ingress_rate: u64,
+    #[serde(alias = "IngressBurst")]
     ingress_burst: u64,
+    #[serde(alias = "EgressRate")]
     egress_rate: u64,
+    #[serde(alias = "EgressBurst")]
     egress_burst: u64,
 }
 

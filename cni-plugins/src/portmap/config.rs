@@ -68,16 +68,17 @@ struct RuntimeConfig {
     port_mappings: Vec<RawMapping>,
 }
 
+/// containerd begins these names with capitals, which does not matter to plugins written in Go.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RawMapping {
-    #[serde(default)]
+    #[serde(default, alias = "HostPort")]
     host_port: i64,
-    #[serde(default)]
+    #[serde(default, alias = "ContainerPort")]
     container_port: i64,
-    #[serde(default)]
+    #[serde(default, alias = "Protocol")]
     protocol: Option<String>,
-    #[serde(default, rename = "hostIP")]
+    #[serde(default, rename = "hostIP", alias = "HostIP")]
     host_ip: Option<String>,
 }
 

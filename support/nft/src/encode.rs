@@ -31,6 +31,7 @@ pub(crate) const ELEMENT_DATA: u16 = 2;
 pub(crate) const ELEMENT_TIMEOUT: u16 = 4;
 pub(crate) const ELEMENT_EXPIRATION: u16 = 5;
 pub(crate) const ELEMENT_USERDATA: u16 = 6;
+const SET_USERDATA: u16 = 13;
 pub(crate) const DATA_VALUE: u16 = 1;
 pub(crate) const DATA_VERDICT: u16 = 2;
 pub(crate) const VERDICT_CODE: u16 = 1;
@@ -206,6 +207,12 @@ fn write_set(w: &mut Writer, table: &Table, set: &Set, id: u32) {
             w.be32(7, fields_len(fields));
         }
         None => {}
+    }
+    if set.key == [crate::key::Field::LinkName] {
+        // For nft alone, which takes a name for a number of the other byte order otherwise.
+        const HOST_ORDER: u32 = 1;
+        let order = HOST_ORDER.to_ne_bytes();
+        w.attribute(SET_USERDATA, &[0, 4, order[0], order[1], order[2], order[3]]);
     }
     if let Some(size) = set.size {
         w.nest(9, |w| w.be32(1, size));

@@ -191,6 +191,10 @@ fn bridges_of_the_same_policy_are_kept_apart_and_inside_one_everything_passes() 
         assert!(flushed.unwrap().success());
         let drift = caller.call("CHECK", "a", config("one"), Some(&one)).unwrap_err();
         assert_eq!(drift, "br-one is not in firewall-bridges");
+        let listed =
+            Command::new("nft").args(["list", "set", "ip", "oarlock-cni", "firewall-bridges"]).output().unwrap();
+        let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+        assert!(listed.contains("\"br-one\"") && listed.contains("\"br-two\""), "nft can read it: {listed}");
         Connection::open(Protocol::Route).unwrap().delete_link_by_name("br-one").unwrap();
         caller.call("DEL", "a", config("one"), Some(&one)).unwrap();
         let listed = Command::new("nft").args(["list", "table", "ip", "oarlock-cni"]).output().unwrap();
