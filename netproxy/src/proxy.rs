@@ -15,7 +15,7 @@ use crate::announce::{self, Identity};
 use crate::cluster::Cluster;
 use crate::config::{Config, Network};
 use crate::conntrack::Scope;
-use crate::dns::{DnsServer, StubDomains, Upstream, Zone};
+use crate::dns::{self, DnsServer, StubDomains, Upstream, Zone};
 use crate::health::{self, Status};
 use crate::host::{self, SysctlError};
 use crate::hub::{self, Hub, Outputs};
@@ -87,8 +87,9 @@ impl Netproxy {
             service_cidrs: config.networks.iter().map(|network| network.service_cidr).collect(),
             dns_addresses: dns_addresses.clone(),
         };
-        let upstream = Upstream::new(&config.upstream_resolv_conf, dns_addresses.clone(), stub_domains(&config)?);
-        let dns = Arc::new(DnsServer::new(zone, cluster.clone(), upstream));
+        let upstream =
+            Arc::new(Upstream::new(&config.upstream_resolv_conf, dns_addresses.clone(), stub_domains(&config)?));
+        let dns = Arc::new(DnsServer::new(zone, cluster.clone(), upstream.clone()));
 
         let mut tasks = Tasks::new(shutdown.child_token());
         let token = tasks.token();
@@ -131,6 +132,7 @@ impl Netproxy {
         for address in &dns_addresses {
             tasks.spawn("cluster DNS", infallible(serve_dns(dns.clone(), *address, token.clone())));
         }
+        tasks.spawn("DNS loops", infallible(dns::watch_loops(upstream, token.clone())));
         tasks.spawn("DNS Service", infallible(dns_service::keep(client, dns_addresses, token.clone())));
         tasks.spawn("balancer health", infallible(balancer_health::run(balancers, status.clone(), token.clone())));
         tasks.spawn("health", health::run(config.health_listen, status, dns, token));

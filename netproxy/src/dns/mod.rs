@@ -13,13 +13,15 @@
 //! they are delivered locally, so the replacement takes over by itself.
 //!
 //! `answer` is pure: a question and the cluster's state in, records out. `server` owns sockets, `upstream` forwarding and its
-//! cache.
+//! cache, `loops` what would never be answered.
 
 mod answer;
 mod cache;
+mod loops;
 mod server;
 mod upstream;
 
 pub use answer::Zone;
+pub use loops::watch as watch_loops;
 pub use server::{Counts, DnsServer};
 pub use upstream::{StubDomains, Upstream};

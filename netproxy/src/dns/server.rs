@@ -39,7 +39,7 @@ pub enum DnsServerError {
 pub struct DnsServer {
     zone: Zone,
     cluster: Arc<RwLock<Cluster>>,
-    upstream: Upstream,
+    upstream: Arc<Upstream>,
     answered: AtomicU64,
     forwarded: AtomicU64,
 }
@@ -69,7 +69,7 @@ enum Immediate {
 }
 
 impl DnsServer {
-    pub fn new(zone: Zone, cluster: Arc<RwLock<Cluster>>, upstream: Upstream) -> DnsServer {
+    pub fn new(zone: Zone, cluster: Arc<RwLock<Cluster>>, upstream: Arc<Upstream>) -> DnsServer {
         DnsServer { zone, cluster, upstream, answered: AtomicU64::new(0), forwarded: AtomicU64::new(0) }
     }
 
@@ -210,6 +210,10 @@ impl DnsServer {
                         return Immediate::Message(response);
                     }
                     name = target;
+                }
+                Answer::NotOurs if self.upstream.loops.hear(&name) => {
+                    response.metadata.response_code = ResponseCode::NXDomain;
+                    return Immediate::Message(response);
                 }
                 Answer::NotOurs => return self.forward(response, name, query, request),
             }

@@ -19,10 +19,11 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::cache::{Cache, Question};
+use super::loops::Loops;
 
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 const MAX_SERVERS: usize = 3;
-/// Questions under way at once. It also ends a loop, should two resolvers ask each other in a circle.
+/// Questions under way at once. It also bounds a loop until it is found.
 const MAX_PENDING: usize = 512;
 /// How long a resolver that did not answer is asked last.
 const GRUDGE: Duration = Duration::from_secs(10);
@@ -68,6 +69,7 @@ pub struct Upstream {
     pub counts: Counts,
     cache: Mutex<Cache>,
     pending: Semaphore,
+    pub loops: Loops,
 }
 
 #[derive(Debug, Default)]
@@ -91,6 +93,7 @@ impl Upstream {
             counts: Counts::default(),
             cache: Mutex::default(),
             pending: Semaphore::new(MAX_PENDING),
+            loops: Loops::default(),
         }
     }
 
@@ -151,8 +154,18 @@ impl Upstream {
     fn servers_for(&self, name: &Name) -> Vec<SocketAddr> {
         let stub = self.stubs.iter().find(|(domain, _)| domain.zone_of(name));
         let mut servers = stub.map_or_else(|| self.servers(), |(_, servers)| servers.clone());
+        servers.retain(|server| !self.loops.is_looping(server));
         let silent = self.silent.lock();
         servers.sort_by_key(|server| silent.get(server).is_some_and(|since| since.elapsed() < GRUDGE));
+        servers
+    }
+
+    /// All servers that anything may be asked of.
+    pub fn all_servers(&self) -> Vec<SocketAddr> {
+        let mut servers = self.servers();
+        servers.extend(self.stubs.iter().flat_map(|(_, servers)| servers));
+        servers.sort();
+        servers.dedup();
         servers
     }
 
@@ -185,7 +198,7 @@ fn parse(resolv_conf: &str, own: &[IpAddr]) -> Vec<SocketAddr> {
 }
 
 /// Asks one server, by TCP when the answer does not fit into a datagram.
-async fn ask(server: SocketAddr, query: &Query, dnssec: bool) -> Result<Message, UpstreamError> {
+pub async fn ask(server: SocketAddr, query: &Query, dnssec: bool) -> Result<Message, UpstreamError> {
     let mut question = Message::query();
     question.metadata.recursion_desired = true;
     question.add_query(query.clone());

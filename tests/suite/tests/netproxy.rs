@@ -8,6 +8,8 @@ use std::collections::HashSet;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, at, endpoint_list, parse, port, read_answer};
@@ -28,6 +30,7 @@ in_each_mode! {
     rules_come_back_after_an_outside_flush
     nft_lists_what_the_proxy_wrote
     names_are_answered_to_pods_and_the_node_but_not_outside
+    resolvers_in_a_circle_are_left_out_and_sound_ones_are_asked
     the_node_gets_its_cni_configuration_and_everything_can_be_removed
     only_allowed_sources_reach_a_load_balancers_address
     balancers_are_told_whether_the_node_has_endpoints
@@ -286,6 +289,71 @@ fn names_are_answered_to_pods_and_the_node_but_not_outside(world: &mut World, fa
     let addresses = kube_dns["spec"]["clusterIPs"].as_array().unwrap();
     assert!(addresses.contains(&json!(family.service(10).to_string())), "{addresses:?}");
     assert_eq!(addresses.len(), world.families.len());
+}
+
+/// Passes questions on, and answers back; counts them.
+fn relay(at: SocketAddr, to: SocketAddr) -> Arc<AtomicUsize> {
+    let socket = UdpSocket::bind(at).unwrap();
+    let count = Arc::new(AtomicUsize::new(0));
+    let counter = count.clone();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((length, asker)) = socket.recv_from(&mut buffer) {
+            counter.fetch_add(1, Ordering::SeqCst);
+            let (question, back) = (buffer[..length].to_vec(), socket.try_clone().unwrap());
+            std::thread::spawn(move || {
+                let next = UdpSocket::bind((asker.ip(), 0)).ok()?;
+                next.set_read_timeout(Some(Duration::from_secs(2))).ok()?;
+                next.send_to(&question, to).ok()?;
+                let mut answer = [0; 1500];
+                let length = next.recv(&mut answer).ok()?;
+                back.send_to(&answer[..length], asker).ok()
+            });
+        }
+    });
+    count
+}
+
+/// A resolver for which every name has one address.
+fn resolver(at: SocketAddr, address: IpAddr) {
+    let socket = UdpSocket::bind(at).unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((length, asker)) = socket.recv_from(&mut buffer) {
+            let labels = buffer[12..length].iter().position(|byte| *byte == 0).unwrap();
+            let mut answer = buffer[..12 + labels + 5].to_vec();
+            answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+            let bytes = oarlock_netlink::wire::address_bytes(address);
+            let kind = if address.is_ipv4() { 1 } else { 28 };
+            answer.extend([0xc0, 12, 0, kind, 0, 1, 0, 0, 0, 5, 0, bytes.len() as u8]);
+            answer.extend(bytes);
+            let _ = socket.send_to(&answer, asker);
+        }
+    });
+}
+
+fn resolvers_in_a_circle_are_left_out_and_sound_ones_are_asked(world: &mut World, family: Family) {
+    let file = world.directory.path().join("resolv.conf");
+    // This node's DNS asks the first, which asks the second, which asks this node's DNS.
+    let second = SocketAddr::new(family.loopback(), 5353);
+    let count = relay(SocketAddr::new(family.loopback(), 53), second);
+    relay(second, (family.service(10), 53).into());
+    std::fs::write(&file, format!("nameserver {}\n", family.loopback())).unwrap();
+    wait_for("the first question that goes in a circle", TIMEOUT, || {
+        resolve(family, None, "circle.example");
+        (count.load(Ordering::SeqCst) > 0).then_some(())
+    });
+    wait_for("the circle to be found", TIMEOUT, || {
+        let before = count.load(Ordering::SeqCst);
+        let answer = resolve(family, None, "other.example");
+        (answer == Some(vec![]) && count.load(Ordering::SeqCst) == before).then_some(())
+    });
+    resolver((family.node(), 53).into(), family.outside());
+    std::fs::write(&file, format!("nameserver {}\nnameserver {}\n", family.loopback(), family.node())).unwrap();
+    wait_for("the sound resolver", TIMEOUT, || {
+        (resolve(family, Some("client"), "sound.example") == Some(vec![family.outside()])).then_some(())
+    });
+    std::fs::write(&file, "# nothing to ask\n").unwrap();
 }
 
 fn the_node_gets_its_cni_configuration_and_everything_can_be_removed(world: &mut World, family: Family) {

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Pod, Service};
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort, EndpointSlice};
+use k8s_openapi::api::discovery::v1::{
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
 
@@ -179,6 +181,7 @@ fn endpoint(service: &Service, pod: &Pod, address: &str, zone_of: impl Fn(&str) 
     let (serving, terminating) = (is_ready(pod), is_terminating(pod));
     let ready = backends::publishes_unready(service) || (serving && !terminating);
     let node = backends::node(pod);
+    let zone = node.as_deref().and_then(zone_of);
     Endpoint {
         addresses: vec![address.to_owned()],
         conditions: Some(EndpointConditions {
@@ -187,10 +190,25 @@ fn endpoint(service: &Service, pod: &Pod, address: &str, zone_of: impl Fn(&str) 
             terminating: Some(terminating),
         }),
         hostname: backends::hostname(pod, service),
-        zone: node.as_deref().and_then(zone_of),
+        hints: if ready { hints(service, zone.as_deref(), node.as_deref()) } else { None },
+        zone,
         node_name: node,
         target_ref: Some(backends::target(pod)),
         ..Default::default()
+    }
+}
+
+/// Whom the endpoint is meant for, where the Service prefers near ones: its own zone, and for the nearest its own node.
+fn hints(service: &Service, zone: Option<&str>, node: Option<&str>) -> Option<EndpointHints> {
+    let distribution = service.spec.as_ref()?.traffic_distribution.as_deref()?;
+    let for_zones = || zone.map(|zone| vec![ForZone { name: zone.to_owned() }]);
+    match distribution {
+        "PreferClose" | "PreferSameZone" => Some(EndpointHints { for_zones: Some(for_zones()?), for_nodes: None }),
+        "PreferSameNode" => {
+            let for_nodes = Some(vec![ForNode { name: node?.to_owned() }]);
+            Some(EndpointHints { for_zones: for_zones(), for_nodes })
+        }
+        _ => None,
     }
 }
 
@@ -304,6 +322,35 @@ mod tests {
         assert_eq!((first.hostname.as_deref(), first.zone.as_deref()), (Some("h"), Some("z1")));
         assert_eq!(plan.create[0].labels()["team"], "x");
         assert_eq!(plan.create[0].labels()[SERVICE_NAME_LABEL], "web");
+    }
+
+    #[test]
+    fn near_endpoints_are_meant_for_their_own_zone_or_node() {
+        let pods = [pod(0, true, false), pod(1, false, false)];
+        let hints = |distribution: Option<&str>, zone: Option<&str>| {
+            let service = service(json!({"ports": [{"port": 80}], "trafficDistribution": distribution}));
+            let plan = plan(&service, &pods, &[], |_| zone.map(str::to_owned));
+            let shown = plan.create[0].endpoints.as_ref().unwrap().iter().map(|endpoint| endpoint.hints.clone());
+            let [ready, not_ready] = shown.collect::<Vec<_>>().try_into().unwrap();
+            assert_eq!(not_ready, None, "only ready endpoints are meant for anybody");
+            serde_json::to_value(ready).unwrap()
+        };
+        let (zone, node) = (json!([{"name": "z1"}]), json!([{"name": "n"}]));
+        assert_eq!(hints(None, Some("z1")), Value::Null);
+        for distribution in ["PreferClose", "PreferSameZone"] {
+            assert_eq!(hints(Some(distribution), Some("z1")), json!({"forZones": zone}));
+            assert_eq!(hints(Some(distribution), None), Value::Null);
+        }
+        assert_eq!(hints(Some("PreferSameNode"), Some("z1")), json!({"forZones": zone, "forNodes": node}));
+        assert_eq!(hints(Some("PreferSameNode"), None), json!({"forNodes": node}));
+    }
+
+    #[test]
+    fn a_service_that_prefers_near_endpoints_from_now_on_is_written_once_more() {
+        let plain = service(json!({"ports": [{"port": 80}]}));
+        let slices = carry_out(plan_of(&plain, &[pod(0, true, false)], &[]), &[], &mut 0);
+        let near = service(json!({"ports": [{"port": 80}], "trafficDistribution": "PreferSameZone"}));
+        assert_eq!(plan_of(&near, &[pod(0, true, false)], &slices).update.len(), 1);
     }
 
     #[test]
