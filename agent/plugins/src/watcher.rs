@@ -153,17 +153,16 @@ async fn dismiss(kind: &str, plugin: &Plugin, takers: &Takers) {
     }
 }
 
-/// Lets go of plugins whose socket went or was made anew.
+/// Lets go of plugins whose socket went; one that was made anew is asked again, and is as it was until it has answered.
 async fn dismiss_gone(known: &mut HashMap<PathBuf, Known>, found: &BTreeMap<PathBuf, Stamp>, takers: &Takers) {
-    let gone: Vec<PathBuf> = known
-        .iter()
-        .filter(|(path, entry)| found.get(*path) != Some(&entry.stamp))
-        .map(|(path, _)| path.clone())
-        .collect();
+    for (path, entry) in known.iter_mut() {
+        if let Some(stamp) = found.get(path).filter(|stamp| **stamp != entry.stamp) {
+            *entry = Known { stamp: *stamp, failures: 0, retry_at: Some(Instant::now()), ..entry.clone() };
+        }
+    }
+    let gone: Vec<PathBuf> = known.keys().filter(|path| !found.contains_key(*path)).cloned().collect();
     for path in gone {
-        let Some(entry) = known.remove(&path) else { continue };
-        // One that came back at once is taken again as the same.
-        if let Some((kind, plugin)) = entry.taken.filter(|_| !found.contains_key(&path)) {
+        if let Some((kind, plugin)) = known.remove(&path).and_then(|entry| entry.taken) {
             dismiss(&kind, &plugin, takers).await;
         }
     }
@@ -195,7 +194,7 @@ fn sockets(directory: &Path) -> BTreeMap<PathBuf, Stamp> {
     let mut found = BTreeMap::new();
     search(directory, DEPTH, &mut |path, meta| {
         if meta.file_type().is_socket() {
-            found.insert(path.to_owned(), (meta.ino(), meta.ctime(), meta.ctime_nsec()));
+            found.insert(path.to_owned(), (meta.ino(), meta.mtime(), meta.mtime_nsec()));
         }
     });
     found
