@@ -14,6 +14,7 @@ use tokio_util::io::{StreamReader, SyncIoBridge};
 use crate::layers::{Layers, Pending, Wanted};
 use crate::manifest::{self, DOCUMENT_BYTES_MAX, Document};
 use crate::registry::Source;
+use crate::unfinished::Part;
 use crate::{ImageError, Progress, ProgressSink, Reference};
 
 /// Layers on their way at the same time, for one image.
@@ -88,12 +89,26 @@ async fn fetch_from(
         progress,
         Progress::Layers { count: missing.len(), bytes: missing.iter().map(|layer| layer.size_bytes).sum() },
     );
-    let pending = futures::stream::iter(missing)
+    let pending = parking_lot::Mutex::new(Vec::new());
+    let fetched = futures::stream::iter(missing)
         .map(|layer| async move { retry(|| one_layer(source, &layer, layers, progress)).await })
         .buffer_unordered(PARALLEL)
-        .try_collect()
-        .await?;
-    Ok(Fetched { id, config, digest, size_bytes, chain_ids, pending })
+        .try_for_each(|layer| {
+            pending.lock().push(layer);
+            std::future::ready(Ok(()))
+        })
+        .await;
+    let pending = pending.into_inner();
+    match fetched {
+        Ok(()) => Ok(Fetched { id, config, digest, size_bytes, chain_ids, pending }),
+        Err(error) => {
+            // Of an image that cannot be had nothing stays; of one that may be had later, what is whole.
+            if matches!(error, ImageError::Registry { .. }) {
+                pending.into_iter().for_each(Pending::keep);
+            }
+            Err(error)
+        }
+    }
 }
 
 /// The manifest for this machine, and the digest of the document the reference names.
@@ -118,7 +133,7 @@ async fn manifest_of(source: &Source, reference: &Reference) -> Result<(ImageMan
 }
 
 async fn small_blob(source: &Source, digest: &str, size: u64) -> Result<Vec<u8>, ImageError> {
-    let mut stream = source.blob(digest, size).await?;
+    let mut stream = source.blob(digest, size, 0).await?;
     let mut bytes = Vec::new();
     while let Some(chunk) = stream.next().await {
         bytes.extend_from_slice(&chunk.map_err(|error| interrupted(digest, &error))?);
@@ -140,31 +155,69 @@ async fn one_layer(
     progress: Option<&ProgressSink>,
 ) -> Result<Pending, ImageError> {
     let digest = layer.digest.clone().unwrap_or_default();
-    let stream = source.blob(&digest, layer.size_bytes).await?;
-    let broken = Arc::new(parking_lot::Mutex::new(None));
-    let reader =
-        StreamReader::new(watched(stream, digest.clone(), layer.size_bytes, progress.cloned(), broken.clone()));
-    let (layers, wanted) = (layers.clone(), layer.clone());
-    let unpacked =
-        tokio::task::spawn_blocking(move || layers.unpack(&wanted, SyncIoBridge::new(Box::pin(reader)))).await;
-    let pending = match unpacked.map_err(|_| ImageError::Cancelled)? {
-        // A broken transfer looks like a damaged archive from inside: tell the true cause, which is worth a retry.
-        Err(error) => return Err(broken.lock().take().map_or(error, |error| interrupted(&digest, &error))),
-        Ok(pending) => pending,
+    if let Some(left) = layers.left(&layer.chain_id) {
+        tell(progress, Progress::Unpacked { digest });
+        return Ok(left);
+    }
+    let part = layers.unfinished().part(&digest, layer.size_bytes);
+    let resumed = part.as_ref().is_some_and(|part| part.arrived() > 0);
+    let fetched = blob_into_layer(source, layer, layers, part, progress).await;
+    let pending = match fetched {
+        // What was on disk may not be what came once: it is gone now, and the blob is fetched as a whole.
+        Err(error) if resumed && !matches!(error, ImageError::Registry { .. } | ImageError::Cancelled) => {
+            tracing::debug!(digest, %error, "what had come of a blob is not used");
+            blob_into_layer(source, layer, layers, None, progress).await?
+        }
+        other => other?,
     };
     tell(progress, Progress::Unpacked { digest });
     Ok(pending)
+}
+
+/// Unpacks a blob while it comes. What came of it is kept if the transfer breaks off, whoever breaks it.
+async fn blob_into_layer(
+    source: &Source,
+    layer: &Wanted,
+    layers: &Arc<Layers>,
+    part: Option<Part>,
+    progress: Option<&ProgressSink>,
+) -> Result<Pending, ImageError> {
+    let digest = layer.digest.clone().unwrap_or_default();
+    let arrived = part.as_ref().map_or(0, Part::arrived);
+    let stream = match source.blob(&digest, layer.size_bytes, arrived).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            part.into_iter().for_each(Part::keep);
+            return Err(error);
+        }
+    };
+    let broken = Arc::new(parking_lot::Mutex::new(None));
+    let watched = watched(stream, digest.clone(), (arrived, layer.size_bytes), progress.cloned(), broken.clone());
+    let (layers, wanted) = (layers.clone(), layer.clone());
+    let cause = broken.clone();
+    let unpacked = tokio::task::spawn_blocking(move || {
+        let rest = SyncIoBridge::new(Box::pin(StreamReader::new(watched)));
+        let Some(mut part) = part else { return layers.unpack(&wanted, rest) };
+        let whole = part.read(rest).map_err(|error| interrupted(wanted.digest.as_deref().unwrap_or(""), &error))?;
+        let unpacked = layers.unpack(&wanted, whole);
+        if unpacked.is_err() && cause.lock().is_some() {
+            part.keep();
+        }
+        unpacked
+    });
+    // A broken transfer looks like a damaged archive from inside: tell the true cause, which is worth a retry.
+    let told = |error| broken.lock().take().map_or(error, |error| interrupted(&digest, &error));
+    unpacked.await.map_err(|_| ImageError::Cancelled)?.map_err(told)
 }
 
 /// Counts what passes and remembers how it ended. More bytes than announced end the stream.
 fn watched(
     stream: BoxStream<'static, io::Result<Bytes>>,
     digest: String,
-    of: u64,
+    (mut bytes, of): (u64, u64),
     progress: Option<ProgressSink>,
     broken: Arc<parking_lot::Mutex<Option<io::Error>>>,
 ) -> BoxStream<'static, io::Result<Bytes>> {
-    let mut bytes = 0;
     let watched = stream.map(move |item| match item {
         Ok(chunk) => {
             bytes += chunk.len() as u64;

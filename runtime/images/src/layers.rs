@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::files::{self, Scratch};
+use crate::unfinished::{Held, Unfinished};
 use crate::unpack::{self, Content, Limits};
 use crate::{ImageError, Usage};
 
@@ -32,23 +33,58 @@ struct Description {
     inodes: u64,
 }
 
-/// A layer that is unpacked but not yet in place.
+/// A layer that is unpacked but not yet in place. Removed when dropped, unless another pull shall have it.
 #[derive(Debug)]
 pub(crate) struct Pending {
-    scratch: Scratch,
+    path: PathBuf,
     chain_id: String,
+    kept: bool,
+    held: Held,
+}
+
+impl Pending {
+    /// Leaves the layer for another pull.
+    pub(crate) fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if !self.kept && self.held.is_last() {
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct Layers {
     dir: PathBuf,
     scratch: PathBuf,
+    unfinished: Unfinished,
     limits: Limits,
 }
 
 impl Layers {
-    pub(crate) fn new(root: &Path, scratch: &Path) -> Layers {
-        Layers { dir: root.join("layers"), scratch: scratch.into(), limits: Limits::default() }
+    pub(crate) fn open(root: &Path, scratch: &Path) -> Result<Layers, ImageError> {
+        Ok(Layers {
+            dir: root.join("layers"),
+            scratch: scratch.into(),
+            unfinished: Unfinished::open(root)?,
+            limits: Limits::default(),
+        })
+    }
+
+    /// What earlier pulls left.
+    pub(crate) fn unfinished(&self) -> &Unfinished {
+        &self.unfinished
+    }
+
+    /// A layer that an earlier pull has unpacked.
+    pub(crate) fn left(&self, chain_id: &str) -> Option<Pending> {
+        let path = self.unfinished.layer(chain_id);
+        let held = self.unfinished.hold(chain_id);
+        path.join("layer.json").exists().then(|| Pending { path, chain_id: chain_id.to_owned(), kept: false, held })
     }
 
     fn home(&self, chain_id: &str) -> PathBuf {
@@ -83,7 +119,17 @@ impl Layers {
             serde_json::to_vec(&description).map_err(|error| ImageError::Damaged { what: error.to_string() })?;
         let file = scratch.path().join("layer.json");
         fs::write(&file, content).map_err(ImageError::io("write", &file))?;
-        Ok(Pending { scratch, chain_id: wanted.chain_id.clone() })
+        let path = self.unfinished.layer(&wanted.chain_id);
+        let held = self.unfinished.hold(&wanted.chain_id);
+        let pending = Pending { path, chain_id: wanted.chain_id.clone(), kept: false, held };
+        match fs::rename(scratch.path(), &pending.path) {
+            Ok(()) => {}
+            // Somebody else was faster with the same content.
+            Err(_) if pending.path.join("layer.json").exists() => {}
+            Err(error) => return Err(ImageError::io("move", scratch.path())(error)),
+        }
+        step("a layer waits for its image");
+        Ok(pending)
     }
 
     /// Puts layers in place: the disk has all of each before any has its name. Blocks.
@@ -95,7 +141,7 @@ impl Layers {
         for layer in pending {
             step("before a layer is put in place");
             let home = self.home(&layer.chain_id);
-            match fs::rename(layer.scratch.path(), &home) {
+            match fs::rename(&layer.path, &home) {
                 Ok(()) => {}
                 // Somebody else was faster with the same content.
                 Err(_) if self.has(&layer.chain_id) => {}

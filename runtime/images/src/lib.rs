@@ -11,9 +11,11 @@
 //! <root>/layers/<chain id>/fs    unpacked layers, whole or absent
 //! <root>/containers/<key>/       one container's upper and work directory, and which layers it stands on
 //! <root>/scratch/                unfinished work, cleared at start
+//! <root>/unfinished/<boot id>/   what a pull that was cut off leaves for the next one
 //! ```
 //!
-//! Layer blobs are not kept: a layer is verified and unpacked while it arrives, and nothing reads the blob again.
+//! Layer blobs are not kept: a layer is verified and unpacked while it arrives, and nothing reads the blob again, unless the
+//! transfer is cut off: then the next pull goes on from the bytes that came.
 
 mod archive;
 mod credentials;
@@ -30,6 +32,7 @@ mod reference;
 mod registry;
 mod rootfs;
 mod store;
+mod unfinished;
 mod unpack;
 
 pub use error::ImageError;

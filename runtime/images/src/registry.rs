@@ -149,20 +149,26 @@ impl Source {
         }
     }
 
-    /// A blob as it comes. A transfer that breaks off goes on where it was, as long as each try brings it further.
+    /// A blob as it comes, but for its first `from` bytes. A transfer that breaks off goes on where it was, as long as each try brings it further.
     pub(crate) async fn blob(
         &self,
         digest: &str,
         size_bytes: u64,
+        from: u64,
     ) -> Result<BoxStream<'static, std::io::Result<Bytes>>, ImageError> {
-        let stream = self.whole_blob(digest, size_bytes).await?;
+        let stream = match from {
+            0 => self.whole_blob(digest, size_bytes).await?,
+            // There is nothing left to ask for.
+            all if all == size_bytes => futures::stream::empty().boxed(),
+            from => self.rest_of_blob(digest, size_bytes, from).await?,
+        };
         let transfer = Transfer {
             source: self.clone(),
             digest: digest.to_owned(),
             size_bytes,
             stream,
-            arrived: 0,
-            arrived_before: 0,
+            arrived: from,
+            arrived_before: from,
             resumptions: 0,
         };
         Ok(futures::stream::unfold(transfer, |mut transfer| async move {

@@ -15,6 +15,7 @@ use crate::fetch::{self, Fetched, tell};
 use crate::layers::Layers;
 use crate::record::{self, Index, Named, Record};
 use crate::rootfs::Containers;
+use crate::unfinished::STALE_AFTER;
 use crate::{
     Auth, Image, ImageError, Progress, ProgressSink, Reference, RegistryConfig, Rootfs, Usage, files, registry,
 };
@@ -218,7 +219,7 @@ impl Inner {
             std::fs::create_dir_all(dir).map_err(ImageError::io("create", dir))?;
         }
         private(&root)?;
-        let layers = Layers::new(&root, &scratch);
+        let layers = Layers::open(&root, &scratch)?;
         let mut index = record::load(&images)?;
         let broken: Vec<String> = index
             .records
@@ -349,7 +350,11 @@ impl Inner {
         let mut needed = self.index.lock().chains();
         needed.extend(self.containers.chains());
         let layers = self.layers.clone();
-        blocking(move || layers.collect(&needed)).await
+        blocking(move || {
+            layers.unfinished().collect(STALE_AFTER);
+            layers.collect(&needed)
+        })
+        .await
     }
 }
 

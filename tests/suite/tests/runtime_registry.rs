@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use image_files::{Built, Protection, Registry, build, dir, file, tar, write_layout};
+use image_files::{Built, Protection, Registry, build, dir, file, noise, tar, write_layout};
 use oarlock_images::{Auth, ImageError, ImageStore, MirrorRule, RegistryConfig};
 use oarlock_testkit::{require_root, wait_for};
 
@@ -25,14 +25,7 @@ async fn store(directory: &Path, registries: RegistryConfig) -> ImageStore {
 
 /// One layer that does not get smaller by compression.
 fn large() -> Built {
-    let mut state = 1u64;
-    let noise: Vec<u8> = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as u8
-    })
-    .take(1 << 20)
-    .collect();
-    build(&[tar(&[dir("etc"), file("etc/noise", &noise)])])
+    build(&[tar(&[dir("etc"), file("etc/noise", &noise(1, 1 << 20))])])
 }
 
 #[tokio::test]

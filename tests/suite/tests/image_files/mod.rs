@@ -54,6 +54,17 @@ pub fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
     body
 }
 
+/// Bytes that do not get fewer by compression.
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
+    let mut state = seed;
+    std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u8
+    })
+    .take(length)
+    .collect()
+}
+
 pub fn tar(entries: &[Entry<'_>]) -> Vec<u8> {
     let mut out = Vec::new();
     for entry in entries {
@@ -198,6 +209,8 @@ struct State {
     requests: Mutex<Vec<String>>,
     /// Paths whose next answer breaks off in the middle.
     broken: Mutex<Vec<String>>,
+    /// Paths whose next answer stops in the middle and is never finished.
+    stalled: Mutex<Vec<String>>,
     /// Parts of blobs can be asked for.
     ranges: AtomicBool,
     /// Bytes of blobs sent.
@@ -242,6 +255,10 @@ impl Registry {
         self.state.broken.lock().unwrap().push(digest.into());
     }
 
+    pub fn stall_once(&self, digest: &str) {
+        self.state.stalled.lock().unwrap().push(digest.into());
+    }
+
     pub fn serve_ranges(&self) {
         self.state.ranges.store(true, Ordering::Relaxed);
     }
@@ -283,11 +300,12 @@ async fn answer(mut stream: TcpStream, state: Arc<State>) {
     let name = path.rsplit('/').next().unwrap_or_default().to_owned();
     let digest = state.tags.lock().unwrap().get(&name).cloned().unwrap_or(name);
     let found = state.blobs.lock().unwrap().get(&digest).cloned();
-    let broken = {
-        let mut broken = state.broken.lock().unwrap();
-        let at = broken.iter().position(|wanted| *wanted == digest);
-        at.map(|at| broken.remove(at)).is_some()
+    let take = |list: &Mutex<Vec<String>>| {
+        let mut list = list.lock().unwrap();
+        let at = list.iter().position(|wanted| *wanted == digest);
+        at.map(|at| list.remove(at)).is_some()
     };
+    let (broken, stalled) = (take(&state.broken), take(&state.stalled));
     let kind = if path.contains("/manifests/") {
         let index = found.as_deref().is_some_and(|bytes| String::from_utf8_lossy(bytes).contains("\"manifests\""));
         if index { "application/vnd.oci.image.index.v1+json" } else { "application/vnd.oci.image.manifest.v1+json" }
@@ -313,12 +331,16 @@ async fn answer(mut stream: TcpStream, state: Arc<State>) {
     let head = format!(
         "HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\ndocker-content-digest: {digest}\r\nconnection: close\r\n\r\n"
     );
-    let body = if broken { &body[..length / 2] } else { &body[..] };
+    let body = if broken || stalled { &body[..length / 2] } else { &body[..] };
     if path.contains("/blobs/") {
         state.sent.fetch_add(body.len(), Ordering::Relaxed);
     }
     let _ = stream.write_all(head.as_bytes()).await;
     let _ = stream.write_all(body).await;
+    if stalled {
+        // Until the caller goes.
+        let _ = stream.read(&mut buffer).await;
+    }
     let _ = stream.shutdown().await;
 }
 

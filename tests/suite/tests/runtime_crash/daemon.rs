@@ -186,7 +186,21 @@ impl Daemon {
                 }
             }
         }
+        traces.extend(self.unfinished_pulls());
         traces
+    }
+
+    /// What pulls that were cut off have left, with its size.
+    pub fn unfinished_pulls(&self) -> Vec<String> {
+        let boots = fs::read_dir(self.path().join("data/images/unfinished")).into_iter().flatten().flatten();
+        let kinds = boots.flat_map(|boot| ["parts", "layers"].map(|kind| boot.path().join(kind)));
+        let entries = kinds.flat_map(|kind| fs::read_dir(kind).into_iter().flatten().flatten());
+        let describe = |entry: fs::DirEntry| {
+            let metadata = entry.metadata().ok()?;
+            let size = if metadata.is_dir() { "a layer".to_owned() } else { format!("{} bytes", metadata.len()) };
+            Some(format!("unfinished {}: {size}", entry.file_name().display()))
+        };
+        entries.filter_map(describe).collect()
     }
 }
 

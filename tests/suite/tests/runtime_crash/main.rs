@@ -3,10 +3,12 @@
 //!
 //! A pod is taken from its image to its removal by a client that repeats a call whose daemon died. The daemon is this
 //! program once more (`--daemon`), told at which step to die. The steps are gone through by number until the whole life
-//! passes without a death; after each life nothing of the pod may be left. Prints what `cargo test` prints.
+//! passes without a death; after each life nothing of the pod may be left. A pull is killed in the middle of a transfer beside
+//! that. Prints what `cargo test` prints.
 
 mod daemon;
 mod life;
+mod pull;
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,7 +22,14 @@ use oarlock_testkit::in_fresh_namespaces;
 #[path = "../runtime_daemon/mod.rs"]
 mod runtime_daemon;
 
-const NAME: &str = "a_daemon_killed_at_any_step_is_started_again_and_nothing_is_lost_or_left";
+#[allow(dead_code, reason = "shared with the tests of other files, which use the rest")]
+#[path = "../image_files/mod.rs"]
+mod image_files;
+
+const CASES: [(&str, fn()); 2] = [
+    ("a_daemon_killed_at_any_step_is_started_again_and_nothing_is_lost_or_left", every_step),
+    ("a_pull_whose_daemon_is_killed_goes_on_with_what_came", killed_pull),
+];
 /// There are far fewer; a life that never passes is a mistake of the test.
 const STEPS_MAX: u64 = 1000;
 /// Some that nothing runs beside, so that their numbers are sure to come up.
@@ -42,20 +51,31 @@ fn main() -> ExitCode {
     {
         return daemon::serve(directory.as_ref(), cgroup_root);
     }
-    let wanted = arguments.iter().filter(|argument| !argument.starts_with("--")).all(|filter| NAME.contains(filter));
+    let filters: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
+    let wanted: Vec<_> = CASES.iter().filter(|(name, _)| filters.iter().all(|filter| name.contains(*filter))).collect();
     let start = Instant::now();
-    println!("\nrunning {} tests", u8::from(wanted));
-    let failed = wanted && catch_unwind(AssertUnwindSafe(|| in_fresh_namespaces(every_step))).is_err();
-    if wanted {
-        println!("test {NAME} ... {}", if failed { "FAILED" } else { "ok" });
+    println!("\nrunning {} tests", wanted.len());
+    let mut failed = 0;
+    for (name, case) in &wanted {
+        let passed = catch_unwind(AssertUnwindSafe(|| in_fresh_namespaces(*case))).is_ok();
+        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+        failed += usize::from(!passed);
     }
-    let (verdict, passed) = if failed { ("FAILED", 0) } else { ("ok", u8::from(wanted)) };
-    let seconds = start.elapsed().as_secs_f64();
+    let (verdict, passed) = (if failed > 0 { "FAILED" } else { "ok" }, wanted.len() - failed);
+    let (filtered, seconds) = (CASES.len() - wanted.len(), start.elapsed().as_secs_f64());
     println!(
-        "\ntest result: {verdict}. {passed} passed; {} failed; 0 ignored; 0 measured; 0 filtered out; finished in {seconds:.2}s\n",
-        u8::from(failed)
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; {filtered} filtered out; finished in {seconds:.2}s\n",
     );
-    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    if failed > 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+fn killed_pull() {
+    oarlock_netns::bring_loopback_up().expect("loopback");
+    let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("an event loop");
+    let _context = threads.enter();
+    let mut daemon = Daemon::new();
+    threads.block_on(pull::goes_on(&mut daemon));
+    daemon.finish();
 }
 
 fn every_step() {
