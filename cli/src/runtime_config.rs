@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use oarlock_runtime::PluginConfig;
+use oarlock_runtime::{ImageThresholds, PluginConfig};
 use serde::Deserialize;
 
 use crate::layout::Layout;
@@ -37,6 +37,26 @@ impl NriFile {
             registration_timeout: seconds(self.registration_timeout_seconds, default.registration_timeout),
             request_timeout: seconds(self.request_timeout_seconds, default.request_timeout),
             ..default
+        }
+    }
+}
+
+/// The `imageCollection` part of the configuration file: for a runtime without a kubelet, which does this itself.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct ImageCollectionFile {
+    pub(crate) high_threshold_percent: u8,
+    pub(crate) low_threshold_percent: u8,
+    #[serde(default)]
+    pub(crate) unused_for_seconds: u64,
+}
+
+impl ImageCollectionFile {
+    pub(crate) fn thresholds(&self) -> ImageThresholds {
+        ImageThresholds {
+            high_percent: self.high_threshold_percent,
+            low_percent: self.low_threshold_percent,
+            unused_for: Duration::from_secs(self.unused_for_seconds),
         }
     }
 }

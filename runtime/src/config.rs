@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use oarlock_images::Thresholds;
 use oarlock_nri::Config as PluginConfig;
 
 /// Everything the runtime daemon is told. Relative paths are refused by [`crate::Runtime::new`].
@@ -32,6 +33,8 @@ pub struct Config {
     pub handlers: BTreeMap<String, PathBuf>,
     /// Where files of the Container Device Interface are looked for; later directories win.
     pub cdi_dirs: Vec<PathBuf>,
+    /// When images are collected without a client's asking; None leaves that to a kubelet, which does it by its own settings.
+    pub image_thresholds: Option<Thresholds>,
     /// Plugins of the Node Resource Interface.
     pub plugins: PluginConfig,
     /// Cgroup (below each hierarchy's root) for shims, and for pods that name no parent.
@@ -92,6 +95,7 @@ impl Default for Config {
             registries: Registries::default(),
             handlers: BTreeMap::new(),
             cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
+            image_thresholds: None,
             plugins: PluginConfig::default(),
             cgroup_root: "oarlock".to_owned(),
             pause_image: String::new(),

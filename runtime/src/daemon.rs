@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::statfs::{OVERLAYFS_SUPER_MAGIC, statfs};
 use oarlock_cni::CniClient;
-use oarlock_images::{ImageStore, MirrorRule, RegistryConfig};
+use oarlock_images::{ImageStore, MirrorRule, RegistryConfig, Thresholds as ImageThresholds};
 use oarlock_nri::Plugins;
 use oarlock_streaming::StreamingServer;
 use tokio::net::UnixListener;
@@ -34,6 +34,8 @@ use crate::state::{Index, blocking};
 
 /// How long calls under way may take to end when the daemon stops.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+/// How often the use of the disk is looked at.
+const IMAGE_COLLECTION_INTERVAL: Duration = Duration::from_secs(300);
 /// How often CNI is asked to free what belongs to nobody.
 const NETWORK_COLLECTION_INTERVAL: Duration = Duration::from_secs(600);
 
@@ -103,6 +105,9 @@ impl Runtime {
 
         let streams = tokio::spawn(streaming.run(stop.clone()));
         tokio::spawn(collect_networks(core.clone(), stop.clone()));
+        if let Some(thresholds) = core.config.image_thresholds {
+            tokio::spawn(collect_images(core.clone(), thresholds, stop.clone()));
+        }
         let serving = serve(core.clone(), listener, stop.clone());
         let served = async {
             tokio::select! {
@@ -152,6 +157,12 @@ fn check(config: &Config) -> Result<(), Error> {
         if !path.is_absolute() {
             return Err(Error::Configuration { field, problem: format!("{} is not an absolute path", path.display()) });
         }
+    }
+    if let Some(thresholds) = config.image_thresholds
+        && !(thresholds.low_percent < thresholds.high_percent && thresholds.high_percent <= 100)
+    {
+        let problem = "the low threshold has to be below the high one, which is at most 100".to_owned();
+        return Err(Error::Configuration { field: "image_thresholds", problem });
     }
     let group = config.cgroup_root.trim_matches('/');
     if group.is_empty() || group.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
@@ -250,6 +261,24 @@ fn listen(socket: &Path) -> Result<UnixListener, Error> {
         UnixListener::from_std(listener)
     };
     bind().map_err(|source| Error::Serve { path: socket.to_owned(), source: source.into() })
+}
+
+/// Removes unused images while the disk is too full.
+async fn collect_images(core: Arc<Core>, thresholds: ImageThresholds, stop: CancellationToken) {
+    loop {
+        match core.images.make_room(thresholds).await {
+            Ok(pruned) if pruned.images.is_empty() => {}
+            Ok(pruned) => {
+                let (images, freed_bytes) = (pruned.images.len(), pruned.freed_bytes);
+                tracing::info!(images, freed_bytes, "unused images removed, because the disk is full");
+            }
+            Err(error) => tracing::warn!(%error, "unused images could not be removed"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(IMAGE_COLLECTION_INTERVAL) => {}
+        }
+    }
 }
 
 async fn collect_networks(core: Arc<Core>, stop: CancellationToken) {

@@ -37,4 +37,5 @@ mod view;
 pub use config::{Config, Registries};
 pub use daemon::Runtime;
 pub use error::Error;
+pub use oarlock_images::Thresholds as ImageThresholds;
 pub use oarlock_nri::Config as PluginConfig;

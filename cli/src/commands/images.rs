@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use hyper_util::rt::TokioIo;
 use oarlock_proto::cri::image_service_client::ImageServiceClient;
 use oarlock_proto::cri::{ImageSpec, ListImagesRequest, PullImageRequest, RemoveImageRequest};
-use oarlock_proto::images::ImportRequest;
 use oarlock_proto::images::images_client::ImagesClient;
+use oarlock_proto::images::{ImportRequest, PruneRequest};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::config::Settings;
@@ -33,6 +34,15 @@ enum ImagesCommand {
         /// The archive, a file or a directory
         archive: PathBuf,
     },
+    /// Remove images that no container uses and that are not pinned
+    Prune {
+        /// Keep images that a container used within this time, for example `24h` or `7d`
+        #[arg(long, default_value = "0s", value_parser = age)]
+        unused_for: Duration,
+        /// Only list what would be removed
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Remove images
     Rm {
         /// References or ids
@@ -49,6 +59,7 @@ pub(crate) fn run(settings: &Settings, flags: ImagesFlags) -> anyhow::Result<Exi
             ImagesCommand::Ls => list(channel).await,
             ImagesCommand::Pull { image } => pull(channel, image).await,
             ImagesCommand::Import { archive } => import(channel, archive).await,
+            ImagesCommand::Prune { unused_for, dry_run } => prune(channel, unused_for, dry_run).await,
             ImagesCommand::Rm { images } => remove(channel, images).await,
         }
     })?;
@@ -117,6 +128,34 @@ async fn remove(channel: Channel, images: Vec<String>) -> anyhow::Result<()> {
     Ok(())
 }
 
+async fn prune(channel: Channel, unused_for: Duration, dry_run: bool) -> anyhow::Result<()> {
+    let request = PruneRequest { unused_for_seconds: unused_for.as_secs(), dry_run };
+    let answer = ImagesClient::new(channel).prune(request).await.map_err(status)?.into_inner();
+    for image in &answer.images {
+        let name = image.repo_tags.first().or(image.repo_digests.first()).unwrap_or(&image.id);
+        println!("{} {name} ({})", if dry_run { "would remove" } else { "removed" }, size(image.size_bytes));
+    }
+    if !dry_run {
+        println!("{} images removed, {} freed", answer.images.len(), size(answer.freed_bytes));
+    }
+    Ok(())
+}
+
+/// A time in seconds, minutes, hours or days.
+fn age(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is not a number with one of s, m, h, d after it");
+    let unit = text.chars().last().ok_or_else(wrong)?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(wrong)
+}
+
 /// A gRPC status as an error of its message alone.
 pub(crate) fn status(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("{}", status.message())
@@ -131,4 +170,18 @@ fn size(bytes: u64) -> String {
         unit += 1;
     }
     if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_age_has_a_unit() {
+        assert_eq!(age("90s"), Ok(Duration::from_secs(90)));
+        assert_eq!(age("7d"), Ok(Duration::from_secs(7 * 86_400)));
+        for bad in ["", "7", "d", "-1h", "1.5h", "7ü", "99999999999999999999d"] {
+            assert!(age(bad).is_err(), "{bad}");
+        }
+    }
 }

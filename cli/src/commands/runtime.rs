@@ -29,6 +29,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
                 certificate_authorities: settings.registries.certificate_authorities.clone(),
                 credentials: settings.registries.credentials.clone(),
             },
+            image_thresholds: settings.image_collection.as_ref().map(|file| file.thresholds()),
             plugins: settings.nri.config(layout),
             handlers: settings.runtime_handlers.clone(),
             ..oarlock_runtime::Config::default()

@@ -18,6 +18,7 @@
 //! transfer is cut off: then the next pull goes on from the bytes that came.
 
 mod archive;
+mod collect;
 mod credentials;
 mod error;
 mod fetch;
@@ -35,6 +36,7 @@ mod store;
 mod unfinished;
 mod unpack;
 
+pub use collect::{Pruned, Thresholds};
 pub use error::ImageError;
 pub use model::{Auth, Image, MirrorRule, Progress, ProgressSink, RegistryConfig, Rootfs, Usage};
 pub use reference::{Reference, ReferenceError};

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use oci_spec::image::ImageConfiguration;
 
@@ -22,6 +23,8 @@ pub struct Image {
     pub pinned: bool,
     /// Chain ids of the layers, lowest first.
     pub chain_ids: Vec<String>,
+    /// When a container was last made of it, or left it, or it came.
+    pub last_used: SystemTime,
 }
 
 /// Credentials for a registry.

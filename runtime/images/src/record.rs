@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
@@ -21,11 +22,15 @@ pub(crate) struct Record {
     pub(crate) pinned: bool,
     pub(crate) chain_ids: Vec<String>,
     pub(crate) config: ImageConfiguration,
+    /// The time of change of the record's file, which costs nothing to write and is right within a reboot.
+    #[serde(skip, default = "SystemTime::now")]
+    pub(crate) last_used: SystemTime,
 }
 
 impl Record {
     pub(crate) fn to_image(&self) -> Image {
         Image {
+            last_used: self.last_used,
             id: self.id.clone(),
             repo_tags: self.tags.iter().cloned().collect(),
             repo_digests: self.digests.iter().cloned().collect(),
@@ -118,7 +123,9 @@ pub(crate) fn load(images: &Path) -> Result<Index, ImageError> {
         let file = images.join(&name);
         let bytes = std::fs::read(&file).map_err(ImageError::io("read", &file))?;
         match serde_json::from_slice::<Record>(&bytes) {
-            Ok(record) => {
+            Ok(mut record) => {
+                let changed = std::fs::metadata(&file).and_then(|metadata| metadata.modified());
+                record.last_used = changed.unwrap_or(record.last_used);
                 index.records.insert(record.id.clone(), record);
             }
             Err(error) => {
@@ -128,6 +135,14 @@ pub(crate) fn load(images: &Path) -> Result<Index, ImageError> {
         }
     }
     Ok(index)
+}
+
+/// Notes on the record's file that the image is used now.
+pub(crate) fn touch(images: &Path, id: &str, now: SystemTime) {
+    let touched = std::fs::File::options().write(true).open(path(images, id)).and_then(|file| file.set_modified(now));
+    if let Err(error) = touched {
+        tracing::debug!(image.id = id, %error, "use of an image could not be noted");
+    }
 }
 
 /// Makes a record last.
@@ -149,6 +164,7 @@ mod tests {
             pinned: false,
             chain_ids: vec![],
             config: ImageConfiguration::default(),
+            last_used: SystemTime::UNIX_EPOCH,
         }
     }
 

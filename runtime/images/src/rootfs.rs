@@ -77,6 +77,14 @@ impl Containers {
         self.home(key).map(|home| files::usage(&home.join("upper"))).unwrap_or_default()
     }
 
+    /// Images that containers stand on.
+    pub(crate) fn images(&self) -> BTreeSet<String> {
+        let read = |key: String| fs::read(self.dir.join(key).join("record.json")).ok();
+        let records = self.keys().into_iter().filter_map(read);
+        let prepared = records.filter_map(|bytes| serde_json::from_slice::<Prepared>(&bytes).ok());
+        prepared.map(|prepared| prepared.image_id).collect()
+    }
+
     /// Layers below containers. One whose record cannot be read (cut off by a crash) uses none: it never got further.
     pub(crate) fn chains(&self) -> BTreeSet<String> {
         let read = |key: String| fs::read(self.dir.join(key).join("record.json")).ok();

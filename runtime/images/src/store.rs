@@ -5,12 +5,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 
 use crate::archive::{self, Imported};
+use crate::collect::{self, Pruned, Thresholds};
 use crate::fetch::{self, Fetched, tell};
 use crate::layers::Layers;
 use crate::record::{self, Index, Named, Record};
@@ -159,6 +161,75 @@ impl ImageStore {
         self.inner.collect_if_due().await
     }
 
+    /// Images of no container that are neither pinned nor used for that long, the longest unused first.
+    pub async fn unused(&self, unused_for: Duration) -> Result<Vec<Image>, ImageError> {
+        let inner = self.inner.clone();
+        let images = self.list();
+        blocking(move || Ok(collect::removable(images, &inner.containers.images(), unused_for, SystemTime::now())))
+            .await
+    }
+
+    /// Removes such images, and what only they needed.
+    pub async fn prune(&self, unused_for: Duration) -> Result<Pruned, ImageError> {
+        let before = self.usage().bytes;
+        let mut pruned = Pruned::default();
+        for image in self.unused(unused_for).await? {
+            if self.remove_unused(&image).await? {
+                pruned.images.push(image);
+            }
+        }
+        pruned.freed_bytes = before.saturating_sub(self.usage().bytes);
+        Ok(pruned)
+    }
+
+    /// Removes such images one after another while the store's file system is fuller than the thresholds say.
+    pub async fn make_room(&self, thresholds: Thresholds) -> Result<Pruned, ImageError> {
+        let mut pruned = Pruned::default();
+        if self.percent_used().await? < thresholds.high_percent {
+            return Ok(pruned);
+        }
+        let before = self.usage().bytes;
+        let inner = self.inner.clone();
+        blocking(move || {
+            inner.layers.unfinished().collect(thresholds.unused_for.min(STALE_AFTER));
+            Ok(())
+        })
+        .await?;
+        for image in self.unused(thresholds.unused_for).await? {
+            if self.percent_used().await? <= thresholds.low_percent {
+                break;
+            }
+            if self.remove_unused(&image).await? {
+                pruned.images.push(image);
+            }
+        }
+        pruned.freed_bytes = before.saturating_sub(self.usage().bytes);
+        Ok(pruned)
+    }
+
+    /// Unless a container has come to use the image since.
+    async fn remove_unused(&self, image: &Image) -> Result<bool, ImageError> {
+        let (inner, id) = (self.inner.clone(), image.id.clone());
+        if blocking(move || Ok(inner.containers.images().contains(&id))).await? {
+            return Ok(false);
+        }
+        match self.remove(&image.id).await {
+            Ok(()) => Ok(true),
+            Err(ImageError::Pinned { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn percent_used(&self) -> Result<u8, ImageError> {
+        let root = self.inner.root.clone();
+        blocking(move || {
+            let stat = nix::sys::statvfs::statvfs(&root)
+                .map_err(|errno| ImageError::io("look at the space of", &root)(errno.into()))?;
+            Ok(collect::percent(stat.blocks(), stat.blocks_free(), stat.blocks_available()))
+        })
+        .await
+    }
+
     /// Pins or unpins an image.
     pub async fn set_pinned(&self, reference_or_id: &str, pinned: bool) -> Result<(), ImageError> {
         let _changing = self.inner.changing.lock().await;
@@ -186,13 +257,22 @@ impl ImageStore {
         let record = self.inner.index.lock().find(image_id).map(|(record, _)| record.clone());
         let record = record.ok_or_else(|| ImageError::NotFound { reference: image_id.to_owned() })?;
         let (inner, key) = (self.inner.clone(), key.to_owned());
-        blocking(move || inner.containers.prepare(&inner.layers, &record.id, &record.chain_ids, &key)).await
+        blocking(move || {
+            inner.note_use(&record.id);
+            inner.containers.prepare(&inner.layers, &record.id, &record.chain_ids, &key)
+        })
+        .await
     }
 
     /// Removes a container's own layer. Must be unmounted. Idempotent.
     pub async fn release_rootfs(&self, key: &str) -> Result<(), ImageError> {
         let (inner, key) = (self.inner.clone(), key.to_owned());
-        let image_id = blocking(move || inner.containers.release(&key)).await?;
+        let image_id = blocking(move || {
+            let image_id = inner.containers.release(&key)?;
+            image_id.iter().for_each(|id| inner.note_use(id));
+            Ok(image_id)
+        })
+        .await?;
         // It may have been the last to stand on the layers of an image that is gone.
         if image_id.is_some_and(|id| !self.inner.index.lock().records.contains_key(&id)) {
             self.inner.garbage.store(true, Ordering::Release);
@@ -251,6 +331,17 @@ impl Inner {
         })
     }
 
+    /// A container comes to use an image, or leaves it. Blocks.
+    fn note_use(&self, id: &str) {
+        let now = SystemTime::now();
+        if let Some(record) = self.index.lock().records.get_mut(id) {
+            record.last_used = now;
+        } else {
+            return;
+        }
+        record::touch(&self.images, id, now);
+    }
+
     async fn pull(
         &self,
         reference: Reference,
@@ -294,6 +385,7 @@ impl Inner {
             pinned,
             chain_ids,
             config,
+            last_used: SystemTime::now(),
         };
         let _changing = self.changing.lock().await;
         let mut next = Index { records: self.index.lock().records.clone() };

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use oarlock_images::Progress;
-use oarlock_proto::images::{ImportProgress, ImportRequest, ImportedImage};
+use oarlock_proto::images::{ImportProgress, ImportRequest};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::Responses;
+use super::prune_images::named;
 use crate::core::Core;
 use crate::error::Error;
 
@@ -36,15 +37,7 @@ pub(super) fn import_images(core: &Arc<Core>, request: ImportRequest) -> Result<
             Ok(images) => Ok(ImportProgress {
                 stage: "done".to_owned(),
                 done: true,
-                images: images
-                    .into_iter()
-                    .map(|image| ImportedImage {
-                        id: image.id,
-                        repo_tags: image.repo_tags,
-                        repo_digests: image.repo_digests,
-                        size_bytes: image.size_bytes,
-                    })
-                    .collect(),
+                images: images.into_iter().map(named).collect(),
             }),
             Err(error) => Err(Status::from(Error::from(error))),
         };

@@ -22,6 +22,7 @@ mod list_pod_sandbox_stats;
 mod pod_sandbox_stats;
 mod pod_sandbox_status;
 mod port_forward;
+mod prune_images;
 mod pull_image;
 mod remove_container;
 mod remove_image;
@@ -53,7 +54,7 @@ use oarlock_proto::cri;
 use oarlock_proto::cri::image_service_server::ImageService;
 use oarlock_proto::cri::runtime_service_server::RuntimeService;
 use oarlock_proto::images::images_server::Images;
-use oarlock_proto::images::{ImportProgress, ImportRequest};
+use oarlock_proto::images::{ImportProgress, ImportRequest, PruneRequest, PruneResponse};
 use tonic::{Request, Response, Status};
 
 use crate::core::Core;
@@ -400,5 +401,9 @@ impl Images for Service {
 
     async fn import(&self, request: Request<ImportRequest>) -> Reply<Self::ImportStream> {
         import_images::import_images(&self.core, request.into_inner()).map(Response::new)
+    }
+
+    async fn prune(&self, request: Request<PruneRequest>) -> Reply<PruneResponse> {
+        prune_images::prune_images(&self.core, request.into_inner()).await.map(Response::new)
     }
 }

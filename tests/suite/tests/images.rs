@@ -6,11 +6,12 @@ mod image_files;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use image_files::{
     Built, Entry, Registry, build, dir, docker_archive, file, hard_link, pax, symlink, tar, write_layout,
 };
-use oarlock_images::{Image, ImageError, ImageStore, RegistryConfig};
+use oarlock_images::{Image, ImageError, ImageStore, Pruned, RegistryConfig, Thresholds};
 use oarlock_testkit::require_root;
 
 async fn store(dir: &Path) -> ImageStore {
@@ -185,7 +186,10 @@ async fn an_imported_image_survives_a_restart_and_goes_with_its_last_use() {
     fs::create_dir_all(temp.path().join("store/scratch/1-1/fs")).unwrap();
     let opened = store(temp.path()).await;
     assert_eq!(fs::read_dir(temp.path().join("store/scratch")).unwrap().count(), 0);
-    assert_eq!(opened.status("example.org/app:2").unwrap(), image);
+    let again = opened.status("example.org/app:2").unwrap();
+    // A container has come to use it since.
+    assert!(again.last_used >= image.last_used);
+    assert_eq!(Image { last_used: image.last_used, ..again }, image);
     assert_eq!(opened.prepare_rootfs(&image.id, "c1").await.unwrap(), rootfs);
     opened.remove("example.org/app:2").await.unwrap();
     opened.remove("example.org/app:2").await.unwrap();
@@ -242,6 +246,47 @@ async fn what_a_registry_serves_is_believed_only_with_its_digest() {
     assert_eq!(image.id, built.config_digest);
     assert_eq!(registry.requests_for(&built.layer_digests[1]), before + 2, "the broken try and the good one");
     assert_eq!(registry.requests_for(&built.layer_digests[0]), 1, "it had come whole the first time");
+}
+
+#[tokio::test]
+async fn unused_images_go_when_asked_or_when_the_disk_is_full_and_others_stay() {
+    let temp = tempfile::tempdir().unwrap();
+    let opened = store(temp.path()).await;
+    let mut images = Vec::new();
+    for name in ["used", "pinned", "moved", "moved", "idle"] {
+        let content = format!("{name} {}", images.len());
+        let built = build(&[tar(&[dir("etc"), file("etc/a", content.as_bytes())])]);
+        let layout = temp.path().join(format!("layout-{}", images.len()));
+        write_layout(&built, &format!("example.org/{name}:1"), &layout);
+        images.push(only(opened.import(&layout).await.unwrap()));
+    }
+    opened.set_pinned("example.org/pinned:1", true).await.unwrap();
+    let rootfs = opened.prepare_rootfs("example.org/used:1", "c1").await.unwrap();
+    let ids = |images: &[Image]| images.iter().map(|image| image.id.clone()).collect::<Vec<_>>();
+
+    // Just used, all of them; also for a store that was opened again.
+    drop(opened);
+    let opened = store(temp.path()).await;
+    assert_eq!(opened.unused(Duration::from_secs(3600)).await.unwrap(), []);
+    let unused = opened.unused(Duration::ZERO).await.unwrap();
+    assert_eq!(ids(&unused), ids(&images[2..]), "in the order of their last use");
+    let before = opened.usage().bytes;
+    let pruned = opened.prune(Duration::ZERO).await.unwrap();
+    assert_eq!(ids(&pruned.images), ids(&images[2..]));
+    assert_eq!(pruned.freed_bytes, before - opened.usage().bytes);
+    assert!(pruned.freed_bytes > 0 && rootfs.lower[0].exists());
+    assert_eq!(opened.list().len(), 2);
+
+    // With the container its image is unused, from then on.
+    opened.release_rootfs("c1").await.unwrap();
+    assert_eq!(opened.unused(Duration::from_secs(3600)).await.unwrap(), []);
+    let never = Thresholds { high_percent: 101, low_percent: 0, unused_for: Duration::ZERO };
+    assert_eq!(opened.make_room(never).await.unwrap(), Pruned::default());
+    let always = Thresholds { high_percent: 0, ..never };
+    assert_eq!(ids(&opened.make_room(always).await.unwrap().images), ids(&images[..1]));
+    let enough = Thresholds { low_percent: 100, ..always };
+    assert_eq!(opened.make_room(enough).await.unwrap(), Pruned::default());
+    assert_eq!(ids(&opened.list()), ids(&images[1..2]));
 }
 
 #[tokio::test]

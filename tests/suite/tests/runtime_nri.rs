@@ -224,7 +224,7 @@ fn a_plugin_is_told_the_state_when_it_comes_and_when_the_daemon_is_back() {
         for round in 0..2 {
             let mut plugin = Plugin::connect(&socket(&daemon), "10", "state", |_| Answer::nothing()).await;
             let state: api::SynchronizeRequest = plugin.call("Synchronize").await.decode();
-            assert_eq!(state.pods.iter().map(|pod| pod.id.clone()).collect::<Vec<_>>(), std::slice::from_ref(&sandbox));
+            assert_eq!(state.pods.iter().map(|pod| pod.id.as_str()).collect::<Vec<_>>(), [sandbox.as_str()]);
             let [container] = state.containers.as_slice() else { panic!("{:?}", state.containers) };
             assert_eq!((&container.id, &container.name), (&running, &"running".to_owned()));
             assert_eq!(container.state, api::ContainerState::ContainerRunning as i32);
@@ -406,8 +406,8 @@ fn plugins_update_and_evict_containers() {
         let answer = plugin.ask("UpdateContainers", &request).await.unwrap();
         let answer: api::UpdateContainersResponse = prost::Message::decode(answer.as_slice()).unwrap();
         assert_eq!(
-            answer.failed.iter().map(|failed| failed.container_id.clone()).collect::<Vec<_>>(),
-            std::slice::from_ref(&second)
+            answer.failed.iter().map(|failed| failed.container_id.as_str()).collect::<Vec<_>>(),
+            [second.as_str()]
         );
         assert_eq!(memory_limit(&daemon.status(&first).await), 40 << 20);
         assert_eq!(daemon.exited(&second).await.exit_code, 137);
