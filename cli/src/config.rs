@@ -14,7 +14,7 @@ use oarlock_agent::KubeletConfiguration;
 use serde::Deserialize;
 
 use crate::layout::Layout;
-use crate::runtime_config::{ImageCollectionFile, NriFile};
+use crate::runtime_config::{ImageCollectionFile, NriFile, TracingFile};
 
 /// Where the configuration is looked for when no flag names a file.
 pub(crate) const DEFAULT_FILE: &str = "/etc/oarlock/config.yaml";
@@ -77,6 +77,8 @@ pub(crate) struct ConfigFile {
     pub(crate) runtime_handlers: BTreeMap<String, PathBuf>,
     /// Plugins of the Node Resource Interface.
     pub(crate) nri: NriFile,
+    /// Where the runtime sends spans of its calls.
+    pub(crate) tracing: Option<TracingFile>,
     /// When the runtime removes unused images by itself.
     pub(crate) image_collection: Option<ImageCollectionFile>,
 }
@@ -134,6 +136,7 @@ pub(crate) struct Settings {
     pub(crate) runtime_handlers: BTreeMap<String, PathBuf>,
     pub(crate) nri: NriFile,
     pub(crate) image_collection: Option<ImageCollectionFile>,
+    pub(crate) tracing: Option<TracingFile>,
 }
 
 /// What a dual-stack cluster has beside the network of its primary family.
@@ -305,6 +308,7 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         runtime_handlers: file.runtime_handlers,
         nri: file.nri,
         image_collection: file.image_collection,
+        tracing: file.tracing,
         layout,
     })
 }

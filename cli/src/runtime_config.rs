@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use oarlock_runtime::{ImageThresholds, PluginConfig};
+use oarlock_telemetry::Export;
 use serde::Deserialize;
 
 use crate::layout::Layout;
@@ -57,6 +58,31 @@ impl ImageCollectionFile {
             high_percent: self.high_threshold_percent,
             low_percent: self.low_threshold_percent,
             unused_for: Duration::from_secs(self.unused_for_seconds),
+        }
+    }
+}
+
+/// The `tracing` part of the configuration file, with the fields that a kubelet's has.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct TracingFile {
+    /// `host:port` of a collector that speaks OTLP over gRPC without TLS.
+    pub(crate) endpoint: String,
+    /// How many of a million calls are recorded whose caller does not say.
+    #[serde(default = "every_call")]
+    pub(crate) sampling_rate_per_million: u32,
+}
+
+fn every_call() -> u32 {
+    1_000_000
+}
+
+impl TracingFile {
+    pub(crate) fn export(&self, service: &str) -> Export {
+        Export {
+            endpoint: self.endpoint.clone(),
+            sampling_rate_per_million: self.sampling_rate_per_million,
+            service: service.to_owned(),
         }
     }
 }

@@ -73,6 +73,9 @@ pub(crate) fn text(core: &Core) -> String {
     gauge(&mut text, "oarlock_runtime_containers", "Containers on record.", containers.len() as f64);
     gauge(&mut text, "oarlock_runtime_containers_running", "Containers that run.", running as f64);
     gauge(&mut text, "oarlock_runtime_plugins", "NRI plugins connected.", core.plugins.count() as f64);
+    let spans = oarlock_telemetry::exported();
+    counter(&mut text, "oarlock_runtime_spans_sent_total", "Spans that a collector took.", spans.sent);
+    counter(&mut text, "oarlock_runtime_spans_dropped_total", "Spans that no collector took.", spans.dropped);
     gauge(&mut text, "oarlock_runtime_images", "Images in the store.", core.images.list().len() as f64);
     process(&mut text);
     text
@@ -112,6 +115,11 @@ fn calls(text: &mut String, calls: &Calls) {
 
 fn head(text: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+}
+
+fn counter(text: &mut String, name: &str, help: &str, value: u64) {
+    head(text, name, "counter", help);
+    let _ = writeln!(text, "{name} {value}");
 }
 
 fn gauge(text: &mut String, name: &str, help: &str, value: f64) {

@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 use tonic::Status;
 use tonic::body::Body;
 use tonic::codegen::Service as _;
-use tracing::{Instrument, debug_span};
+use tracing::{Instrument, debug_span, field};
 
 use crate::core::Core;
 use crate::prometheus;
@@ -102,9 +102,18 @@ async fn dispatch(services: Services, request: Request<Incoming>) -> Result<Resp
     let calls = services.core.clone();
     calls.calls.begin(&path);
     let start = Instant::now();
-    let response = hand_over(services, request).instrument(debug_span!("rpc", method = %path)).await?;
+    let parent = request.headers().get("traceparent").and_then(|parent| parent.to_str().ok());
+    let span = debug_span!(
+        "rpc",
+        otel.name = path.trim_start_matches('/'),
+        traceparent = parent,
+        rpc.system = "grpc",
+        rpc.grpc.status_code = field::Empty
+    );
+    let response = hand_over(services, request).instrument(span.clone()).await?;
     // An error is told in the head; a code that comes after the body is the success of a call that answered.
     let code = response.headers().get("grpc-status").and_then(|code| code.to_str().ok()?.parse().ok()).unwrap_or(0);
+    span.record("rpc.grpc.status_code", code);
     calls.calls.end(&path, code, start.elapsed());
     Ok(response)
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use oarlock_supervise::notify_ready;
+use oarlock_telemetry::Export;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -17,7 +18,21 @@ where
     F: FnOnce(CancellationToken) -> Fut,
     Fut: Future<Output = anyhow::Result<()>>,
 {
-    oarlock_telemetry::init(&settings.log, oarlock_telemetry::Format::Text)?;
+    run_traced(settings, threads, None, main)
+}
+
+/// As [`run`], with spans sent to a collector.
+pub(crate) fn run_traced<F, Fut>(
+    settings: &Settings,
+    threads: usize,
+    export: Option<&Export>,
+    main: F,
+) -> anyhow::Result<ExitCode>
+where
+    F: FnOnce(CancellationToken) -> Fut,
+    Fut: Future<Output = anyhow::Result<()>>,
+{
+    oarlock_telemetry::init_with(&settings.log, oarlock_telemetry::Format::Text, export)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)
         .max_blocking_threads(64)
@@ -31,6 +46,7 @@ where
         main(shutdown).await
     });
     runtime.shutdown_timeout(Duration::from_secs(2));
+    oarlock_telemetry::flush(Duration::from_secs(2));
     result.map(|()| ExitCode::SUCCESS)
 }
 

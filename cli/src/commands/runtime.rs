@@ -12,7 +12,8 @@ use crate::host;
 
 pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock runtime")?;
-    daemon::run(&settings.clone(), 2, |shutdown| async move {
+    let export = settings.tracing.as_ref().map(|tracing| tracing.export("oarlock-runtime"));
+    daemon::run_traced(&settings.clone(), 2, export.as_ref(), |shutdown| async move {
         let layout = &settings.layout;
         let config = oarlock_runtime::Config {
             socket: layout.runtime_socket(),
