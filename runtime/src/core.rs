@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::events::Events;
 use crate::joins::Joins;
 use crate::moves::Moves;
+use crate::network_status::NetworkStatus;
 use crate::paths::Paths;
 use crate::prometheus::Calls;
 use crate::record::Store;
@@ -33,6 +34,7 @@ pub(crate) struct Core {
     pub index: Index,
     pub joins: Joins,
     pub moves: Moves,
+    pub network_status: NetworkStatus,
     pub events: Events,
     pub calls: Calls,
     pub images: ImageStore,

@@ -24,6 +24,7 @@ use crate::events::Events;
 use crate::host;
 use crate::joins::Joins;
 use crate::moves::Moves;
+use crate::network_status::NetworkStatus;
 use crate::nri::Carrier;
 use crate::paths::Paths;
 use crate::prometheus::Calls;
@@ -70,6 +71,7 @@ impl Runtime {
             index: Index::default(),
             joins: Joins::default(),
             moves: Moves::default(),
+            network_status: NetworkStatus::default(),
             events: Events::default(),
             calls: Calls::default(),
             images,

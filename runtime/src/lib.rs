@@ -21,6 +21,7 @@ mod joins;
 mod metrics;
 mod mounts;
 mod moves;
+mod network_status;
 mod nri;
 mod paths;
 mod prometheus;

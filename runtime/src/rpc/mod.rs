@@ -110,7 +110,7 @@ impl RuntimeService for Service {
         request: Request<cri::PodSandboxStatusRequest>,
     ) -> Reply<cri::PodSandboxStatusResponse> {
         let request = request.into_inner();
-        pod_sandbox_status::pod_sandbox_status(&self.core, &request).map(Response::new)
+        pod_sandbox_status::pod_sandbox_status(&self.core, &request).await.map(Response::new)
     }
 
     async fn list_pod_sandbox(
@@ -252,7 +252,7 @@ impl RuntimeService for Service {
 
     async fn status(&self, request: Request<cri::StatusRequest>) -> Reply<cri::StatusResponse> {
         let request = request.into_inner();
-        Ok(Response::new(status::status(&self.core, &request)))
+        Ok(Response::new(status::status(&self.core, &request).await))
     }
 
     async fn checkpoint_container(

@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::core::Core;
 use crate::idmap;
 
-pub(super) fn status(core: &Arc<Core>, request: &cri::StatusRequest) -> cri::StatusResponse {
+pub(super) async fn status(core: &Arc<Core>, request: &cri::StatusRequest) -> cri::StatusResponse {
     let mut names: Vec<&str> = vec!["", "oarlock"];
     names.extend(core.config.handlers.keys().map(String::as_str));
     let handler = |name: &str| cri::RuntimeHandler {
@@ -22,7 +22,7 @@ pub(super) fn status(core: &Arc<Core>, request: &cri::StatusRequest) -> cri::Sta
         }),
     };
     cri::StatusResponse {
-        status: Some(cri::RuntimeStatus { conditions: vec![runtime_ready(core), network_ready(core)] }),
+        status: Some(cri::RuntimeStatus { conditions: vec![runtime_ready(core), network_ready(core).await] }),
         info: if request.verbose { info(core) } else { HashMap::new() },
         runtime_handlers: names.into_iter().map(handler).collect(),
         features: Some(cri::RuntimeFeatures {
@@ -41,8 +41,8 @@ fn runtime_ready(core: &Core) -> cri::RuntimeCondition {
     condition("RuntimeReady", "ShimMissing", problem)
 }
 
-fn network_ready(core: &Core) -> cri::RuntimeCondition {
-    let problem = core.cni.default_network().err().map(|error| crate::error::chain(&error));
+async fn network_ready(core: &Core) -> cri::RuntimeCondition {
+    let problem = core.network_status.problem(core).await;
     condition("NetworkReady", "NetworkPluginNotReady", problem)
 }
 

@@ -247,7 +247,7 @@ fn namespaces() -> Option<NamespaceOption> {
     Some(NamespaceOption { pid: NamespaceMode::Container.into(), ..NamespaceOption::default() })
 }
 
-fn sandbox_config(name: &str) -> PodSandboxConfig {
+pub(crate) fn sandbox_config(name: &str) -> PodSandboxConfig {
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
             name: name.to_owned(),
@@ -266,7 +266,7 @@ fn sandbox_config(name: &str) -> PodSandboxConfig {
     }
 }
 
-fn container_config() -> ContainerConfig {
+pub(crate) fn container_config() -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata { name: "main".to_owned(), attempt: 0 }),
         image: Some(image()),

@@ -8,6 +8,7 @@ mod commits;
 mod cri;
 mod dns;
 mod list_server;
+mod logs;
 mod memory;
 mod netproxy;
 mod peer;
@@ -53,6 +54,8 @@ enum Bench {
     Runtime(cri::CriFlags),
     /// A cold pull of a large image from a registry on loopback
     Pull(pull::PullFlags),
+    /// One container's output on its way into its log
+    Logs(logs::LogFlags),
     /// The Service proxy with thousands of Services: load, changes, memory, connections
     Netproxy {
         /// How many Services, each with three endpoints
@@ -90,6 +93,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Agent(flags) => agent::run(&flags),
         Bench::Runtime(flags) => cri::run(&flags),
         Bench::Pull(flags) => pull::run(&flags),
+        Bench::Logs(flags) => logs::run(&flags),
         Bench::Netproxy { services, rounds } => netproxy::run(&services, rounds),
         Bench::Cni { rounds, present } => cni::run(rounds, present),
         Bench::Dns { seconds, rounds } => dns::run(seconds, rounds),

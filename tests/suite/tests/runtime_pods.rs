@@ -442,3 +442,42 @@ fn containers_run_under_the_apparmor_profile_they_get() {
         daemon
     });
 }
+
+#[test]
+fn the_network_is_ready_when_its_plugins_say_so_and_a_pod_shows_what_drifted() {
+    with_daemon("network", |mut daemon| async move {
+        let list = daemon.path().join("cni-conf/10-pods.conflist");
+        let good = std::fs::read_to_string(&list).unwrap();
+        assert_eq!(network_problem(&mut daemon).await, None);
+        std::fs::write(&list, good.replace("\"portmap\"", "\"no-such-plugin\"")).unwrap();
+        let problem = network_problem(&mut daemon).await.expect("a plugin is missing");
+        assert!(problem.contains("no-such-plugin"), "{problem}");
+        std::fs::write(&list, good).unwrap();
+        assert_eq!(network_problem(&mut daemon).await, None);
+
+        let sandbox = daemon.sandbox("drift").await;
+        assert_eq!(check_of(&mut daemon, &sandbox).await, serde_json::Value::Null);
+        let links = std::process::Command::new("ip").args(["-o", "link", "show", "master", "cni0"]).output().unwrap();
+        let links = String::from_utf8(links.stdout).unwrap();
+        let link = links.split(": ").nth(1).and_then(|name| name.split('@').next()).expect("the pod's interface");
+        let deleted = std::process::Command::new("ip").args(["link", "delete", link]).status().unwrap();
+        assert!(deleted.success());
+        let drift = check_of(&mut daemon, &sandbox).await;
+        assert!(drift.as_str().is_some_and(|text| text.contains("veth")), "{drift}");
+        daemon
+    });
+}
+
+/// What the condition NetworkReady says when it is false.
+async fn network_problem(daemon: &mut runtime_daemon::Daemon) -> Option<String> {
+    let status = daemon.runtime.status(cri::StatusRequest { verbose: false }).await.unwrap().into_inner().status;
+    let conditions = status.unwrap().conditions;
+    let ready = conditions.into_iter().find(|condition| condition.r#type == "NetworkReady").unwrap();
+    (!ready.status).then_some(ready.message)
+}
+
+async fn check_of(daemon: &mut runtime_daemon::Daemon, sandbox: &str) -> serde_json::Value {
+    let request = cri::PodSandboxStatusRequest { pod_sandbox_id: sandbox.to_owned(), verbose: true };
+    let info = daemon.runtime.pod_sandbox_status(request).await.unwrap().into_inner().info;
+    serde_json::from_str::<serde_json::Value>(&info["info"]).unwrap()["cniCheck"].clone()
+}
