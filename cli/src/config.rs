@@ -55,6 +55,9 @@ pub(crate) struct ConfigFile {
     pub(crate) external_ips_allowed: Vec<IpNet>,
     /// Addresses for Services of type LoadBalancer, as networks and as ranges `first-last`; none are given by default.
     pub(crate) load_balancer_pools: Vec<String>,
+    /// How packets get to pods of nodes that are not on the same segment: `auto` (WireGuard where both kernels have it, else
+    /// VXLAN), `vxlan`, or `wireguard` (between all nodes, on the same segment too). The same on every node.
+    pub(crate) node_tunnel: Option<String>,
     /// DNS domains that have resolvers of their own.
     pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
     /// The port of the API server.
@@ -123,6 +126,7 @@ pub(crate) struct Settings {
     pub(crate) node_port_addresses: Vec<IpNet>,
     pub(crate) external_ips_allowed: Vec<IpNet>,
     pub(crate) load_balancer_pools: Vec<IpNet>,
+    pub(crate) node_tunnel: oarlock_netproxy::Tunnel,
     pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
     pub(crate) api_port: u16,
     pub(crate) agent_port: u16,
@@ -282,6 +286,12 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         .chain([node_ip.into()])
         .collect();
     Ok(Settings {
+        node_tunnel: match file.node_tunnel.as_deref().unwrap_or("auto") {
+            "auto" => oarlock_netproxy::Tunnel::Auto,
+            "vxlan" => oarlock_netproxy::Tunnel::Vxlan,
+            "wireguard" => oarlock_netproxy::Tunnel::Wireguard,
+            other => return Err(field("nodeTunnel", format!("{other:?} is none of auto, vxlan, wireguard"))),
+        },
         load_balancer_pools: balancer_pools(&file.load_balancer_pools, &own)?,
         node_name,
         node_ip,
@@ -440,6 +450,7 @@ mod tests {
             ("serviceCidr: 10.43.0.0/16", "unknown field"),
             ("clusterDNS: 10.44.0.10", "not in serviceCIDR"),
             ("nodePortRange: 9-3", "nodePortRange"),
+            ("nodeTunnel: ipsec", "none of auto"),
             ("loadBalancerPools: [192.0.2.9-192.0.2.3]", "neither a network nor a range"),
             ("loadBalancerPools: [192.0.2.9]", "neither a network nor a range"),
             ("loadBalancerPools: [10.43.7.0/24]", "overlaps 10.43.0.0/16"),

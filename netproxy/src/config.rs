@@ -23,6 +23,17 @@ impl Network {
     }
 }
 
+/// How packets get to pods of nodes that are not on a segment of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tunnel {
+    /// By WireGuard where both nodes' kernels have it, else by VXLAN.
+    #[default]
+    Auto,
+    Vxlan,
+    /// By WireGuard only, to nodes of the same segment too: nothing between pods of two nodes is readable on the way.
+    Wireguard,
+}
+
 /// What the proxy has to know about its node and cluster.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -46,6 +57,10 @@ pub struct Config {
     pub cni_conf_dir: Option<PathBuf>,
     /// Where the CNI plugins keep which address is whose.
     pub cni_state_dir: PathBuf,
+    /// How packets get to pods of other segments.
+    pub tunnel: Tunnel,
+    /// Where this node's WireGuard key is kept; without it there is none.
+    pub wireguard_key: Option<PathBuf>,
     /// Where is kept what kernel settings were before they were changed; nowhere without.
     pub sysctl_record: Option<PathBuf>,
     /// The resolvers that other names than the cluster's are asked of.
@@ -77,6 +92,8 @@ impl Default for Config {
             health_listen: (Ipv4Addr::UNSPECIFIED, 10_256).into(),
             cni_conf_dir: None,
             cni_state_dir: "/var/lib/cni/networks".into(),
+            tunnel: Tunnel::Auto,
+            wireguard_key: None,
             sysctl_record: None,
             upstream_resolv_conf: "/etc/resolv.conf".into(),
             stub_domains: Vec::new(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use oarlock_netlink::{Connection, Protocol as NetlinkProtocol};
+use oarlock_netlink::{Connection, Protocol as NetlinkProtocol, WireguardKey};
 use parking_lot::RwLock;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -23,10 +23,12 @@ use crate::overlay;
 use crate::plan::{self, Context};
 use crate::service::{Service, ServiceName, Slice};
 use crate::watch::{Event, Kind};
+use crate::wireguard;
 use crate::worker::Job;
 
 const EVENT_BATCH: usize = 4096;
 const AUDIT_INTERVAL: Duration = Duration::from_secs(3);
+const ANNOTATION_TIMEOUT: Duration = Duration::from_secs(5);
 const HOST_AUDIT_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The owner of the cluster's state.
@@ -47,6 +49,8 @@ pub struct Hub {
     /// Balancer addresses of ours, by Service, with the nodes that have endpoints where only those may announce them.
     announced: BTreeMap<ServiceName, Announced>,
     world: watch::Sender<Arc<World>>,
+    /// With the right to annotate this node.
+    nodes_api: kube::Api<k8s_openapi::api::core::v1::Node>,
 }
 
 /// Addresses of a Service, and who may announce them.
@@ -62,6 +66,8 @@ pub struct Outputs {
     pub pod_cidrs: watch::Sender<Vec<ipnet::IpNet>>,
     /// Balancer addresses and the nodes that may announce them.
     pub world: watch::Sender<Arc<World>>,
+    /// A client with the right to annotate this node.
+    pub node_client: kube::Client,
 }
 
 impl Hub {
@@ -87,6 +93,7 @@ impl Hub {
             health_ports: BTreeMap::new(),
             announced: BTreeMap::new(),
             world: outputs.world,
+            nodes_api: kube::Api::all(outputs.node_client),
         }
     }
 
@@ -261,9 +268,16 @@ impl Hub {
         let work = move || {
             let mut complete = true;
             let mut mtu = 0;
-            match overlay::sync((&config.node_name, own.as_ref()), &others) {
+            let this = overlay::Own {
+                name: &config.node_name,
+                node: own.as_ref(),
+                tunnel: config.tunnel,
+                wireguard_key: config.wireguard_key.as_deref(),
+            };
+            let mut key = None;
+            match overlay::sync(this, &others) {
                 Ok(synced) => {
-                    mtu = synced.mtu;
+                    (mtu, key) = (synced.mtu, synced.wireguard_key);
                     if synced.changed > 0 {
                         info!(changed = synced.changed, "ways to other nodes changed");
                     }
@@ -291,9 +305,33 @@ impl Hub {
                     }
                 }
             }
-            complete
+            (complete, key)
         };
-        tokio::task::spawn_blocking(work).await.unwrap_or(false)
+        let Ok((complete, key)) = tokio::task::spawn_blocking(work).await else { return false };
+        complete & self.announce_key(key).await
+    }
+
+    /// Tells the other nodes with which key this one can be reached; says whether they know.
+    async fn announce_key(&self, key: Option<WireguardKey>) -> bool {
+        let Some(own) = self.nodes.get(self.config.node_name.as_str()).filter(|own| own.wireguard_key != key) else {
+            return true;
+        };
+        let text = key.as_ref().map(wireguard::key_text);
+        let patch = serde_json::json!({"metadata": {"annotations": {wireguard::ANNOTATION: text}}});
+        let parameters = kube::api::PatchParams::default();
+        let patch = kube::api::Patch::Merge(&patch);
+        let request = self.nodes_api.patch_metadata(&self.config.node_name, &parameters, &patch);
+        match tokio::time::timeout(ANNOTATION_TIMEOUT, request).await {
+            Ok(Ok(_)) => {
+                info!(had = own.wireguard_key.is_some(), has = key.is_some(), "WireGuard key of this node announced");
+                true
+            }
+            Ok(Err(error)) => {
+                warn!(error = &error as &dyn std::error::Error, "WireGuard key cannot be announced; trying again");
+                false
+            }
+            Err(_elapsed) => false,
+        }
     }
 
     /// What others may have taken from the host meanwhile.

@@ -4,7 +4,7 @@
 //! maps a Service means, `rules` holds the fixed chains, `ledger` puts all Services together and knows what a change changes:
 //! all pure. `sync` carries it out as single transactions on the thread of `worker`, repairs what others break, and
 //! `conntrack` forgets stale flows. `dns` answers names from the same state. `announce` answers for balancer addresses on the node's link. `node` writes the CNI configuration, `overlay` finds the
-//! way to other nodes' pods. `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
+//! way to other nodes' pods, through `wireguard` where there is one. `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
 //!
 //! These tables are ours, and nothing else of the host's is touched.
 
@@ -33,9 +33,10 @@ mod rules;
 mod service;
 mod sync;
 mod watch;
+mod wireguard;
 mod worker;
 
-pub use config::{Config, Network};
+pub use config::{Config, Network, Tunnel};
 pub use host::SysctlError;
 pub use proxy::{Error, Netproxy};
 

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use k8s_openapi::api::core::v1 as core;
-use oarlock_netlink::{Connection, Protocol, Route};
+use oarlock_netlink::{Connection, Protocol, Route, WireguardKey};
 use serde_json::json;
+
+use crate::wireguard;
 
 /// Marks our routes in the kernel's tables, so that stale ones are found after a crash.
 pub const ROUTE_PROTOCOL: u8 = 79;
@@ -17,7 +19,7 @@ const BRIDGE: &str = "oar0";
 
 /// Whether a link is one of those that the cluster's own networks are made of.
 pub fn is_cluster_link(name: &str) -> bool {
-    name == BRIDGE || crate::overlay::DEVICES.contains(&name)
+    name == BRIDGE || name == wireguard::DEVICE || crate::overlay::DEVICES.contains(&name)
 }
 
 /// A node as far as its pods' network is concerned.
@@ -28,6 +30,8 @@ pub struct Node {
     pub zone: Option<String>,
     /// Whether balancers may send to it.
     pub takes_traffic: bool,
+    /// The key that it says others can send to it with.
+    pub wireguard_key: Option<WireguardKey>,
 }
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -48,6 +52,11 @@ impl Node {
             pod_cidrs: texts.into_iter().filter_map(|text| text.parse().ok()).collect(),
             internal: internal.filter_map(|address| address.address.parse().ok()).collect(),
             zone: labels.and_then(|labels| labels.get(ZONE_LABEL)).cloned(),
+            wireguard_key: object
+                .metadata
+                .annotations
+                .as_ref()
+                .and_then(|annotations| wireguard::read_key(annotations.get(wireguard::ANNOTATION)?)),
             takes_traffic: is_ready && !labels.is_some_and(|labels| labels.contains_key(EXCLUDE_LABEL)),
         }
     }

@@ -1,4 +1,8 @@
-//! The way to other nodes' pods: through the node itself where it is on a network of ours, through VXLAN where it is not.
+//! The way to other nodes' pods: through the node itself where it is on a network of ours, through WireGuard or VXLAN where
+//! it is not.
+//!
+//! A node says by an annotation that it can be reached through WireGuard. Two nodes use it when both say so, which both know
+//! from the API, so they come to the same answer.
 //!
 //! One VXLAN device for each address family, made only when some node needs it. It learns nothing: for each such node there
 //! is a route to its pods through the first address of their network, a permanent neighbour that says which Ethernet
@@ -7,11 +11,14 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::path::Path;
 
 use ipnet::IpNet;
-use oarlock_netlink::{Connection, Link, Mac, Neighbour, Protocol, Route, Vxlan};
+use oarlock_netlink::{Connection, Link, Mac, Neighbour, Protocol, Route, Vxlan, WireguardKey};
 
+use crate::config::Tunnel;
 use crate::node::{Node, ROUTE_PROTOCOL};
+use crate::wireguard::{self, Peer, WireguardError};
 
 pub const DEVICES: [&str; 2] = ["oar-vxlan4", "oar-vxlan6"];
 /// The network's number and the port, those that other cluster networks of this kind use.
@@ -23,7 +30,7 @@ const OVERHEAD_IPV6_BYTES: u32 = 70;
 
 /// A node that is reached through VXLAN.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Tunnel {
+struct VxlanWay {
     pods: IpNet,
     mac: Mac,
     node: IpAddr,
@@ -33,7 +40,18 @@ struct Tunnel {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Ways {
     direct: Vec<Route>,
-    tunnels: Vec<Tunnel>,
+    tunnels: Vec<VxlanWay>,
+    secure: Vec<Peer>,
+}
+
+/// This node as far as ways to others depend on it.
+#[derive(Debug, Clone, Copy)]
+pub struct Own<'a> {
+    pub name: &'a str,
+    pub node: Option<&'a Node>,
+    pub tunnel: Tunnel,
+    /// Where the key of WireGuard is kept.
+    pub wireguard_key: Option<&'a Path>,
 }
 
 /// The Ethernet address of a node's VXLAN device: locally administered, of the node's name.
@@ -45,9 +63,20 @@ fn mac_of(node: &str) -> Mac {
     Mac([0x0e, a, b, c, d, e])
 }
 
-fn plan(others: &BTreeMap<String, Node>, own_networks: &[(u32, IpNet)]) -> Ways {
+/// `is_secure` says whether this node can be reached through WireGuard, and others know that.
+fn plan(others: &BTreeMap<String, Node>, own_networks: &[(u32, IpNet)], tunnel: Tunnel, is_secure: bool) -> Ways {
     let mut ways = Ways::default();
+    let is_near = |address: &IpAddr| own_networks.iter().any(|(_, own)| own.contains(address));
     for (name, node) in others {
+        let is_far = tunnel == Tunnel::Wireguard || !node.internal.iter().any(is_near);
+        if let (true, Some(key), Some(address)) = (is_far && is_secure, node.wireguard_key, node.internal.first()) {
+            ways.secure.push(Peer { key, node: *address, pods: node.pod_cidrs.iter().map(IpNet::trunc).collect() });
+            continue;
+        }
+        if tunnel == Tunnel::Wireguard {
+            // Its key will come; until then nothing goes there in plain sight.
+            continue;
+        }
         for net in &node.pod_cidrs {
             let of_family = || node.internal.iter().filter(|address| address.is_ipv4() == net.addr().is_ipv4());
             let near = of_family().find_map(|address| {
@@ -59,7 +88,7 @@ fn plan(others: &BTreeMap<String, Node>, own_networks: &[(u32, IpNet)]) -> Ways 
                     ways.direct.push(Route { protocol: ROUTE_PROTOCOL, ..route });
                 }
                 (None, Some(address)) => {
-                    ways.tunnels.push(Tunnel { pods: net.trunc(), mac: mac_of(name), node: *address });
+                    ways.tunnels.push(VxlanWay { pods: net.trunc(), mac: mac_of(name), node: *address });
                 }
                 // A node without an address of the family has no way to its pods of that family.
                 (None, None) => {}
@@ -76,12 +105,14 @@ pub struct Synced {
     pub changed: usize,
     /// The largest packet, in bytes, that pods may send; 0 for the usual.
     pub mtu: u32,
+    /// What the annotation of this node has to say, as long as somebody could need it.
+    pub wireguard_key: Option<WireguardKey>,
 }
 
 /// Makes our routes in the kernel the wanted ones. `own` is this node, by name.
-pub fn sync(own: (&str, Option<&Node>), others: &BTreeMap<String, Node>) -> oarlock_netlink::Result<Synced> {
+pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, WireguardError> {
     let mut connection = Connection::open(Protocol::Route)?;
-    let ours = |link: &Link| DEVICES.contains(&link.name.as_str());
+    let ours = |link: &Link| crate::node::is_cluster_link(&link.name);
     let devices: Vec<u32> = connection.links()?.iter().filter(|link| ours(link)).map(|link| link.index).collect();
     let addresses = connection.addresses()?;
     let networks: Vec<(u32, IpNet)> = addresses
@@ -92,12 +123,29 @@ pub fn sync(own: (&str, Option<&Node>), others: &BTreeMap<String, Node>) -> oarl
     let is_own = |node: &Node| node.internal.iter().any(|one| addresses.iter().any(|own| own.net.addr() == *one));
     let foreign: BTreeMap<String, Node> =
         others.iter().filter(|(_, node)| !is_own(node)).map(|(name, node)| (name.clone(), node.clone())).collect();
-    let ways = plan(&foreign, &networks);
     let mut synced = Synced::default();
+    let is_near = |node: &Node| node.internal.iter().any(|one| networks.iter().any(|(_, net)| net.contains(one)));
+    let needs_wireguard = match own.tunnel {
+        Tunnel::Vxlan => false,
+        Tunnel::Wireguard => !foreign.is_empty(),
+        Tunnel::Auto => foreign.values().any(|node| !is_near(node)),
+    };
+    if let Some(key_file) = own.wireguard_key.filter(|_| needs_wireguard) {
+        synced.wireguard_key = wireguard::ensure(&mut connection, key_file)?;
+    }
+    let announced = own.node.and_then(|node| node.wireguard_key);
+    let is_secure = synced.wireguard_key.is_some() && announced == synced.wireguard_key;
+    let ways = plan(&foreign, &networks, own.tunnel, is_secure);
     let mut wanted = ways.direct;
+    if synced.wireguard_key.is_some() {
+        wanted.extend(sync_wireguard(&mut connection, own, &ways.secure, &mut synced)?);
+    } else {
+        wireguard::remove(&mut connection)?;
+    }
     for is_ipv4 in [true, false] {
-        let tunnels: Vec<&Tunnel> = ways.tunnels.iter().filter(|one| one.pods.addr().is_ipv4() == is_ipv4).collect();
+        let tunnels: Vec<&VxlanWay> = ways.tunnels.iter().filter(|one| one.pods.addr().is_ipv4() == is_ipv4).collect();
         let name = DEVICES[usize::from(!is_ipv4)];
+        let own = (own.name, own.node);
         let Some((device, mtu)) = ensure_device(&mut connection, name, own, is_ipv4, !tunnels.is_empty())? else {
             continue;
         };
@@ -110,6 +158,31 @@ pub fn sync(own: (&str, Option<&Node>), others: &BTreeMap<String, Node>) -> oarl
     }
     synced.changed += sync_routes(&mut connection, &wanted)?;
     Ok(synced)
+}
+
+/// The peers, and the routes to their pods.
+fn sync_wireguard(
+    connection: &mut Connection,
+    own: Own<'_>,
+    peers: &[Peer],
+    synced: &mut Synced,
+) -> oarlock_netlink::Result<Vec<Route>> {
+    let internal = own.node.map(|node| node.internal.as_slice()).unwrap_or_default();
+    let addresses = connection.addresses()?;
+    let underlay = addresses.iter().find(|address| internal.contains(&address.net.addr())).map(|address| address.link);
+    let link = underlay.map(|index| connection.link_by_index(index)).transpose()?.flatten();
+    let underlay_mtu = link.map_or(1500, |link| link.mtu);
+    // What the node itself sends to pods there comes from an address that its peers take.
+    let pods = own.node.map(|node| node.pod_cidrs.as_slice()).unwrap_or_default();
+    let own_addresses: Vec<IpNet> = pods.iter().map(|net| IpNet::from(net.network())).collect();
+    let (device, mtu, changed) = wireguard::sync(connection, peers, &own_addresses, underlay_mtu)?;
+    synced.changed += changed;
+    if !peers.is_empty() {
+        synced.mtu = mtu;
+    }
+    let nets = peers.iter().flat_map(|peer| &peer.pods);
+    let route = |net: &IpNet| Route { protocol: ROUTE_PROTOCOL, ..Route::new(*net, None, device) };
+    Ok(nets.map(route).collect())
 }
 
 /// The device and the largest packet through it; deleted when nobody needs it. One that was made for another address of
@@ -158,7 +231,7 @@ fn ensure_device(
 }
 
 /// Forwarding entries and neighbours of the device; says how many were changed.
-fn sync_entries(connection: &mut Connection, device: u32, tunnels: &[&Tunnel]) -> oarlock_netlink::Result<usize> {
+fn sync_entries(connection: &mut Connection, device: u32, tunnels: &[&VxlanWay]) -> oarlock_netlink::Result<usize> {
     let mut changed = 0;
     let existing = connection.forwarding(device)?;
     for (mac, address) in existing.iter().filter(|entry| !tunnels.iter().any(|one| (one.mac, one.node) == **entry)) {
@@ -169,7 +242,7 @@ fn sync_entries(connection: &mut Connection, device: u32, tunnels: &[&Tunnel]) -
         connection.set_forwarding(device, tunnel.mac, tunnel.node)?;
         changed += 1;
     }
-    let neighbour = |tunnel: &Tunnel| Neighbour {
+    let neighbour = |tunnel: &VxlanWay| Neighbour {
         link: device,
         address: tunnel.pods.network(),
         mac: Some(tunnel.mac),
@@ -190,7 +263,9 @@ fn sync_entries(connection: &mut Connection, device: u32, tunnels: &[&Tunnel]) -
 }
 
 fn sync_routes(connection: &mut Connection, wanted: &[Route]) -> oarlock_netlink::Result<usize> {
-    let ours = |route: &Route| route.protocol == ROUTE_PROTOCOL && route.gateway.is_some();
+    let secure = connection.link(wireguard::DEVICE)?.map(|link| link.index);
+    let ours =
+        |route: &Route| route.protocol == ROUTE_PROTOCOL && (route.gateway.is_some() || Some(route.link) == secure);
     let existing: Vec<Route> = connection.routes()?.into_iter().filter(ours).collect();
     let same = |a: &Route, b: &Route| (a.destination, a.gateway, a.link) == (b.destination, b.gateway, b.link);
     let mut changed = 0;
@@ -207,6 +282,7 @@ fn sync_routes(connection: &mut Connection, wanted: &[Route]) -> oarlock_netlink
 
 /// Takes the devices away, with all that is theirs.
 pub fn remove(connection: &mut Connection) -> oarlock_netlink::Result<()> {
+    wireguard::remove(connection)?;
     DEVICES.iter().try_for_each(|name| connection.delete_link_by_name(name))
 }
 
@@ -224,6 +300,7 @@ mod tests {
             internal: internal.iter().map(|text| text.parse().unwrap()).collect(),
             zone: None,
             takes_traffic: true,
+            wireguard_key: None,
         }
     }
 
@@ -233,13 +310,33 @@ mod tests {
             ("near".to_owned(), node(&["10.42.1.0/24", "fd42:0:0:1::/64"], &["192.168.0.2"])),
             ("far".to_owned(), node(&["10.42.2.0/24"], &["172.16.0.2"])),
         ]);
-        let ways = plan(&others, &[(2, net("192.168.0.1/24"))]);
+        let ways = plan(&others, &[(2, net("192.168.0.1/24"))], Tunnel::Auto, true);
         assert_eq!(ways.direct.len(), 1, "the near node has no IPv6 address");
         let route = &ways.direct[0];
         assert_eq!((route.destination, route.link), (net("10.42.1.0/24"), 2));
         assert_eq!(route.gateway, Some("192.168.0.2".parse().unwrap()));
-        let tunnel = Tunnel { pods: net("10.42.2.0/24"), mac: mac_of("far"), node: "172.16.0.2".parse().unwrap() };
+        let tunnel = VxlanWay { pods: net("10.42.2.0/24"), mac: mac_of("far"), node: "172.16.0.2".parse().unwrap() };
         assert_eq!(ways.tunnels, [tunnel]);
+    }
+
+    #[test]
+    fn nodes_with_keys_are_reached_through_wireguard_once_they_know_this_ones() {
+        let with_key = |node: Node, last: u8| Node { wireguard_key: Some([last; 32]), ..node };
+        let others = BTreeMap::from([
+            ("near".to_owned(), with_key(node(&["10.42.1.0/24"], &["192.168.0.2"]), 1)),
+            ("far".to_owned(), with_key(node(&["10.42.2.0/24"], &["172.16.0.2"]), 2)),
+            ("old".to_owned(), node(&["10.42.3.0/24"], &["172.16.0.3"])),
+        ]);
+        let own = [(2, net("192.168.0.1/24"))];
+        let counts = |tunnel, is_secure| {
+            let ways = plan(&others, &own, tunnel, is_secure);
+            (ways.direct.len(), ways.tunnels.len(), ways.secure.iter().map(|peer| peer.key[0]).collect::<Vec<_>>())
+        };
+        assert_eq!(counts(Tunnel::Auto, true), (1, 1, vec![2]));
+        assert_eq!(counts(Tunnel::Auto, false), (1, 2, vec![]));
+        assert_eq!(counts(Tunnel::Vxlan, false), (1, 2, vec![]));
+        assert_eq!(counts(Tunnel::Wireguard, true), (0, 0, vec![2, 1]), "and never in plain sight");
+        assert_eq!(counts(Tunnel::Wireguard, false), (0, 0, vec![]));
     }
 
     #[test]

@@ -51,12 +51,19 @@ pub enum Error {
 pub struct Netproxy {
     config: Config,
     client: kube::Client,
+    node_client: Option<kube::Client>,
     status: Arc<Status>,
 }
 
 impl Netproxy {
     pub fn new(config: Config, client: kube::Client) -> Netproxy {
-        Netproxy { config, client, status: Arc::default() }
+        Netproxy { config, client, node_client: None, status: Arc::default() }
+    }
+
+    /// What this node's own object is annotated with, where the other client may not do that.
+    #[must_use]
+    pub fn with_node_client(self, client: kube::Client) -> Netproxy {
+        Netproxy { node_client: Some(client), ..self }
     }
 
     /// Becomes true with the first commit: from then on Services work and names are answered.
@@ -67,7 +74,7 @@ impl Netproxy {
     /// Works until `shutdown`. The rules stay in the kernel, so that connections do not notice a restart;
     /// [`crate::remove_everything`] takes them away.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        let Netproxy { config, client, status } = self;
+        let Netproxy { config, client, node_client, status } = self;
         let config = Arc::new(config);
         let domain = parse_domain(&config.cluster_domain)?;
         match config.networks.as_slice() {
@@ -118,6 +125,7 @@ impl Netproxy {
             balancers: balancers_in,
             pod_cidrs: cidrs_in,
             world: world_in,
+            node_client: node_client.unwrap_or_else(|| client.clone()),
         };
         if !config.balancer_pools.is_empty() {
             let identity = Identity {

@@ -221,15 +221,11 @@ pub fn foundation(settings: &Settings) -> Transaction {
         ("postrouting", ChainKind::Nat, HookPoint::Postrouting, SOURCE_NAT),
         ("filter-prerouting", ChainKind::Filter, HookPoint::Prerouting, BEFORE_DESTINATION_NAT),
         ("filter-output-first", ChainKind::Filter, HookPoint::Output, BEFORE_DESTINATION_NAT),
+        (AFTER_BALANCING, ChainKind::Filter, HookPoint::Prerouting, AFTER_DESTINATION_NAT),
         ("filter-input", ChainKind::Filter, HookPoint::Input, 0),
-        ("filter-forward", ChainKind::Filter, HookPoint::Forward, 0),
         ("filter-output", ChainKind::Filter, HookPoint::Output, 0),
     ] {
         transaction.push(Command::AddChain(Chain::base(name, kind, point, priority)));
-    }
-    if !settings.balancer_pools.is_empty() {
-        let chain = Chain::base(AFTER_BALANCING, ChainKind::Filter, HookPoint::Prerouting, AFTER_DESTINATION_NAT);
-        transaction.push(Command::AddChain(chain));
     }
     transaction.commands.extend(rules(settings).into_iter().map(Command::AddRule));
     for (classes, element) in fixed_classes() {
@@ -385,20 +381,18 @@ fn filter(settings: &Settings) -> Vec<Rule> {
         let guarded = [if_new(), frontend_by_address(settings), vec![follow]].concat();
         rules.push(Rule::new(chain, guarded).comment("loadBalancerSourceRanges"));
     }
-    for chain in ["filter-input", "filter-forward", "filter-output"] {
+    // Before the packet is routed: a refusal of one that would be forwarded back out of its own link comes after a redirect,
+    // and is then one message too many for the kernel's limits.
+    for chain in [AFTER_BALANCING, "filter-output"] {
         rules.push(Rule::new(chain, [if_new(), vec![jump(NO_ENDPOINTS)]].concat()));
     }
     // What is still on its way to a Service address here has no such Service or port.
-    for chain in ["filter-forward", "filter-output"] {
+    for chain in [AFTER_BALANCING, "filter-output"] {
         if let Some(address) = settings.dns_address {
             rules.push(Rule::new(chain, [destination_is(address), vec![Expr::Verdict(Verdict::Return)]].concat()));
         }
-        rules.push(refuse_to(settings, chain, settings.service_cidr));
-    }
-    for pool in &settings.balancer_pools {
-        // Not where packets are forwarded: back out of their own link, with a redirect, after which the kernel counts a
-        // refusal as one message too many.
-        rules.extend([AFTER_BALANCING, "filter-output"].map(|chain| refuse_to(settings, chain, *pool)));
+        let nets = std::iter::once(&settings.service_cidr).chain(&settings.balancer_pools);
+        rules.extend(nets.map(|net| refuse_to(settings, chain, *net)));
     }
     rules
 }

@@ -296,14 +296,20 @@ impl<K: Kernel> Proxier<K> {
         let (protocol, port) = (Protocol(*protocol), u16::from_be_bytes([*high, *low]));
         let by_address = |map| ElementKey::by_address(map, address, protocol, port);
         let by_port = |map| ElementKey::by_port(map, protocol, port);
-        [
-            by_address(Map::Services),
-            by_address(Map::LocalServices),
-            by_port(Map::NodePorts),
-            by_port(Map::LocalNodePorts),
-        ]
-        .into_iter()
-        .any(|key| has_endpoint(&self.ledger, key, |found| rules::endpoint_bytes(found.into()) == *endpoint))
+        let client = bytes.get(..width).and_then(oarlock_netlink::wire::read_address);
+        let from_pod = client.is_some_and(|client| self.settings.cluster_cidr.contains(&client));
+        // Where those outside have endpoints of their own, one of the others would be a wrong one for them.
+        let pairs = [
+            (by_address(Map::LocalServices), by_address(Map::Services)),
+            (by_port(Map::LocalNodePorts), by_port(Map::NodePorts)),
+        ];
+        let choose = |(local, all): (ElementKey, ElementKey)| {
+            if !from_pod && self.ledger.target(&local).is_some() { local } else { all }
+        };
+        pairs
+            .into_iter()
+            .map(choose)
+            .any(|key| has_endpoint(&self.ledger, key, |found| rules::endpoint_bytes(found.into()) == *endpoint))
     }
 }
 
@@ -326,7 +332,9 @@ fn describe(delta: &Delta) -> Committed {
             committed.retired.push(*key);
         }
         committed.connectionless_changed |= key.protocol != Protocol::TCP;
-        committed.endpoints_removed |= matches!(old, Some(Target::Endpoint(_)));
+        // Also when those outside get endpoints of their own, the others are none of theirs any more.
+        let is_local = matches!(key.map, Map::LocalServices | Map::LocalNodePorts);
+        committed.endpoints_removed |= matches!(old, Some(Target::Endpoint(_))) || (is_local && old.is_none());
     }
     committed
 }

@@ -1,6 +1,7 @@
 //! `oarlock netproxy`: the Service proxy, cluster DNS and the node's network configuration.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -49,23 +50,33 @@ pub(crate) fn proxy_config(settings: &Settings) -> Config {
         health_listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.proxy_health_port)),
         cni_conf_dir: Some(settings.cni_conf_dir.clone()),
         cni_state_dir: settings.layout.data_dir().join("cni/networks"),
+        tunnel: settings.node_tunnel,
+        wireguard_key: Some(settings.layout.data_dir().join("netproxy/wireguard.key")),
         sysctl_record: Some(settings.layout.data_dir().join("netproxy/sysctls")),
         upstream_resolv_conf: agent::upstream_resolv_conf().into(),
         ..Config::default()
     }
 }
 
+async fn client(path: &Path) -> anyhow::Result<kube::Client> {
+    let kubeconfig = kube::config::Kubeconfig::read_from(path)
+        .with_context(|| format!("cannot read {}; start `oarlock server` first", path.display()))?;
+    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default())
+        .await
+        .with_context(|| format!("{} is not usable", path.display()))?;
+    kube::Client::try_from(config).context("cannot make an API client")
+}
+
 pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock netproxy")?;
     daemon::run(&settings.clone(), 2, |shutdown| async move {
-        let path = settings.layout.component_kubeconfig("netproxy");
-        let kubeconfig = kube::config::Kubeconfig::read_from(&path)
-            .with_context(|| format!("cannot read {}; start `oarlock server` first", path.display()))?;
-        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default())
-            .await
-            .with_context(|| format!("{} is not usable", path.display()))?;
-        let client = kube::Client::try_from(config).context("cannot make an API client")?;
-        let proxy = Netproxy::new(proxy_config(&settings), client);
+        let client = client(&settings.layout.component_kubeconfig("netproxy")).await?;
+        let mut proxy = Netproxy::new(proxy_config(&settings), client);
+        // Only the node itself may annotate its Node.
+        let own = settings.layout.component_kubeconfig("agent");
+        if own.exists() {
+            proxy = proxy.with_node_client(self::client(&own).await?);
+        }
         let ready = proxy.ready();
         tokio::spawn(daemon::announce_when("netproxy", shutdown.clone(), move || {
             let mut ready = ready.clone();

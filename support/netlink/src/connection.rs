@@ -27,6 +27,8 @@ pub enum Protocol {
     Route,
     /// nf_tables and connection tracking.
     Netfilter,
+    /// Families that are known by name only.
+    Generic,
 }
 
 /// A socket in the network namespace it was opened in. Calls block for as long as the kernel works.
@@ -181,6 +183,7 @@ fn open_socket(protocol: Protocol) -> io::Result<Connection> {
     let protocol = match protocol {
         Protocol::Route => SockProtocol::NetlinkRoute,
         Protocol::Netfilter => SockProtocol::NetlinkNetFilter,
+        Protocol::Generic => SockProtocol::NetlinkGeneric,
     };
     let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
     bind(socket.as_raw_fd(), &NetlinkAddr::new(0, 0))?;

@@ -18,6 +18,7 @@ mod route;
 mod sockopt;
 mod vlan;
 pub mod wire;
+mod wireguard;
 
 pub use address::Address;
 pub use connection::{Connection, Protocol, Refusal};
@@ -27,6 +28,7 @@ pub use neighbour::Neighbour;
 pub use qdisc::TokenBucket;
 pub use route::Route;
 pub use vlan::PortVlan;
+pub use wireguard::{Key as WireguardKey, Wireguard, WireguardDevice, WireguardPeer};
 
 /// The result of every operation of this crate.
 pub type Result<T, E = NetlinkError> = std::result::Result<T, E>;

@@ -5,14 +5,22 @@
 mod netproxy_nodes;
 mod netproxy_world;
 
+use std::sync::Arc;
+
 use netproxy_nodes::{Machine, bridge, net, number, pod, register, seen, underlay};
 use netproxy_world::{Family, TIMEOUT, netns};
 use oarlock_machinery::fake::FakeApi;
-use oarlock_netlink::{Connection, LinkChange, Protocol};
+use oarlock_netlink::{Connection, LinkChange, Protocol, Wireguard};
+use oarlock_netns::run_in;
+use oarlock_netproxy::Tunnel;
 use oarlock_testkit::{in_fresh_namespaces, wait_for};
 use serde_json::json;
 
-with_each_families! { pods_of_all_nodes_reach_each_other }
+with_each_families! {
+    pods_of_all_nodes_reach_each_other
+    wireguard_is_used_where_both_kernels_have_it
+    with_wireguard_alone_nothing_is_readable_on_the_way
+}
 
 /// Segments of the underlay: a and c are on the first, b is on the second.
 const NODES: [(&str, u8); 3] = [("a", 1), ("b", 2), ("c", 1)];
@@ -27,7 +35,8 @@ fn vxlan_links(node: &str) -> Vec<String> {
     links.into_iter().map(|link| link.name).filter(|name| name.starts_with("oar-vxlan")).collect()
 }
 
-fn pods_of_all_nodes_reach_each_other(families: &[Family]) {
+/// A router with both segments, and the nodes on them.
+fn cluster(tunnel: Tunnel, families: &[Family]) -> (Connection, Arc<FakeApi>, Vec<Machine>) {
     oarlock_netns::bring_loopback_up().unwrap();
     let mut router = Connection::open(Protocol::Route).unwrap();
     for segment in [1, 2] {
@@ -43,9 +52,81 @@ fn pods_of_all_nodes_reach_each_other(families: &[Family]) {
         .iter()
         .map(|(name, segment)| {
             register(&api, name, *segment, families);
-            Machine::start(name, *segment, families, &api, &mut router)
+            Machine::start_with(tunnel, (name, *segment), families, &api, &mut router)
         })
         .collect();
+    (router, api, machines)
+}
+
+fn wireguard_peers(node: &str) -> Option<usize> {
+    run_in(&netns(node), || {
+        let link = Connection::open(Protocol::Route).unwrap().link("oar-wg0").unwrap()?;
+        Some(Wireguard::open().unwrap().device(link.index).unwrap().peers.len())
+    })
+    .unwrap()
+}
+
+/// Whether this machine's kernel has WireGuard.
+fn has_wireguard() -> bool {
+    let mut connection = Connection::open(Protocol::Route).unwrap();
+    let has = connection.create_wireguard("probe", 0).is_ok();
+    connection.delete_link_by_name("probe").unwrap();
+    has
+}
+
+/// Where the kernel has no WireGuard, the same configuration leads to VXLAN.
+fn wireguard_is_used_where_both_kernels_have_it(families: &[Family]) {
+    let has_wireguard = has_wireguard();
+    let (_router, api, _machines) = cluster(Tunnel::Auto, families);
+    for family in families.iter().copied() {
+        for (from, to) in [("a", "b"), ("b", "a"), ("a", "c"), ("c", "b")] {
+            reaches(from, family, to);
+        }
+    }
+    if !has_wireguard {
+        assert_eq!((vxlan_links("a").len(), wireguard_peers("a")), (families.len(), None));
+        return;
+    }
+    wait_for("WireGuard in the place of VXLAN", TIMEOUT, || {
+        let counts = ["a", "b", "c"].map(|node| (vxlan_links(node).len(), wireguard_peers(node)));
+        (counts == [(0, Some(1)), (0, Some(2)), (0, Some(1))]).then_some(())
+    });
+    families.iter().for_each(|family| reaches("a", *family, "b"));
+    // A node whose kernel loses it says so no more, and the others follow.
+    api.edit("nodes", "", "b", |node| node["metadata"]["annotations"] = json!({}));
+    wait_for("the key to be told again", TIMEOUT, || {
+        let node = api.get("nodes", "", "b")?;
+        node["metadata"]["annotations"]["oarlock.io/wireguard-public-key"].is_string().then_some(())
+    });
+    families.iter().for_each(|family| reaches("b", *family, "c"));
+    api.delete("nodes", "", "b", json!({}));
+    wait_for("the device to go", TIMEOUT, || wireguard_peers("a").is_none().then_some(()));
+    reaches("a", families[0], "c");
+}
+
+fn with_wireguard_alone_nothing_is_readable_on_the_way(families: &[Family]) {
+    let has_wireguard = has_wireguard();
+    let (_router, _api, machines) = cluster(Tunnel::Wireguard, families);
+    if !has_wireguard {
+        let conflist = machines[0].directory.path().join("net.d/10-oarlock.conflist");
+        wait_for("the node's configuration", TIMEOUT, || conflist.exists().then_some(()));
+        assert_eq!(seen("a", families[0], "c"), None, "no way is better than one in plain sight");
+        return;
+    }
+    for family in families.iter().copied() {
+        for (from, to) in [("a", "b"), ("a", "c"), ("c", "b")] {
+            reaches(from, family, to);
+        }
+        // On the same segment too.
+        let routes = Connection::open_in(Protocol::Route, &netns("a")).unwrap().routes().unwrap();
+        let route = routes.iter().find(|route| route.destination == net(pod(family, "c", 0)).trunc()).unwrap();
+        assert_eq!(route.gateway, None, "through the device");
+    }
+    assert_eq!(wireguard_peers("a"), Some(2));
+}
+
+fn pods_of_all_nodes_reach_each_other(families: &[Family]) {
+    let (mut router, api, machines) = cluster(Tunnel::Vxlan, families);
     for family in families.iter().copied() {
         for (from, to) in [("a", "b"), ("b", "a"), ("a", "c"), ("c", "b")] {
             reaches(from, family, to);

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use oarlock_machinery::fake::FakeApi;
 use oarlock_netlink::{Connection, Protocol, Route, VethPair};
 use oarlock_netns::{create_pinned, run_in};
-use oarlock_netproxy::{Config, Netproxy, Network};
+use oarlock_netproxy::{Config, Netproxy, Network, Tunnel};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::task::JoinHandle;
@@ -102,6 +102,17 @@ pub struct Machine {
 
 impl Machine {
     pub fn start(name: &str, segment: u8, families: &[Family], api: &Arc<FakeApi>, router: &mut Connection) -> Machine {
+        Machine::start_with(Tunnel::Vxlan, (name, segment), families, api, router)
+    }
+
+    /// As [`Machine::start`], with another way to other segments.
+    pub fn start_with(
+        tunnel: Tunnel,
+        (name, segment): (&str, u8),
+        families: &[Family],
+        api: &Arc<FakeApi>,
+        router: &mut Connection,
+    ) -> Machine {
         let (own, pod_netns) = (netns(name), netns(&format!("pod-{name}")));
         create_pinned(&own).unwrap();
         create_pinned(&pod_netns).unwrap();
@@ -126,7 +137,7 @@ impl Machine {
             }
         });
         let directory = tempfile::tempdir().unwrap();
-        let config = config(name, segment, families, directory.path());
+        let config = Config { tunnel, ..config(name, segment, families, directory.path()) };
         // Its threads are in the node's namespace, and so is all that they do.
         let runtime = run_in(&own, || {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
@@ -179,6 +190,7 @@ pub fn config(name: &str, segment: u8, families: &[Family], directory: &Path) ->
         cni_conf_dir: Some(directory.join("net.d")),
         balancer_pools: families.iter().map(|family| pool(*family, segment)).collect(),
         balancer_class: "ours".to_owned(),
+        wireguard_key: Some(directory.join("wireguard.key")),
         upstream_resolv_conf: directory.join("resolv.conf"),
         ..Config::default()
     }

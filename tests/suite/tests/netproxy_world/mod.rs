@@ -263,7 +263,8 @@ impl World {
     }
 }
 
-fn serve(name: &str, address: IpAddr) {
+/// A server on TCP and UDP port 8080 of a pod, that answers with its name and the client's address.
+pub fn serve(name: &str, address: IpAddr) {
     let (listener, socket) = run_in(&netns(name), || {
         (TcpListener::bind((address, 8080)).unwrap(), UdpSocket::bind((address, 8080)).unwrap())
     })
