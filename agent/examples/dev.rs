@@ -32,7 +32,7 @@ async fn main() {
         let _ = tokio::signal::ctrl_c().await;
         on_signal.cancel();
     });
-    let ended = match Agent::new(config).await {
+    let ended = match Agent::new(config, &stop).await {
         Ok(agent) => agent.run(stop).await,
         Err(error) => Err(error),
     };

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::assignment::{self, Assignments, PodResources};
 use crate::cgroups::PodCgroups;
+use crate::credentials::{self, Connection};
 use crate::cri::Runtime;
 use crate::images::ImageCollector;
 use crate::node::capacity::{Capacity, Machine};
@@ -46,7 +47,13 @@ impl ExecProbe for RuntimeExec {
 }
 
 /// Runs the agent until it is `asked` to end.
-pub(crate) async fn run(config: Config, client: kube::Client, asked: CancellationToken) -> Result<(), Error> {
+pub(crate) async fn run(mut config: Config, connection: Connection, asked: CancellationToken) -> Result<(), Error> {
+    let Connection { client, keeper } = connection;
+    let serving = if config.server_tls_bootstrap { Some(credentials::serving(&config)?) } else { None };
+    if let Some(rotation) = &serving {
+        config.cert_file = rotation.store.file().to_owned();
+        config.key_file = rotation.store.file().to_owned();
+    }
     for path in [config.pods_root(), config.state_dir().join("pods"), config.pod_logs_dir.clone()] {
         let io = |source| Error::Io { operation: "create directory", path: path.clone(), source };
         tokio::fs::create_dir_all(&path).await.map_err(io)?;
@@ -104,6 +111,12 @@ pub(crate) async fn run(config: Config, client: kube::Client, asked: Cancellatio
     let mut tasks = Tasks::new(rest.clone());
     let token = tasks.token();
     tasks.spawn("shutdown", finished(shutdown::follow(shared.clone(), news.clone(), asked, rest)));
+    if let Some((rotation, live)) = keeper {
+        tasks.spawn("client certificate", finished(credentials::keep_client(rotation, live, token.clone())));
+    }
+    if let Some(rotation) = serving {
+        tasks.spawn("serving certificate", finished(rotation.run(client.clone(), |_| {}, token.clone())));
+    }
     let mirror_touched = Arc::new(Notify::new());
     let mut known_sources = HashSet::from([Source::Api]);
     if let Some(directory) = config.static_pod_dir.clone() {

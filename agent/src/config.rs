@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 
-use crate::{AssignmentConfig, Error, EvictionConfig, ImageGcConfig, KubeletConfiguration, ShutdownConfig};
+use crate::{AssignmentConfig, EvictionConfig, ImageGcConfig, KubeletConfiguration, ShutdownConfig};
 
 /// Everything the agent needs to know. Start from [`Config::new`] and change what differs.
 #[derive(Debug, Clone)]
@@ -18,6 +18,12 @@ pub struct Config {
     /// The node's address of the other family, in a dual-stack cluster.
     pub second_node_ip: Option<IpAddr>,
     pub kubeconfig: PathBuf,
+    /// Used where `kubeconfig` does not exist, to get the node's first certificate.
+    pub bootstrap_kubeconfig: Option<PathBuf>,
+    /// rotateCertificates: the client certificate is replaced before it ends.
+    pub rotate_certificates: bool,
+    /// serverTLSBootstrap: the serving certificate is asked for by a request, and replaced before it ends.
+    pub server_tls_bootstrap: bool,
     /// The CRI socket.
     pub runtime_endpoint: PathBuf,
     /// `<data_dir>/pods` holds pod volumes, `<data_dir>/agent` the agent's own small records.
@@ -96,6 +102,9 @@ impl Config {
             node_ip,
             second_node_ip: None,
             kubeconfig: data_dir.join("agent/kubeconfig"),
+            bootstrap_kubeconfig: None,
+            rotate_certificates: false,
+            server_tls_bootstrap: false,
             runtime_endpoint: PathBuf::from("/run/oarlock/runtime.sock"),
             kubelet_dir: PathBuf::from("/var/lib/kubelet"),
             pod_logs_dir: PathBuf::from("/var/log/pods"),
@@ -151,17 +160,8 @@ impl Config {
         self.data_dir.join("agent")
     }
 
-    /// A client with the kubeconfig's address and identity.
-    pub(crate) async fn client(&self) -> Result<kube::Client, Error> {
-        let path = self.kubeconfig.clone();
-        let kubeconfig = kube::config::Kubeconfig::read_from(&path)
-            .map_err(|source| Error::Kubeconfig { path: path.clone(), source: Box::new(source) })?;
-        let mut config = kube::Config::from_custom_kubeconfig(kubeconfig, &Default::default())
-            .await
-            .map_err(|source| Error::Kubeconfig { path: path.clone(), source: Box::new(source) })?;
-        config.connect_timeout = Some(Duration::from_secs(10));
-        // A watch may rightly be silent for minutes; every other call carries its own timeout.
-        config.read_timeout = Some(Duration::from_secs(295));
-        kube::Client::try_from(config).map_err(|source| Error::Client { path, source })
+    /// Where the node's own certificates are.
+    pub(crate) fn certificates_dir(&self) -> PathBuf {
+        self.data_dir.join("certificates")
     }
 }

@@ -26,6 +26,8 @@ pub enum Error {
     },
     #[error("running with swap on is not allowed: disable swap or set failSwapOn to false")]
     SwapOn,
+    #[error("cannot get the node's first certificate")]
+    Credentials(#[source] oarlock_credentials::CredentialsError),
     #[error("cannot give out processors, memory and devices")]
     Assignment(#[from] crate::AssignmentError),
     #[error(transparent)]

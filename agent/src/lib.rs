@@ -13,6 +13,7 @@ mod agent;
 mod assignment;
 mod cgroups;
 mod config;
+mod credentials;
 mod cri;
 mod error;
 mod eviction;
@@ -48,6 +49,7 @@ pub use images::ImageGcConfig;
 pub use kubelet_config::{KubeletConfigError, KubeletConfiguration};
 pub use shutdown::ShutdownConfig;
 
+use credentials::Connection;
 use tokio_util::sync::CancellationToken;
 
 /// The version that the node reports.
@@ -56,23 +58,24 @@ pub const VERSION: &str = concat!("v1.36.0+oarlock.", env!("CARGO_PKG_VERSION"))
 /// A node agent, ready to run.
 pub struct Agent {
     config: Config,
-    client: kube::Client,
+    connection: Connection,
 }
 
 impl Agent {
-    /// Reads the kubeconfig. Nothing outside is contacted before [`Agent::run`].
-    pub async fn new(config: Config) -> Result<Self, Error> {
-        let client = config.client().await?;
-        Ok(Self::with_client(config, client))
+    /// Reads the kubeconfig. Nothing outside is contacted before [`Agent::run`], but by a node without a certificate, which gets
+    /// its first one here; `stop` ends the wait for it.
+    pub async fn new(config: Config, stop: &CancellationToken) -> Result<Self, Error> {
+        let connection = credentials::connect(&config, stop).await?;
+        Ok(Self { config, connection })
     }
 
     /// Uses a client made elsewhere; `config.kubeconfig` is not read.
     pub fn with_client(config: Config, client: kube::Client) -> Self {
-        Self { config, client }
+        Self { config, connection: Connection { client, keeper: None } }
     }
 
     /// Runs until `shutdown`. Containers keep running when the agent ends.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        agent::run(self.config, self.client, shutdown).await
+        agent::run(self.config, self.connection, shutdown).await
     }
 }

@@ -24,6 +24,9 @@ pub(super) struct Fields {
     pub(super) read_only_port: Option<u16>,
     pub(super) tls_cert_file: Option<PathBuf>,
     pub(super) tls_private_key_file: Option<PathBuf>,
+    pub(super) rotate_certificates: Option<bool>,
+    #[serde(rename = "serverTLSBootstrap")]
+    pub(super) server_tls_bootstrap: Option<bool>,
     pub(super) authentication: Option<Authentication>,
     pub(super) authorization: Option<Authorization>,
     pub(super) cluster_domain: Option<String>,

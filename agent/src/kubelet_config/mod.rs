@@ -67,9 +67,7 @@ const UNSUPPORTED: &[&str] = &[
     "preloadedImagesVerificationAllowlist",
     "protectKernelDefaults",
     "qosReserved",
-    "rotateCertificates",
     "runOnce",
-    "serverTLSBootstrap",
     "showHiddenMetricsForVersion",
     "singleProcessOOMKill",
     "staticPodURL",
@@ -362,6 +360,8 @@ impl Fields {
         set(&mut config.cgroup_root, self.cgroup_root);
         set(&mut config.cgroups_per_qos, self.cgroups_per_qos);
         set(&mut config.resolv_conf, self.resolv_conf);
+        set(&mut config.rotate_certificates, self.rotate_certificates);
+        set(&mut config.server_tls_bootstrap, self.server_tls_bootstrap);
         set(&mut config.register_with_taints, self.register_with_taints);
         if self.provider_id.is_some() {
             config.provider_id = self.provider_id;

@@ -141,7 +141,7 @@ impl FakeApi {
         }
         Ok(match method {
             Method::GET if query.contains("watch=true") => self.watch(&path, &query),
-            Method::GET => self.read(&path),
+            Method::GET => self.read(&path, &query),
             Method::POST => self.create(&path, body),
             Method::PATCH => self.patch(&path, &body),
             Method::DELETE => {
@@ -153,16 +153,21 @@ impl FakeApi {
         })
     }
 
-    fn read(&self, path: &str) -> Answer {
+    fn read(&self, path: &str, query: &str) -> Answer {
         if let Some(value) = self.get(path) {
             return reply(200, &value);
         }
-        let collections =
-            [("pods", "PodList"), ("services", "ServiceList"), ("nodes", "NodeList"), ("configmaps", "ConfigMapList")];
+        let collections = [
+            ("pods", "PodList"),
+            ("services", "ServiceList"),
+            ("nodes", "NodeList"),
+            ("configmaps", "ConfigMapList"),
+            ("certificatesigningrequests", "CertificateSigningRequestList"),
+        ];
         let resource = path.rsplit('/').next().unwrap_or_default();
         if let Some((_, kind)) = collections.into_iter().find(|(name, _)| *name == resource) {
             let objects = self.objects.lock().unwrap();
-            let wanted = |key: &&String| matches_collection(path, key);
+            let wanted = |key: &&String| matches_collection(path, key) && is_named(query, key);
             let items: Vec<&Value> = objects.all.keys().filter(wanted).filter_map(|key| objects.all.get(key)).collect();
             let version = objects.version.to_string();
             let list =
@@ -180,12 +185,12 @@ impl FakeApi {
             query.split('&').find_map(|pair| pair.strip_prefix("resourceVersion=")?.parse().ok()).unwrap_or(u64::MAX);
         let version = |value: &Value| value["metadata"]["resourceVersion"].as_str()?.parse::<u64>().ok();
         for (key, value) in &self.objects.lock().unwrap().all {
-            if matches_collection(path, key) && version(value).is_some_and(|version| version > from) {
+            if matches_collection(path, key) && is_named(query, key) && version(value).is_some_and(|version| version > from) {
                 let event = json!({"type": "MODIFIED", "object": value});
                 let _ = sender.try_send(Ok(Frame::data(format!("{event}\n").into())));
             }
         }
-        let (path, down) = (path.to_owned(), self.down.clone());
+        let (path, query, down) = (path.to_owned(), query.to_owned(), self.down.clone());
         tokio::spawn(async move {
             loop {
                 let event = tokio::select! {
@@ -196,7 +201,7 @@ impl FakeApi {
                 if *down.lock().unwrap() {
                     return;
                 }
-                if matches_collection(&path, &key) {
+                if matches_collection(&path, &key) && is_named(&query, &key) {
                     let line = format!("{event}\n");
                     if sender.send(Ok(Frame::data(line.into()))).await.is_err() {
                         return;
@@ -242,6 +247,13 @@ fn matches_collection(path: &str, key: &str) -> bool {
     let mut parts = key.rsplit('/');
     parts.next();
     parts.next() == Some(resource)
+}
+
+/// Whether a field selector on the name, if there is one, lets the object through.
+fn is_named(query: &str, key: &str) -> bool {
+    let selector = query.split('&').find_map(|pair| pair.strip_prefix("fieldSelector=metadata.name"));
+    let name = selector.map(|text| text.trim_start_matches("%3D").trim_start_matches('='));
+    name.is_none_or(|name| key.rsplit('/').next() == Some(name))
 }
 
 /// Enough of a strategic merge: conditions by type, other lists replaced, null removes.

@@ -40,7 +40,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         config.image_gc = ImageGcConfig::for_shared_machine();
         settings.kubelet.apply(&mut config)?;
         let port = config.listen.port();
-        let agent = Agent::new(config).await.context("cannot start the agent")?;
+        let agent = Agent::new(config, &shutdown).await.context("cannot start the agent")?;
         tokio::spawn(daemon::announce_when("agent", shutdown.clone(), move || async move {
             tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_ok()
         }));

@@ -50,6 +50,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
                 root_ca_pem: credentials.ca_pem.clone(),
                 balancer_pools: settings.load_balancer_pools.clone(),
                 balancer_class: BALANCER_CLASS.to_owned(),
+                signing_ca_dir: Some(settings.layout.pki_dir()),
             },
         );
         let scheduler = Scheduler::new(

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::authz::{self, Action};
+use crate::bootstrap_tokens;
 use crate::core::Core;
 use crate::error::{ApiError, ApiResult};
 use crate::object;
@@ -65,7 +66,10 @@ fn websocket_token(headers: &HeaderMap) -> Option<String> {
 }
 
 /// The service account a token speaks for, if the token, the account and what it is bound to are all still good.
-pub(crate) fn token_user(core: &Core, token: &str) -> ApiResult<(User, Claims)> {
+pub(crate) fn token_user(core: &Core, token: &str) -> ApiResult<(User, Option<Claims>)> {
+    if let Some((id, secret)) = bootstrap_tokens::parts(token) {
+        return Ok((bootstrap_tokens::user(core, id, secret)?, None));
+    }
     let claims = core.tokens.verify(token, Timestamp::now().as_second()).map_err(|error| {
         tracing::debug!(%error, "a bearer token was refused");
         ApiError::unauthorized()
@@ -75,7 +79,7 @@ pub(crate) fn token_user(core: &Core, token: &str) -> ApiResult<(User, Claims)> 
         return Err(ApiError::unauthorized());
     }
     let user = account_of(core, &claims)?;
-    Ok((user, claims))
+    Ok((user, Some(claims)))
 }
 
 /// Checks that the objects a token's claims name still exist as they were.

@@ -235,8 +235,8 @@ async fn subresource_request(
             ("finalize", _) => namespaces::finalize(ctx, target, body).await,
             (_, "get") => registry::get(ctx, target).await,
             ("ephemeralcontainers" | "resize", _) => pods::change_part(ctx, target, body).await,
-            ("status", "update") => registry::update(ctx, target, body).await,
-            ("status", "patch") => registry::patch(ctx, target, body).await,
+            ("status" | "approval", "update") => registry::update(ctx, target, body).await,
+            ("status" | "approval", "patch") => registry::patch(ctx, target, body).await,
             _ => Err(ApiError::method_not_allowed()),
         }
     };

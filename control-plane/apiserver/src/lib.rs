@@ -14,6 +14,7 @@ mod authn;
 mod authz;
 mod body;
 mod bootstrap;
+mod bootstrap_tokens;
 mod client;
 mod config;
 mod core;

@@ -192,6 +192,12 @@ fn pod_references(pod: &Value) -> Vec<Box<str>> {
     for volume in spec["volumes"].as_array().into_iter().flatten() {
         add("secrets", volume.pointer("/secret/secretName"));
         add("configmaps", volume.pointer("/configMap/name"));
+        add("secrets", volume.pointer("/csi/nodePublishSecretRef/name"));
+        add("persistentvolumeclaims", volume.pointer("/persistentVolumeClaim/claimName"));
+        if volume.get("ephemeral").is_some_and(Value::is_object) {
+            let claim = format!("{}-{}", name(pod), text(volume, "/name"));
+            add("persistentvolumeclaims", Some(&Value::from(claim)));
+        }
         for source in volume.pointer("/projected/sources").and_then(Value::as_array).into_iter().flatten() {
             add("secrets", source.pointer("/secret/name"));
             add("configmaps", source.pointer("/configMap/name"));

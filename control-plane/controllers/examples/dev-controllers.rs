@@ -22,6 +22,7 @@ async fn main() -> anyhow::Result<()> {
         root_ca_pem: "not a certificate\n".to_owned(),
         balancer_pools: Vec::new(),
         balancer_class: String::new(),
+        signing_ca_dir: None,
     };
     oarlock_controllers::Controllers::new(client, config).run(shutdown).await?;
     Ok(())

@@ -6,6 +6,7 @@
 //! storage and no HTTP: everything goes through a `kube::Client`.
 
 mod balancer;
+mod certificates;
 mod conditions;
 mod deployment;
 mod disruption;
@@ -39,6 +40,8 @@ pub struct Config {
     pub balancer_pools: Vec<IpNet>,
     /// The `loadBalancerClass` that asks for them, beside no class at all.
     pub balancer_class: String,
+    /// The directory of the authority that signs certificate requests; None signs none.
+    pub signing_ca_dir: Option<std::path::PathBuf>,
 }
 
 /// Why the controllers stopped.
@@ -97,6 +100,9 @@ impl Controllers {
         start("node-ipam", node::ipam::start(&shared, &stop, cidrs));
         start("pod-gc", node::pod_gc::start(&shared, &stop));
         start("disruption", disruption::start(&shared, &stop));
+        if let Some(directory) = self.config.signing_ca_dir {
+            start("certificates", certificates::start(&shared, &stop, directory));
+        }
         // Informers start last: every listener is in place and misses nothing.
         for (name, task) in shared.informer_tasks(&stop) {
             start(name, task);

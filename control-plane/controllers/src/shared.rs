@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -42,6 +43,7 @@ pub(crate) struct Shared {
     /// Only those named [`ROOT_CA_NAME`].
     pub root_cas: Arc<Informer<ConfigMap>>,
     pub disruption_budgets: Arc<Informer<PodDisruptionBudget>>,
+    pub signing_requests: Arc<Informer<CertificateSigningRequest>>,
 }
 
 impl Shared {
@@ -71,6 +73,7 @@ impl Shared {
             service_accounts: Informer::new(|_| {}),
             root_cas: Informer::new(|_| {}),
             disruption_budgets: Informer::new(|_| {}),
+            signing_requests: Informer::new(|_| {}),
         })
     }
 
@@ -100,6 +103,7 @@ impl Shared {
             task!("watch of serviceaccounts", self.service_accounts, Api::all(client()), all()),
             task!("watch of root CAs", self.root_cas, Api::all(client()), named_root_ca),
             task!("watch of poddisruptionbudgets", self.disruption_budgets, Api::all(client()), all()),
+            task!("watch of certificatesigningrequests", self.signing_requests, Api::all(client()), all()),
         ]
     }
 }

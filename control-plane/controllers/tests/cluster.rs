@@ -35,6 +35,7 @@ fn cluster() -> Cluster {
         root_ca_pem: "PEM".to_owned(),
         balancer_pools: vec!["192.0.2.0/30".parse().unwrap()],
         balancer_class: "ours".to_owned(),
+        signing_ca_dir: None,
     };
     let controllers = Controllers::new(api.client(), config);
     let token = stop.clone();

@@ -84,3 +84,7 @@ const VIEW_FIELDS: &[(&str, &str)] = &[
 pub(crate) fn events_event(object: &Value) -> Fields {
     strings(object, VIEW_FIELDS)
 }
+
+pub(crate) fn certificate_signing_request(object: &Value) -> Vec<(&'static str, String)> {
+    vec![("spec.signerName", text(object, "/spec/signerName").to_owned())]
+}

@@ -240,6 +240,30 @@ pub(crate) fn generation_update(new: &mut Value, old: &Value) {
     bump_generation(new, old, changed);
 }
 
+/// Volumes and claims wait for each other from the start.
+pub(crate) fn pending_create(object: &mut Value) {
+    set(object, "status", json!({"phase": "Pending"}));
+}
+
+/// A request for a certificate is never changed; what becomes of it is in its status.
+pub(crate) fn certificate_create(object: &mut Value) {
+    set(object, "status", json!({}));
+}
+
+pub(crate) fn certificate_update(new: &mut Value, old: &Value) {
+    keep(new, old, "spec");
+    keep(new, old, "status");
+}
+
+pub(crate) fn certificate_status(new: &mut Value, old: &Value) {
+    keep(new, old, "spec");
+}
+
+/// Who attaches reports by the status alone.
+pub(crate) fn attachment_create(object: &mut Value) {
+    set(object, "status", json!({"attached": false}));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

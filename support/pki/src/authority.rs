@@ -91,6 +91,10 @@ impl Authority {
         Ok(Self { directory: directory.to_owned(), certificate_pem, issuer })
     }
 
+    pub(crate) fn issuer(&self) -> &Issuer<'static, KeyPair> {
+        &self.issuer
+    }
+
     /// The CA certificate as PEM.
     pub fn certificate_pem(&self) -> &str {
         &self.certificate_pem
@@ -223,7 +227,7 @@ fn names_of(certificate: &x509_parser::certificate::X509Certificate<'_>) -> Vec<
     names
 }
 
-fn address_of(octets: &[u8]) -> Option<IpAddr> {
+pub(crate) fn address_of(octets: &[u8]) -> Option<IpAddr> {
     match octets.len() {
         4 => <[u8; 4]>::try_from(octets).ok().map(IpAddr::from),
         16 => <[u8; 16]>::try_from(octets).ok().map(IpAddr::from),

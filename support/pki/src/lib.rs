@@ -5,5 +5,7 @@
 
 mod authority;
 mod files;
+mod signing;
 
 pub use authority::{Authority, Identity, PkiError, Request, Usage, ensure_signing_key};
+pub use signing::Asked;

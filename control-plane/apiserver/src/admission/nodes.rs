@@ -28,6 +28,9 @@ pub(crate) fn on_create(ctx: &Context, target: &Target, object: &Value) -> ApiRe
                 refuse(target, "can only access node lease with the same name as the requesting node")
             }
         }
+        "storage.k8s.io/csinodes" if object::name(object) != node => {
+            refuse(target, "can only access CSINode with the same name as the requesting node")
+        }
         "pods" => {
             if object::text(object, MIRROR).is_empty() {
                 return refuse(

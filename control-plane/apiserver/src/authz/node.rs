@@ -18,9 +18,34 @@ pub(crate) fn decide(core: &Core, node: &str, action: &Action) -> Decision {
             if action.name.is_empty() {
                 return refused("can only read namespaced object of this type");
             }
-            match pod_refers_to(core, node, &action.namespace, &format!("{}/{}", action.resource, action.name)) {
+            let direct = pod_refers_to(core, node, &action.namespace, &format!("{}/{}", action.resource, action.name));
+            let through_volume = || action.resource == "secrets" && volume_refers_to(core, node, action);
+            match direct || through_volume() {
                 true => allowed(),
                 false => refused(&format!("no relationship found between node '{node}' and this object")),
+            }
+        }
+        ("", "persistentvolumeclaims", "" | "status") => {
+            let verb = action.verb == "get" || (action.subresource == "status" && action.verb == "patch");
+            let claim = format!("persistentvolumeclaims/{}", action.name);
+            if verb && !action.name.is_empty() && pod_refers_to(core, node, &action.namespace, &claim) {
+                return allowed();
+            }
+            refused(&format!("no relationship found between node '{node}' and this object"))
+        }
+        ("", "persistentvolumes", "") | ("storage.k8s.io", "volumeattachments", "") => {
+            if action.verb == "get" && !action.name.is_empty() && has_volume(core, node, action) {
+                return allowed();
+            }
+            refused(&format!("no relationship found between node '{node}' and this object"))
+        }
+        ("storage.k8s.io", "csinodes", "") => {
+            let own = action.name == node || (action.name.is_empty() && action.verb == "create");
+            let verb = matches!(&*action.verb, "get" | "create" | "update" | "patch" | "delete");
+            if own && verb {
+                allowed()
+            } else {
+                refused("can only access CSINode with the same name as the requesting node")
             }
         }
         ("", "serviceaccounts", "token") => {
@@ -43,6 +68,38 @@ pub(crate) fn decide(core: &Core, node: &str, action: &Action) -> Decision {
         }
         _ => refused(""),
     }
+}
+
+/// Whether the volume is of a claim of some pod of the node, or the attachment to the node.
+fn has_volume(core: &Core, node: &str, action: &Action) -> bool {
+    let Some(kind) = oarlock_kinds::find(&action.group, "v1", &action.resource) else { return false };
+    let Some(record) = core.store.get(&object::key(kind, "", &action.name)) else {
+        // Whether an attachment is there yet is what nodes wait to know.
+        return action.resource == "volumeattachments";
+    };
+    let found = object::parse_as(kind, &record);
+    if action.resource == "volumeattachments" {
+        return object::text(&found, "/spec/nodeName") == node;
+    }
+    let claim = format!("persistentvolumeclaims/{}", object::text(&found, "/spec/claimRef/name"));
+    pod_refers_to(core, node, object::text(&found, "/spec/claimRef/namespace"), &claim)
+}
+
+/// Whether the volume of a claim of some pod of the node names the secret.
+fn volume_refers_to(core: &Core, node: &str, action: &Action) -> bool {
+    let Some(volumes) = oarlock_kinds::find("", "v1", "persistentvolumes") else { return false };
+    let prefix = object::key(volumes, "", "");
+    let Ok(page) = core.store.range(Range { prefix: &prefix, ..Range::default() }) else { return false };
+    page.records.iter().any(|record| {
+        let volume = object::parse_as(volumes, record);
+        let named = ["nodeStageSecretRef", "nodePublishSecretRef", "nodeExpandSecretRef"].iter().any(|field| {
+            let of = |part: &str| object::text(&volume, &format!("/spec/csi/{field}/{part}")).to_owned();
+            of("name") == *action.name && of("namespace") == *action.namespace
+        });
+        let claim = object::text(&volume, "/spec/claimRef/name");
+        let namespace = object::text(&volume, "/spec/claimRef/namespace");
+        named && pod_refers_to(core, node, namespace, &format!("persistentvolumeclaims/{claim}"))
+    })
 }
 
 /// Whether a pod that is bound to the node, in this namespace, refers to `reference` (such as `secrets/x`).

@@ -187,6 +187,19 @@ fn node_rules() -> Vec<Value> {
     ]
 }
 
+/// What the roles that let kubelets have client certificates say.
+fn certificate_rules(subresource: &str) -> Vec<Value> {
+    let resource = format!("certificatesigningrequests/{subresource}");
+    vec![rule(&["create"], &["certificates.k8s.io"], &[&resource])]
+}
+
+/// Approving what a signer is asked for.
+fn approver_rules(signer: &str) -> Vec<Value> {
+    let signer = json!({"verbs": ["approve"], "apiGroups": ["certificates.k8s.io"], "resources": ["signers"],
+        "resourceNames": [signer]});
+    vec![signer]
+}
+
 fn scheduler_rules() -> Vec<Value> {
     vec![
         events(),
@@ -222,6 +235,8 @@ fn controller_manager_rules() -> Vec<Value> {
         rule(&["update"], &[""], &["namespaces/finalize"]),
         rule(&["patch", "update"], &["*"], &["*/status", "*/scale", "*/finalizers"]),
         rule(&["create"], &[""], &["serviceaccounts/token", "pods/eviction"]),
+        rule(&["patch", "update"], &["certificates.k8s.io"], &["certificatesigningrequests/approval"]),
+        rule(&["approve", "sign"], &["certificates.k8s.io"], &["signers"]),
         reviews(),
         paths(&["/api", "/api/*", "/apis", "/apis/*"]),
     ]
@@ -325,6 +340,27 @@ pub(crate) fn cluster_roles() -> Vec<Value> {
             ])],
         ),
         role("system:node", &[], node_rules()),
+        role("system:certificates.k8s.io:certificatesigningrequests:nodeclient", &[], certificate_rules("nodeclient")),
+        role(
+            "system:certificates.k8s.io:certificatesigningrequests:selfnodeclient",
+            &[],
+            certificate_rules("selfnodeclient"),
+        ),
+        role(
+            "system:certificates.k8s.io:kube-apiserver-client-approver",
+            &[],
+            approver_rules("kubernetes.io/kube-apiserver-client"),
+        ),
+        role(
+            "system:certificates.k8s.io:kube-apiserver-client-kubelet-approver",
+            &[],
+            approver_rules("kubernetes.io/kube-apiserver-client-kubelet"),
+        ),
+        role(
+            "system:certificates.k8s.io:kubelet-serving-approver",
+            &[],
+            approver_rules("kubernetes.io/kubelet-serving"),
+        ),
         role("system:node-proxier", &[], proxier_rules()),
         role("system:kube-scheduler", &[], scheduler_rules()),
         role("system:kube-controller-manager", &[], controller_manager_rules()),
@@ -381,6 +417,17 @@ pub(crate) fn cluster_role_bindings() -> Vec<Value> {
         binding("system:public-info-viewer", "system:public-info-viewer", &[AUTHENTICATED, UNAUTHENTICATED]),
         binding("system:monitoring", "system:monitoring", &[("Group", "system:monitoring")]),
         binding("system:node", "system:node", &[("Group", "system:nodes")]),
+        binding("oarlock:node-bootstrapper", "system:node-bootstrapper", &[("Group", "system:bootstrappers")]),
+        binding(
+            "oarlock:node-autoapprove-bootstrap",
+            "system:certificates.k8s.io:certificatesigningrequests:nodeclient",
+            &[("Group", "system:bootstrappers")],
+        ),
+        binding(
+            "oarlock:node-autoapprove-certificate-rotation",
+            "system:certificates.k8s.io:certificatesigningrequests:selfnodeclient",
+            &[("Group", "system:nodes")],
+        ),
         binding("system:node-proxier", "system:node-proxier", &[("User", "system:kube-proxy")]),
         binding("system:kube-scheduler", "system:kube-scheduler", &[("User", "system:kube-scheduler")]),
         binding(

@@ -83,7 +83,7 @@ pub(crate) async fn patch(ctx: &mut Context, target: &Target, request: Body) -> 
     let bytes = body::read(request).await?;
     let parsed = Patch::parse(&content_type, &bytes)?;
     let subresource = target.subresource.clone();
-    let mode = if subresource.as_deref() == Some("status") { Mode::Status } else { Mode::Main };
+    let mode = Mode::of_subresource(subresource.as_deref());
     if let Patch::Apply { configuration, duplicates } = parsed {
         return apply(ctx, target, mode, validation, configuration, duplicates).await;
     }

@@ -37,6 +37,13 @@ pub(crate) enum Mode {
     Part,
 }
 
+impl Mode {
+    /// The way of a plain write to the object or a subresource of its own type.
+    pub(crate) fn of_subresource(subresource: Option<&str>) -> Self {
+        if matches!(subresource, Some("status" | "approval")) { Mode::Status } else { Mode::Main }
+    }
+}
+
 /// What to change.
 pub(crate) struct Change<'c> {
     pub(crate) mode: Mode,
@@ -59,7 +66,7 @@ pub(crate) async fn update(ctx: &mut Context, target: &Target, request: Body) ->
     ctx.warnings.extend(warnings);
     check_names(target, &object)?;
     let subresource = target.subresource.clone();
-    let mode = if subresource.as_deref() == Some("status") { Mode::Status } else { Mode::Main };
+    let mode = Mode::of_subresource(subresource.as_deref());
     let missing = ctx.core.store.get(&target.key()).is_none();
     if missing && mode == Mode::Main && allows_create_on_update(kind) && revision_of(&object).is_empty() {
         let written = create_object(ctx, target, object, true).await?;
@@ -134,6 +141,9 @@ pub(crate) async fn modify(
         }
         check_uid(kind, target, &old, &new)?;
         carry_over(&old, &mut new);
+        if target.subresource.as_deref() == Some("approval") {
+            strategy::certificates::only_approval(&old, &mut new);
+        }
         (kind.default)(&mut new);
         match change.mode {
             Mode::Main => (kind.prepare_update)(&mut new, &old),
@@ -141,7 +151,7 @@ pub(crate) async fn modify(
             Mode::Part => {}
         }
         admission::on_update(ctx, target, change, &old, &mut new)?;
-        let reserved = strategy::on_update(ctx, kind, change.mode, &old, &mut new)?;
+        let reserved = strategy::on_update(ctx, kind, (change.mode, target.subresource.as_deref()), &old, &mut new)?;
         let errors = match change.mode {
             Mode::Status => (kind.validate_status_update)(&new, &old),
             Mode::Main => (kind.validate_update)(&new, &old),

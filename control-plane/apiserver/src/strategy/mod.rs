@@ -1,5 +1,6 @@
 //! What single kinds need beyond the generic registry: sub-resources with a life of their own, allocation, reviews.
 
+pub(crate) mod certificates;
 pub(crate) mod connect;
 pub(crate) mod namespaces;
 pub(crate) mod pods;
@@ -23,6 +24,10 @@ pub(crate) type Reserved<'a> = Option<services::Reservation<'a>>;
 pub(crate) fn on_create<'a>(ctx: &'a Context, kind: &Kind, object: &mut Value) -> ApiResult<Reserved<'a>> {
     match kind.storage {
         "services" => services::on_create(ctx, kind, object),
+        "certificates.k8s.io/certificatesigningrequests" => {
+            certificates::on_create(ctx, kind, object)?;
+            Ok(None)
+        }
         "namespaces" => {
             namespaces::on_create(object);
             Ok(None)
@@ -46,12 +51,16 @@ pub(crate) fn validate_part(kind: &Kind, object: &Value) -> Vec<FieldError> {
 pub(crate) fn on_update<'a>(
     ctx: &'a Context,
     kind: &Kind,
-    mode: Mode,
+    (mode, subresource): (Mode, Option<&str>),
     old: &Value,
     new: &mut Value,
 ) -> ApiResult<Reserved<'a>> {
     match (kind.storage, mode) {
         ("services", Mode::Main) => services::on_update(ctx, kind, old, new),
+        ("certificates.k8s.io/certificatesigningrequests", Mode::Status) => {
+            certificates::on_status_update(ctx, kind, subresource == Some("approval"), old, new)?;
+            Ok(None)
+        }
         ("namespaces", Mode::Main | Mode::Status) => {
             namespaces::on_update(old, new);
             Ok(None)

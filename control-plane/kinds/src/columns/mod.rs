@@ -4,6 +4,7 @@ mod cluster;
 mod event;
 mod network;
 mod pod;
+mod storage;
 mod time;
 mod workload;
 
@@ -11,6 +12,7 @@ pub(crate) use cluster::*;
 pub(crate) use event::{EVENT, event, events_event};
 pub(crate) use network::*;
 pub(crate) use pod::{POD, pod};
+pub(crate) use storage::*;
 pub(crate) use workload::*;
 
 use crate::access::{list, text};

@@ -4,6 +4,7 @@
 //! rules, one for status. Functions of parts take the collector, the part and its path.
 
 mod affinity;
+mod certificates;
 mod cluster;
 mod config;
 mod container;
@@ -21,9 +22,11 @@ mod rbac;
 mod resources;
 mod security;
 mod service;
+mod storage;
 mod volume;
 mod workload;
 
+pub(crate) use certificates::*;
 pub(crate) use cluster::*;
 pub(crate) use config::*;
 pub(crate) use endpoints::*;
@@ -35,6 +38,7 @@ pub(crate) use pod_update::{pod_status_update, pod_update};
 pub(crate) use policy::*;
 pub(crate) use rbac::*;
 pub(crate) use service::*;
+pub(crate) use storage::*;
 pub(crate) use workload::*;
 
 use crate::FieldError;

@@ -24,6 +24,7 @@ pub(super) const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", true),
     ("coordination.k8s.io", "v1", "leases", "Lease", true),
     ("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", true),
+    ("certificates.k8s.io", "v1", "certificatesigningrequests", "CertificateSigningRequest", false),
 ];
 
 type ObjectKey = (String, String, String);
