@@ -31,6 +31,8 @@ pub struct Config {
     pub registries: Registries,
     /// OCI runtimes by handler name; the built-in one is the handler "" and "oarlock".
     pub handlers: BTreeMap<String, PathBuf>,
+    /// CRIU, which other OCI runtimes make checkpoints with.
+    pub criu_binary: PathBuf,
     /// Where files of the Container Device Interface are looked for; later directories win.
     pub cdi_dirs: Vec<PathBuf>,
     /// When images are collected without a client's asking; None leaves that to a kubelet, which does it by its own settings.
@@ -94,6 +96,7 @@ impl Default for Config {
             streaming_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             registries: Registries::default(),
             handlers: BTreeMap::new(),
+            criu_binary: "/usr/sbin/criu".into(),
             cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             image_thresholds: None,
             plugins: PluginConfig::default(),

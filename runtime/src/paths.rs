@@ -32,6 +32,11 @@ impl Paths {
         self.volumes().join(container)
     }
 
+    /// Checkpoints while they are being made.
+    pub(crate) fn checkpoints(&self) -> PathBuf {
+        self.data_dir.join("checkpoints")
+    }
+
     pub(crate) fn sandboxes(&self) -> PathBuf {
         self.run_dir.join("sandboxes")
     }

@@ -155,6 +155,10 @@ async fn remove(core: &Arc<Core>, container: Arc<Container>) {
 async fn clear_unknown(core: &Arc<Core>) -> Result<(), Error> {
     let sandboxes: HashSet<String> = core.index.sandboxes().iter().map(|sandbox| sandbox.id()).collect();
     let containers: HashSet<String> = core.index.containers().iter().map(|container| container.id()).collect();
+    let checkpoints = core.paths.checkpoints();
+    if let Err(error) = blocking("clearing away", move || mounts::remove_tree(&checkpoints)).await {
+        tracing::error!(error = %error.full_message(), "unfinished checkpoints could not be cleared away");
+    }
     for id in names_in(&core.paths.sandboxes())?.into_iter().filter(|id| !sandboxes.contains(id)) {
         tracing::info!(sandbox.id = %id, "what a sandbox left behind is cleared away");
         // A shim may still run there; it is ended by its own state directory.

@@ -18,6 +18,7 @@
 //! transfer is cut off: then the next pull goes on from the bytes that came.
 
 mod archive;
+mod changes;
 mod collect;
 mod credentials;
 mod error;
@@ -41,3 +42,8 @@ pub use error::ImageError;
 pub use model::{Auth, Image, MirrorRule, Progress, ProgressSink, RegistryConfig, Rootfs, Usage};
 pub use reference::{Reference, ReferenceError};
 pub use store::ImageStore;
+
+/// Packs a directory as a tar, as it is on disk. Blocks.
+pub fn pack<W: std::io::Write>(directory: &std::path::Path, out: W) -> std::io::Result<W> {
+    changes::write(directory, out)
+}

@@ -3,14 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use oarlock_failpoint::step;
 use serde::{Deserialize, Serialize};
 
 use crate::layers::Layers;
-use crate::{ImageError, Rootfs, Usage, files};
+use crate::{ImageError, Rootfs, Usage, changes, files};
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Prepared {
@@ -67,6 +67,14 @@ impl Containers {
         let record = fs::read(home.join("record.json")).ok();
         files::remove_dir(&home)?;
         Ok(record.and_then(|bytes| serde_json::from_slice::<Prepared>(&bytes).ok()).map(|prepared| prepared.image_id))
+    }
+
+    /// Writes what the container changed of its image to a file of its own. Blocks.
+    pub(crate) fn changes(&self, key: &str, target: &Path) -> Result<(), ImageError> {
+        let upper = self.home(key)?.join("upper");
+        let open = || fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(target);
+        let written = open().and_then(|file| changes::write(&upper, file));
+        written.map(drop).map_err(ImageError::io("write", target))
     }
 
     pub(crate) fn keys(&self) -> Vec<String> {

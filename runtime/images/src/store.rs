@@ -285,6 +285,12 @@ impl ImageStore {
         self.inner.containers.keys()
     }
 
+    /// Writes what a container changed of its image, as a layer in tar form.
+    pub async fn rootfs_changes(&self, key: &str, target: &Path) -> Result<(), ImageError> {
+        let (inner, key, target) = (self.inner.clone(), key.to_owned(), target.to_owned());
+        blocking(move || inner.containers.changes(&key, &target)).await
+    }
+
     /// Space taken by a container's own layer. Walks it: not for the async threads.
     pub fn rootfs_usage(&self, key: &str) -> Usage {
         self.inner.containers.usage(key)

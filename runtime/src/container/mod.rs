@@ -5,6 +5,7 @@
 
 mod adjust;
 mod bundle;
+mod checkpoint;
 mod create;
 mod devices;
 pub(crate) mod exec;
@@ -15,6 +16,7 @@ mod stop;
 mod update;
 mod volumes;
 
+pub(crate) use checkpoint::checkpoint;
 pub(crate) use create::create;
 pub(crate) use remove::{remove, undo};
 pub(crate) use start::start;

@@ -260,7 +260,7 @@ impl RuntimeService for Service {
         request: Request<cri::CheckpointContainerRequest>,
     ) -> Reply<cri::CheckpointContainerResponse> {
         let request = request.into_inner();
-        checkpoint_container::checkpoint_container(&self.core, &request).map(Response::new)
+        checkpoint_container::checkpoint_container(&self.core, request).await.map(Response::new)
     }
 
     async fn checkpoint_pod(&self, request: Request<cri::CheckpointPodRequest>) -> Reply<cri::CheckpointPodResponse> {

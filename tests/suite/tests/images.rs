@@ -290,6 +290,27 @@ async fn unused_images_go_when_asked_or_when_the_disk_is_full_and_others_stay() 
 }
 
 #[tokio::test]
+async fn what_a_container_changed_is_a_layer_that_tells_what_it_removed() {
+    use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+    let temp = tempfile::tempdir().unwrap();
+    let store = store(temp.path()).await;
+    let layer = tar(&[dir("etc"), file("etc/old", b"old")]);
+    let image = only(store.import(&docker_archive(&layer, "test/changes:1", temp.path())).await.unwrap());
+    let rootfs = store.prepare_rootfs(&image.id, "c1").await.unwrap();
+    fs::create_dir(rootfs.upper.join("etc")).unwrap();
+    fs::write(rootfs.upper.join("etc/new"), "new").unwrap();
+    mknod(&rootfs.upper.join("etc/old"), SFlag::S_IFCHR, Mode::empty(), makedev(0, 0)).unwrap();
+    let changes = temp.path().join("changes.tar");
+    store.rootfs_changes("c1", &changes).await.unwrap();
+    // The same layer once more, as an image's.
+    let (_temp, unpacked) = import_layer(&fs::read(&changes).unwrap()).await;
+    let unpacked = unpacked.unwrap();
+    assert_eq!(fs::read_to_string(unpacked.join("etc/new")).unwrap(), "new");
+    let removed = fs::symlink_metadata(unpacked.join("etc/old")).unwrap();
+    assert!(removed.file_type().is_char_device() && removed.rdev() == 0);
+}
+
+#[tokio::test]
 async fn a_pinned_image_stays_until_it_is_unpinned() {
     let temp = tempfile::tempdir().unwrap();
     let layer = tar(&[file("a", b"a")]);

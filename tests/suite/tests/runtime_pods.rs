@@ -481,3 +481,77 @@ async fn check_of(daemon: &mut runtime_daemon::Daemon, sandbox: &str) -> serde_j
     let info = daemon.runtime.pod_sandbox_status(request).await.unwrap().into_inner().info;
     serde_json::from_str::<serde_json::Value>(&info["info"]).unwrap()["cniCheck"].clone()
 }
+
+/// crun, but for checkpoints, for which CRIU would have to work here.
+const DUMPING: &str = r#"#!/bin/sh
+case " $* " in *" checkpoint "*) ;; *) exec /usr/bin/crun "$@" ;; esac
+echo "$*" >&2
+while [ $# -gt 1 ]; do
+  case $1 in --image-path) images=$2 ;; --work-path) work=$2 ;; --leave-running) running=yes ;; esac
+  shift
+done
+[ "$running" = yes ] || exit 1
+echo pages > "$images/pages-1.img"
+echo log > "$work/dump.log"
+"#;
+
+fn program(path: &std::path::Path, script: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::write(path, script).unwrap();
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn a_checkpoint_has_the_dump_the_changes_and_the_configuration_and_the_container_goes_on() {
+    with_daemon("checkpoint", |mut daemon| async move {
+        let location = daemon.path().join("checkpoint.tar");
+        let mut runtime = daemon.runtime.clone();
+        let mut ask = async |id: &str| {
+            let location = location.display().to_string();
+            let request = cri::CheckpointContainerRequest { container_id: id.to_owned(), location, timeout: 10 };
+            runtime.checkpoint_container(request).await
+        };
+        let own = daemon.sandbox("own").await;
+        let id = daemon.container(&own, container_config("own", &["sleep", "1000"])).await;
+        let error = ask(&id).await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::Unimplemented);
+        assert!(error.message().contains("built-in engine makes none"), "{error}");
+
+        program(&daemon.path().join("dumping"), DUMPING);
+        let config = sandbox_config("dumping", &daemon.log_directory("dumping"));
+        let request = cri::RunPodSandboxRequest { config: Some(config), runtime_handler: "dumping".into() };
+        let sandbox = daemon.runtime.run_pod_sandbox(request).await.unwrap().into_inner().pod_sandbox_id;
+        let id = daemon.create(&sandbox, container_config("dumped", &["sleep", "1000"])).await.unwrap();
+        let error = ask(&id).await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error}");
+        daemon.start_container(&id).await.unwrap();
+        assert!(ask(&id).await.unwrap_err().message().contains("CRIU cannot be used"));
+        program(&daemon.path().join("criu"), "#!/bin/sh\necho 'Error (vdso.c): not on this kernel' >&2; exit 1\n");
+        let error = ask(&id).await.unwrap_err();
+        assert_eq!(error.code(), tonic::Code::Unimplemented);
+        assert!(error.message().ends_with("Error (vdso.c): not on this kernel"), "{error}");
+
+        program(&daemon.path().join("criu"), "#!/bin/sh\n[ \"$1\" = check ]\n");
+        daemon.output(&id, &["write", "/written", "by the container"]).await;
+        ask(&id).await.unwrap();
+        let out = daemon.path().join("out");
+        std::fs::create_dir(&out).unwrap();
+        let unpacked =
+            std::process::Command::new("tar").arg("-xf").arg(&location).arg("-C").arg(&out).status().unwrap();
+        assert!(unpacked.success());
+        let read = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
+        assert_eq!((read("checkpoint/pages-1.img").trim(), read("dump.log").trim()), ("pages", "log"));
+        let config: serde_json::Value = serde_json::from_str(&read("config.dump")).unwrap();
+        assert_eq!(
+            (&config["id"], &config["name"], &config["runtime"]),
+            (&id.clone().into(), &"dumped".into(), &"dumping".into())
+        );
+        assert!(read("spec.dump").contains("ociVersion") && read("status.dump").contains(&id));
+        let listed = std::process::Command::new("tar").arg("-tf").arg(out.join("rootfs-diff.tar")).output().unwrap();
+        assert!(String::from_utf8(listed.stdout).unwrap().lines().any(|line| line == "written"));
+        assert_eq!(daemon.status(&id).await.state, cri::ContainerState::ContainerRunning as i32);
+        let left = std::fs::read_dir(daemon.path().join("data/checkpoints")).into_iter().flatten().count();
+        assert_eq!(left, 0);
+        daemon
+    });
+}

@@ -257,7 +257,10 @@ pub fn config_in(directory: &Path, cgroup_root: &str) -> Config {
         cdi_dirs: vec![directory.join("cdi")],
         handlers: [("crun", "/usr/bin/crun"), ("runc", "/usr/sbin/runc"), ("gone", "/no/such/runtime")]
             .map(|(name, path)| (name.to_owned(), path.into()))
-            .into(),
+            .into_iter()
+            .chain([("dumping".to_owned(), directory.join("dumping"))])
+            .collect(),
+        criu_binary: directory.join("criu"),
         ..Config::in_dirs(&directory.join("data"), &directory.join("run"))
     }
 }
