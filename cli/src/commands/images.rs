@@ -1,5 +1,6 @@
 //! `oarlock images`: the images of the node's runtime, through its CRI socket.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,11 +8,12 @@ use std::time::Duration;
 use anyhow::Context;
 use hyper_util::rt::TokioIo;
 use oarlock_proto::cri::image_service_client::ImageServiceClient;
-use oarlock_proto::cri::{ImageSpec, ListImagesRequest, PullImageRequest, RemoveImageRequest};
+use oarlock_proto::cri::{ImageSpec, ListImagesRequest, RemoveImageRequest};
 use oarlock_proto::images::images_client::ImagesClient;
-use oarlock_proto::images::{ImportRequest, PruneRequest};
+use oarlock_proto::images::{ImportRequest, PruneRequest, PullRequest};
 use tonic::transport::{Channel, Endpoint};
 
+use super::progress::Bars;
 use crate::config::Settings;
 
 #[derive(clap::Args)]
@@ -108,13 +110,20 @@ async fn list(channel: Channel) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Pulls, with bars for a person who watches.
 async fn pull(channel: Channel, image: String) -> anyhow::Result<()> {
-    let request = PullImageRequest {
-        image: Some(ImageSpec { image: image.clone(), ..ImageSpec::default() }),
-        ..PullImageRequest::default()
-    };
-    let answer = ImageServiceClient::new(channel).pull_image(request).await.map_err(status)?.into_inner();
-    println!("pulled {image} as {}", answer.image_ref);
+    let request = PullRequest { image: image.clone() };
+    let mut progress = ImagesClient::new(channel).pull(request).await.map_err(status)?.into_inner();
+    let watched = std::io::stdout().is_terminal();
+    let mut bars = Bars::default();
+    while let Some(message) = progress.message().await.map_err(status)? {
+        if watched {
+            bars.draw(&message.layers, &mut std::io::stdout())?;
+        }
+        if let Some(pulled) = message.image {
+            println!("pulled {image} as {} ({})", pulled.id, size(pulled.size_bytes));
+        }
+    }
     Ok(())
 }
 
@@ -161,7 +170,7 @@ pub(crate) fn status(status: tonic::Status) -> anyhow::Error {
     anyhow::anyhow!("{}", status.message())
 }
 
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [&str; 4] = ["B", "kB", "MB", "GB"];
     let mut value = bytes as f64;
     let mut unit = 0;

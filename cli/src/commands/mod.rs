@@ -6,6 +6,7 @@ pub(crate) mod demo;
 pub(crate) mod doctor;
 pub(crate) mod images;
 pub(crate) mod netproxy;
+mod progress;
 pub(crate) mod reset;
 pub(crate) mod runtime;
 pub(crate) mod server;

@@ -24,6 +24,7 @@ mod pod_sandbox_status;
 mod port_forward;
 mod prune_images;
 mod pull_image;
+mod pull_with_progress;
 mod remove_container;
 mod remove_image;
 mod remove_pod_sandbox;
@@ -54,7 +55,7 @@ use oarlock_proto::cri;
 use oarlock_proto::cri::image_service_server::ImageService;
 use oarlock_proto::cri::runtime_service_server::RuntimeService;
 use oarlock_proto::images::images_server::Images;
-use oarlock_proto::images::{ImportProgress, ImportRequest, PruneRequest, PruneResponse};
+use oarlock_proto::images::{ImportProgress, ImportRequest, PruneRequest, PruneResponse, PullProgress, PullRequest};
 use tonic::{Request, Response, Status};
 
 use crate::core::Core;
@@ -401,6 +402,12 @@ impl Images for Service {
 
     async fn import(&self, request: Request<ImportRequest>) -> Reply<Self::ImportStream> {
         import_images::import_images(&self.core, request.into_inner()).map(Response::new)
+    }
+
+    type PullStream = Responses<PullProgress>;
+
+    async fn pull(&self, request: Request<PullRequest>) -> Reply<Self::PullStream> {
+        pull_with_progress::pull_with_progress(&self.core, request.into_inner()).map(Response::new)
     }
 
     async fn prune(&self, request: Request<PruneRequest>) -> Reply<PruneResponse> {

@@ -3,10 +3,12 @@
 use std::time::Instant;
 
 use oarlock_proto::cri;
+use oarlock_proto::images::PullRequest;
+use oarlock_proto::images::images_client::ImagesClient;
 
 use crate::daemon::Daemon;
 use crate::image_files::{Registry, build, dir, file, noise, sha256, tar};
-use crate::runtime_daemon::LIMIT;
+use crate::runtime_daemon::{LIMIT, channel};
 
 fn request(reference: &str) -> cri::PullImageRequest {
     let image = cri::ImageSpec { image: reference.to_owned(), ..cri::ImageSpec::default() };
@@ -44,7 +46,16 @@ pub async fn goes_on(daemon: &mut Daemon) {
 
     daemon.start(None).await;
     assert!(is_left(daemon), "on disk is {:?}, not {expected:?}", daemon.unfinished_pulls());
-    daemon.images.pull_image(request(&reference)).await.expect("the second pull");
+    // The second time as a person does it, who is told how far it is.
+    let ask = PullRequest { image: reference.clone() };
+    let mut progress = ImagesClient::new(channel(&daemon.socket())).pull(ask).await.expect("a stream").into_inner();
+    let mut last = None;
+    while let Some(message) = progress.message().await.expect("the second pull") {
+        last = Some(message);
+    }
+    let last = last.filter(|last| last.done).expect("a last message");
+    assert_eq!(last.image.expect("the image").id, built.config_digest);
+    assert!(last.layers.len() == 2 && last.layers.iter().all(|layer| layer.done), "{:?}", last.layers);
     let layers = built.layer_digests.iter().map(|digest| built.blobs[digest].len()).sum::<usize>();
     assert_eq!(registry.bytes_sent(), layers + 2 * built.blobs[&built.config_digest].len());
     assert_eq!(registry.requests_for(&whole), 1);
