@@ -185,7 +185,10 @@ impl FakeApi {
             query.split('&').find_map(|pair| pair.strip_prefix("resourceVersion=")?.parse().ok()).unwrap_or(u64::MAX);
         let version = |value: &Value| value["metadata"]["resourceVersion"].as_str()?.parse::<u64>().ok();
         for (key, value) in &self.objects.lock().unwrap().all {
-            if matches_collection(path, key) && is_named(query, key) && version(value).is_some_and(|version| version > from) {
+            if matches_collection(path, key)
+                && is_named(query, key)
+                && version(value).is_some_and(|version| version > from)
+            {
                 let event = json!({"type": "MODIFIED", "object": value});
                 let _ = sender.try_send(Ok(Frame::data(format!("{event}\n").into())));
             }
