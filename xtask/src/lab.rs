@@ -43,7 +43,8 @@ const PACKAGES: &[&str] = &[
 const CASES: &[&str] =
     &["limits_are_enforced", "oom_killed", "logs_in", "exec_piped", "names_resolve", "all_four_killed"];
 /// The test programs that `cargo xtask test` runs in the guest: those that meet cgroups, systemd's mounts or another kernel.
-pub(crate) const DEFAULT_TESTS: &[&str] = &["cni", "e2e", "netns", "runtime", "runtime_pods", "shim"];
+pub(crate) const DEFAULT_TESTS: &[&str] =
+    &["cni", "cni_chained", "e2e", "netns", "node_routes", "runtime", "runtime_pods", "shim"];
 /// Whether this machine can run the guest.
 pub(crate) const CAN_RUN: bool = cfg!(target_arch = "x86_64");
 const MEMORY_MEGABYTES: u32 = 1536;
@@ -69,12 +70,15 @@ enum LabChore {
         /// Use KVM instead of software emulation
         #[arg(long)]
         kvm: bool,
+        /// Take the programs from this directory instead of building them
+        #[arg(long, value_name = "DIR")]
+        bin: Option<PathBuf>,
     },
 }
 
 pub(crate) fn run(flags: &LabFlags) -> anyhow::Result<()> {
-    let LabChore::Test { only, kvm } = &flags.chore;
-    let bin = build::run()?;
+    let LabChore::Test { only, kvm, bin } = &flags.chore;
+    let bin = bin.clone().map_or_else(build::run, Ok)?;
     let only: Vec<&str> = only.iter().map(String::as_str).collect();
     let (counts, succeeded) = test(&bin, if only.is_empty() { DEFAULT_TESTS } else { &only }, *kvm)?;
     println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.not_run);
