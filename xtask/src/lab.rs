@@ -203,7 +203,7 @@ fn furnish(root: &Path, bin: &Path, tests: &[(String, PathBuf)]) -> anyhow::Resu
 /// What the guest runs: each test program in turn.
 fn guest_script(tests: &[(String, PathBuf)]) -> String {
     let mut script = String::from(
-        "#!/bin/bash\nexec >/dev/ttyS0 2>&1\nexport OARLOCK_BIN_DIR=/opt/oarlock KUBECTL=/usr/local/bin/kubectl HOME=/root\necho \"kernel $(uname -r), $(stat -fc %T /sys/fs/cgroup), up $(cut -d' ' -f1 /proc/uptime) s\"\n",
+        "#!/bin/bash\nexec >/dev/ttyS0 2>&1\nexport OARLOCK_LAB=1 OARLOCK_BIN_DIR=/opt/oarlock KUBECTL=/usr/local/bin/kubectl HOME=/root\necho \"kernel $(uname -r), $(stat -fc %T /sys/fs/cgroup), up $(cut -d' ' -f1 /proc/uptime) s\"\n",
     );
     for (name, _) in tests {
         let filter = if name == "e2e" { CASES.join(" ") } else { String::new() };

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
+use super::firewall;
 use crate::config::Settings;
 
 /// What a check found.
@@ -16,12 +17,13 @@ enum Finding {
 }
 
 pub(crate) fn run(settings: &Settings) -> anyhow::Result<ExitCode> {
-    let checks: [(&str, Finding); 11] = [
+    let checks: [(&str, Finding); 12] = [
         ("user", user()),
         ("kernel", kernel()),
         ("cgroups", cgroups()),
         ("overlay", filesystem("overlay", "container root file systems cannot be made")),
         ("nftables", nftables()),
+        ("host firewall", host_firewall(settings)),
         ("seccomp", seccomp()),
         ("oom scores", oom_scores()),
         ("forwarding", forwarding()),
@@ -84,6 +86,17 @@ fn filesystem(name: &str, without: &str) -> Finding {
         return Finding::Good("a module, loaded on use".to_owned());
     }
     Finding::Missing(format!("the kernel does not know {name}: {without}; try `modprobe {name}`"))
+}
+
+/// Other tables can only be told of: what they drop stays dropped, whatever ours accept.
+fn host_firewall(settings: &Settings) -> Finding {
+    let conflicts = firewall::conflicts();
+    if conflicts.is_empty() {
+        return Finding::Good("no other table drops packets by default".to_owned());
+    }
+    let second = settings.secondary.as_ref().map(|second| format!(" and {}", second.cluster_cidr)).unwrap_or_default();
+    let pods = format!("{}{second}", settings.cluster_cidr);
+    Finding::Limited(format!("{}; let packets from and to {pods} pass there", conflicts.join("; ")))
 }
 
 fn nftables() -> Finding {

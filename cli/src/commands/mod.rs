@@ -4,6 +4,7 @@ pub(crate) mod agent;
 pub(crate) mod daemon;
 pub(crate) mod demo;
 pub(crate) mod doctor;
+mod firewall;
 pub(crate) mod images;
 pub(crate) mod netproxy;
 mod progress;

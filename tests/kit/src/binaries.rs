@@ -20,6 +20,11 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
+/// Whether this is the guest of `cargo xtask lab`, whose kernel has everything: what another machine may lack, it may not.
+pub fn is_lab() -> bool {
+    std::env::var_os("OARLOCK_LAB").is_some()
+}
+
 /// The packed test image, an OCI layout archive with the reference `oarlock.local/testimage:1`.
 pub fn image_archive() -> PathBuf {
     binary("testimage.tar")

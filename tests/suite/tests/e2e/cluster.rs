@@ -13,8 +13,12 @@ use serde_json::Value;
 /// How long anything in a pod may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What the cluster is told beside its directory.
+const CONFIG: &str = "loadBalancerPools: [192.0.2.128/29]\n";
+
 pub(crate) struct Cluster {
     directory: tempfile::TempDir,
+    config: tempfile::NamedTempFile,
     before: Snapshot,
     kubectl: RefCell<OsString>,
 }
@@ -25,7 +29,9 @@ impl Cluster {
         let directory = tempfile::Builder::new().prefix("oarlock-e2e-").tempdir().expect("tempdir");
         let before = Snapshot::take(&directory.path().to_string_lossy());
         let kubectl = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
-        let cluster = Self { directory, before, kubectl: RefCell::new(kubectl) };
+        let mut config = tempfile::NamedTempFile::new().expect("a file");
+        config.write_all(CONFIG.as_bytes()).expect("write the configuration");
+        let cluster = Self { directory, config, before, kubectl: RefCell::new(kubectl) };
         let image = image_archive();
         let output = cluster.oarlock(&["up", "--detach", "--demo", "--image", &image.to_string_lossy()]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -55,7 +61,8 @@ impl Cluster {
 
     /// Runs `oarlock` on this cluster's directory.
     pub(crate) fn oarlock(&self, arguments: &[&str]) -> Output {
-        oarlock(self.data_dir(), arguments)
+        let config = self.config.path().to_string_lossy();
+        oarlock(self.data_dir(), &[&["--config", &config], arguments].concat())
     }
 
     /// A kubectl command with the administrator's kubeconfig.

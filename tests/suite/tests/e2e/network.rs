@@ -15,6 +15,7 @@ pub(crate) const CASES: &[Case] = &[
     ("udp_services_work", udp),
     ("a_service_without_endpoints_is_refused_at_once", reject),
     ("endpoints_follow_readiness", readiness),
+    ("a_balancer_gets_an_address_that_answers", balancer),
 ];
 
 fn in_pod(cluster: &Cluster, pod: &str, command: &str) -> (bool, String) {
@@ -85,6 +86,23 @@ fn reject(cluster: &Cluster) {
         _ => None,
     });
     cluster.kubectl("delete service empty");
+}
+
+fn balancer(cluster: &Cluster) {
+    cluster.kubectl("expose -n demo deployment page --name=balanced --type=LoadBalancer --port=80 --target-port=8080");
+    let show = "get service -n demo balanced -o jsonpath={.status.loadBalancer.ingress[*].ip}";
+    let address = cluster.wait_for_output(show, "an address", |text| text.starts_with("192.0.2."));
+    let fetch = |from: &str| std::process::Command::new("curl").args(["-sS", "-m", "3", from]).output().expect("curl");
+    wait_for("the page at the balancer's address", PATIENCE, || {
+        text(&fetch(&format!("http://{address}/")).stdout).contains("Oarlock rows").then_some(())
+    });
+    wait_for("the node to announce it", PATIENCE, || {
+        let metrics = text(&fetch("http://127.0.0.1:10256/metrics").stdout);
+        metrics.contains("oarlock_netproxy_announced_addresses 1").then_some(())
+    });
+    let lease = cluster.kubectl("get leases -n kube-system -o jsonpath={.items[*].metadata.name}");
+    assert!(lease.contains("oarlock-announcer-"), "{lease}");
+    cluster.kubectl("delete service -n demo balanced --timeout=60s");
 }
 
 fn readiness(cluster: &Cluster) {
