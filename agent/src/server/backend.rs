@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
+use oarlock_csi::VolumeUse;
 use oarlock_node_api::{
     ContainerRef, ExecRequest, LogFile, MetricsPage, NodeBackend, NodeError, PodList, PortForwardRequest,
 };
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::machine::{self, Rate};
-use super::stats;
+use super::{cadvisor, stats};
 use crate::eviction::{self, PodUsage};
 use crate::go_duration::show;
 use crate::model::{Container, ContainerId, PodUid, RunState};
@@ -183,14 +184,7 @@ impl NodeBackend for Backend {
         let pods = self.shared.runtime.sandbox_stats().await.unwrap_or_default();
         let filesystem = self.shared.runtime.image_fs_info().await.ok();
         let now = Instant::now();
-        let mut drivers = HashMap::new();
-        for entry in self.shared.table.all() {
-            let uid = spec::pod_uid(&entry.pod);
-            let usage = self.shared.storage.usage(uid).await;
-            if !usage.is_empty() {
-                drivers.insert(uid.to_owned(), usage);
-            }
-        }
+        let drivers = self.driver_volumes().await;
         let facts = stats::Facts {
             node_name: &self.shared.config.node_name,
             now_nanos: i64::try_from(Timestamp::now().as_nanosecond()).unwrap_or(0),
@@ -206,11 +200,20 @@ impl NodeBackend for Backend {
     async fn metrics(&self, page: MetricsPage) -> String {
         match page {
             MetricsPage::Probes => self.shared.probes.metrics(),
-            MetricsPage::Agent => stats::agent_metrics(&self.shared),
+            MetricsPage::Agent => {
+                let volumes = self.driver_volumes().await;
+                stats::agent_metrics(&self.shared) + &stats::volume_metrics(volumes.values().flatten())
+            }
             MetricsPage::Resource | MetricsPage::CAdvisor => {
                 let pods = self.shared.runtime.sandbox_stats().await.unwrap_or_default();
                 let containers = self.shared.runtime.container_stats().await.unwrap_or_default();
-                stats::resource_metrics(&pods, &containers, page == MetricsPage::CAdvisor)
+                if page == MetricsPage::Resource {
+                    return stats::resource_metrics(&pods, &containers);
+                }
+                let capacity = &self.shared.capacity;
+                let cores = capacity.capacity.get("cpu").copied().unwrap_or(0) / 1000;
+                let machine = cadvisor::MachineFacts { cores, memory_bytes: capacity.memory_bytes() };
+                cadvisor::metrics(&machine, &pods, &containers)
             }
         }
     }
@@ -261,6 +264,19 @@ impl NodeBackend for Backend {
 }
 
 impl Backend {
+    /// Volumes whose drivers tell what they take up, by pod.
+    async fn driver_volumes(&self) -> HashMap<String, Vec<VolumeUse>> {
+        let mut drivers = HashMap::new();
+        for entry in self.shared.table.all() {
+            let uid = spec::pod_uid(&entry.pod);
+            let usage = self.shared.storage.usage(uid).await;
+            if !usage.is_empty() {
+                drivers.insert(uid.to_owned(), usage);
+            }
+        }
+        drivers
+    }
+
     /// Turns false when the container does not run any more.
     fn follow(&self, uid: PodUid, record: &Container) -> watch::Receiver<bool> {
         let (sender, receiver) = watch::channel(record.state == RunState::Running);

@@ -2,6 +2,7 @@
 
 mod auth;
 mod backend;
+mod cadvisor;
 mod machine;
 mod stats;
 

@@ -259,12 +259,30 @@ pub(super) fn agent_metrics(shared: &Shared) -> String {
     text
 }
 
-/// `/metrics/resource`, and what of `/metrics/cadvisor` the runtime's statistics give.
-pub(super) fn resource_metrics(
-    pods: &[cri::PodSandboxStats],
-    containers: &[cri::ContainerStats],
-    cadvisor: bool,
-) -> String {
+/// What of `/metrics` tells of claims' volumes.
+pub(super) fn volume_metrics<'a>(volumes: impl Iterator<Item = &'a VolumeUse>) -> String {
+    let mut lines: [Vec<String>; 6] = Default::default();
+    let names = ["available_bytes", "capacity_bytes", "used_bytes", "inodes_free", "inodes", "inodes_used"];
+    for usage in volumes {
+        let Some((namespace, claim)) = &usage.claim else { continue };
+        let of = |amounts: Option<(i64, i64, i64)>| amounts.map_or([None; 3], |(a, b, c)| [Some(a), Some(b), Some(c)]);
+        let amounts = of(usage.bytes).into_iter().chain(of(usage.inodes));
+        for ((name, amount), lines) in names.iter().zip(amounts).zip(&mut lines) {
+            if let Some(amount) = amount {
+                let labels = format!("namespace=\"{namespace}\",persistentvolumeclaim=\"{claim}\"");
+                lines.push(format!("kubelet_volume_stats_{name}{{{labels}}} {amount}"));
+            }
+        }
+    }
+    let mut text = String::new();
+    for (name, lines) in names.iter().zip(lines).filter(|(_, lines)| !lines.is_empty()) {
+        let _ = writeln!(text, "# TYPE kubelet_volume_stats_{name} gauge\n{}", lines.join("\n"));
+    }
+    text
+}
+
+/// `/metrics/resource`.
+pub(super) fn resource_metrics(pods: &[cri::PodSandboxStats], containers: &[cri::ContainerStats]) -> String {
     let mut text = String::new();
     let (cpu_name, memory_name) = ("container_cpu_usage_seconds_total", "container_memory_working_set_bytes");
     let labels = |stats: &cri::ContainerStats| {
@@ -291,9 +309,6 @@ pub(super) fn resource_metrics(
         if let Some(value) = working_set(stats.memory.as_ref()) {
             let _ = writeln!(text, "{memory_name}{{{}}} {value}", labels(stats));
         }
-    }
-    if cadvisor {
-        return text;
     }
     let (available, total) = memory_now();
     let _ = writeln!(text, "# TYPE node_cpu_usage_seconds_total counter");

@@ -270,6 +270,20 @@ fn remove_files(settings: &Settings, logs: &[PathBuf]) -> anyhow::Result<()> {
             let _ = fs::remove_file(link.path());
         }
     }
+    // What the agent put where plugins look for a kubelet; others' files there stay.
+    let kubelet = layout.kubelet_dir();
+    for own in [
+        "cpu_manager_state",
+        "memory_manager_state",
+        "device-plugins/kubelet.sock",
+        "device-plugins/kubelet_internal_checkpoint",
+        "pod-resources/kubelet.sock",
+    ] {
+        let _ = fs::remove_file(kubelet.join(own));
+    }
+    for own in ["device-plugins", "plugins_registry", "pod-resources", "plugins/kubernetes.io/csi", "pods", ""] {
+        let _ = fs::remove_dir(kubelet.join(own));
+    }
     // Directories that others use too go only when nothing is left in them.
     let shared = [
         layout.admin_kubeconfig().parent().map(Path::to_owned),

@@ -7,6 +7,7 @@
 
 mod balancer;
 mod certificates;
+mod claims;
 mod conditions;
 mod deployment;
 mod disruption;
@@ -100,6 +101,7 @@ impl Controllers {
         start("node-ipam", node::ipam::start(&shared, &stop, cidrs));
         start("pod-gc", node::pod_gc::start(&shared, &stop));
         start("disruption", disruption::start(&shared, &stop));
+        start("claims", claims::start(&shared, &stop));
         if let Some(directory) = self.config.signing_ca_dir {
             start("certificates", certificates::start(&shared, &stop, directory));
         }

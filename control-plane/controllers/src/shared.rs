@@ -7,9 +7,12 @@ use std::sync::Arc;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Namespace, Node, Pod, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Endpoints, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, Service, ServiceAccount,
+};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::storage::v1::StorageClass;
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use oarlock_machinery::{Informer, Recorder};
@@ -44,6 +47,9 @@ pub(crate) struct Shared {
     pub root_cas: Arc<Informer<ConfigMap>>,
     pub disruption_budgets: Arc<Informer<PodDisruptionBudget>>,
     pub signing_requests: Arc<Informer<CertificateSigningRequest>>,
+    pub claims: Arc<Informer<PersistentVolumeClaim>>,
+    pub volumes: Arc<Informer<PersistentVolume>>,
+    pub classes: Arc<Informer<StorageClass>>,
 }
 
 impl Shared {
@@ -74,6 +80,9 @@ impl Shared {
             root_cas: Informer::new(|_| {}),
             disruption_budgets: Informer::new(|_| {}),
             signing_requests: Informer::new(|_| {}),
+            claims: Informer::new(drop_last_applied),
+            volumes: Informer::new(drop_last_applied),
+            classes: Informer::new(drop_last_applied),
         })
     }
 
@@ -104,6 +113,9 @@ impl Shared {
             task!("watch of root CAs", self.root_cas, Api::all(client()), named_root_ca),
             task!("watch of poddisruptionbudgets", self.disruption_budgets, Api::all(client()), all()),
             task!("watch of certificatesigningrequests", self.signing_requests, Api::all(client()), all()),
+            task!("watch of persistentvolumeclaims", self.claims, Api::all(client()), all()),
+            task!("watch of persistentvolumes", self.volumes, Api::all(client()), all()),
+            task!("watch of storageclasses", self.classes, Api::all(client()), all()),
         ]
     }
 }

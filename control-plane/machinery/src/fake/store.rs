@@ -24,6 +24,9 @@ pub(super) const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", true),
     ("coordination.k8s.io", "v1", "leases", "Lease", true),
     ("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget", true),
+    ("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim", true),
+    ("", "v1", "persistentvolumes", "PersistentVolume", false),
+    ("storage.k8s.io", "v1", "storageclasses", "StorageClass", false),
     ("certificates.k8s.io", "v1", "certificatesigningrequests", "CertificateSigningRequest", false),
 ];
 
