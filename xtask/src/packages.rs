@@ -14,7 +14,7 @@ pub(crate) const BUILD: &[&str] = &["gcc", "libc6-dev", "libseccomp-dev", "pkg-c
 pub(crate) const RUN: &[&str] = &["ca-certificates", "iproute2", "nftables"];
 /// What the tests need beside these.
 pub(crate) const TEST: &[&str] =
-    &["conntrack", "containerd", "crun", "curl", "docker-registry", "netbase", "runc", "skopeo", "unzip"];
+    &["conntrack", "containerd", "crun", "curl", "docker-registry", "netbase", "runc", "skopeo", "socat", "unzip"];
 
 /// What the fuzzer's own library is built with.
 pub(crate) const FUZZ: &[&str] = &["g++"];
