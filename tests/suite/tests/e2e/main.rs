@@ -3,6 +3,7 @@
 //! One cluster is started, the cases run against it one after another, and at the end `oarlock reset` must leave nothing. Prints
 //! what `cargo test` prints, so that results are counted alike. Arguments filter cases by name.
 
+mod agent_claims;
 mod agent_pods;
 mod bad_input;
 mod cluster;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         network::CASES,
         net_policy::CASES,
         limits::CASES,
+        agent_claims::CASES,
         agent_pods::CASES,
         registry::CASES,
         bad_input::CASES,
