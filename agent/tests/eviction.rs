@@ -34,10 +34,14 @@ fn with_memory(request: &str) -> Value {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_memory_ends_pods_says_so_and_takes_no_more() {
-    let node = Node::start_with(&["app:1"], |config| short_of(config, Signal::MemoryAvailable)).await;
+    let mut node = Node::start(&["app:1"]).await;
     node.runtime.world.lock().unwrap().memory.insert("app".to_owned(), 300 << 20);
-    node.api.wait(NODE, "under pressure", |node| condition(node, "MemoryPressure") == "True").await;
     node.create(pod(with_memory("2Ki")));
+    node.api.wait(POD, "Ready", ready).await;
+    // The shortage begins when the pod's use can be seen.
+    node.kill_agent().await;
+    let node = node.with_agent_of(|config| short_of(config, Signal::MemoryAvailable)).await;
+    node.api.wait(NODE, "under pressure", |node| condition(node, "MemoryPressure") == "True").await;
     let ended = node.api.wait(POD, "Failed", |pod| pod["status"]["phase"] == "Failed").await;
     assert_eq!(ended["status"]["reason"], "Evicted");
     let message = ended["status"]["message"].as_str().unwrap_or_default().to_owned();
