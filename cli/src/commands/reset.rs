@@ -291,6 +291,7 @@ fn remove_files(settings: &Settings, logs: &[PathBuf]) -> anyhow::Result<()> {
         settings.cni_conf_dir.parent().map(Path::to_owned),
         Some(layout.pod_logs_dir()),
         Some(layout.container_logs_dir()),
+        layout.nri_socket().parent().map(Path::to_owned),
     ];
     for directory in shared.into_iter().flatten() {
         let _ = fs::remove_dir(directory);

@@ -261,6 +261,12 @@ async fn unused_images_go_when_asked_or_when_the_disk_is_full_and_others_stay() 
         images.push(only(opened.import(&layout).await.unwrap()));
     }
     opened.set_pinned("example.org/pinned:1", true).await.unwrap();
+    // A second apart: the clock of a file system may stand still from one import to the next.
+    for (image, seconds) in images.iter().zip([100, 99, 98, 97, 96]) {
+        let record = format!("store/images/{}.json", image.id.trim_start_matches("sha256:"));
+        let record = fs::File::open(temp.path().join(record)).unwrap();
+        record.set_modified(std::time::SystemTime::now() - Duration::from_secs(seconds)).unwrap();
+    }
     let rootfs = opened.prepare_rootfs("example.org/used:1", "c1").await.unwrap();
     let ids = |images: &[Image]| images.iter().map(|image| image.id.clone()).collect::<Vec<_>>();
 
