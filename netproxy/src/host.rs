@@ -5,9 +5,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use oarlock_netlink::{Connection, Protocol};
 use tracing::{info, warn};
 
 /// A sysctl that could not be set.
@@ -17,6 +19,18 @@ pub struct SysctlError {
     path: PathBuf,
     value: String,
     source: io::Error,
+}
+
+/// The addresses of this node; none, and a warning, when the kernel does not tell.
+pub fn addresses() -> Vec<IpAddr> {
+    let listed = Connection::open(Protocol::Route).and_then(|mut connection| connection.addresses());
+    match listed {
+        Ok(addresses) => addresses.into_iter().map(|address| address.net.addr()).collect(),
+        Err(error) => {
+            warn!(error = &error as &dyn std::error::Error, "addresses of this node cannot be listed");
+            Vec::new()
+        }
+    }
 }
 
 /// Lets the node forward.
@@ -36,7 +50,7 @@ pub fn enable_forwarding(is_ipv4: bool, record: Option<&Path>) -> Result<(), Sys
 fn keep_advertised_routes(record: Option<&Path>) {
     const BY_ADVERTISEMENT: u8 = 9;
     let names = || -> oarlock_netlink::Result<Vec<String>> {
-        let mut connection = oarlock_netlink::Connection::open(oarlock_netlink::Protocol::Route)?;
+        let mut connection = Connection::open(Protocol::Route)?;
         let routes = connection.routes()?;
         let links: std::collections::BTreeSet<u32> =
             routes.iter().filter(|route| route.protocol == BY_ADVERTISEMENT).map(|route| route.link).collect();

@@ -88,7 +88,7 @@ fn slice(of: &Service, endpoints: &[([u8; 4], bool, State)]) -> Slice {
 }
 
 fn proxier() -> Proxier<Fake> {
-    Proxier::new(Fake::new(), settings())
+    Proxier::new(Fake::new(), settings(), || vec![NODE.into()])
 }
 
 fn apply(proxier: &mut Proxier<Fake>, service: &Service, slices: &[&Slice]) {
@@ -177,13 +177,36 @@ fn session_affinity_keeps_a_client_until_its_endpoint_goes() {
 }
 
 #[test]
+fn session_affinity_of_the_node_itself_is_not_that_of_clients_from_outside() {
+    let mut proxier = proxier();
+    let mut web = service(1);
+    web.affinity_seconds = Some(60);
+    web.external_local = true;
+    web.ports[0].node_port = Some(30_080);
+    let here = |state| ([10, 42, 0, 2], true, state);
+    apply(&mut proxier, &web, &[&slice(&web, &[here(State::Ready)])]);
+    for source in [NODE, OUTSIDE] {
+        assert_eq!(
+            send(proxier.kernel_mut(), source, NODE, 30_080, 0),
+            delivered([10, 42, 0, 2], 8080, source == NODE)
+        );
+    }
+    let both = [here(State::Terminating), ([10, 42, 1, 3], false, State::Ready)];
+    apply(&mut proxier, &web, &[&slice(&web, &both)]);
+    assert_eq!(proxier.release_clients().unwrap(), 1);
+    assert_eq!(send(proxier.kernel_mut(), NODE, NODE, 30_080, 0), delivered([10, 42, 1, 3], 8080, true));
+    assert_eq!(send(proxier.kernel_mut(), OUTSIDE, NODE, 30_080, 0), delivered([10, 42, 0, 2], 8080, false));
+    assert_eq!(proxier.release_clients().unwrap(), 0);
+}
+
+#[test]
 fn node_ports_are_served_only_on_the_addresses_that_are_chosen() {
     let other: [u8; 4] = [172, 20, 0, 1];
     let chosen = Settings { node_port_addresses: Some(vec!["192.168.0.0/24".parse().unwrap()]), ..settings() };
     let mut web = service(1);
     web.ports[0].node_port = Some(30_080);
     for (settings, served) in [(settings(), true), (chosen, false)] {
-        let mut proxier = Proxier::new(Fake::new(), settings);
+        let mut proxier = Proxier::new(Fake::new(), settings, Vec::new);
         apply(&mut proxier, &web, &[&slice(&web, &[([10, 42, 0, 2], true, State::Ready)])]);
         assert_eq!(send(proxier.kernel_mut(), OUTSIDE, NODE, 30_080, 0), delivered([10, 42, 0, 2], 8080, true));
         let to_other = send(proxier.kernel_mut(), OUTSIDE, other, 30_080, 0);
@@ -273,7 +296,7 @@ fn a_restart_adopts_the_table_and_changes_only_what_differs() {
     let element = Element::data(key, rules::endpoint_bytes("10.42.0.2:8080".parse::<SocketAddr>().unwrap().into()));
     bound.push(Command::AddElements { set: rules::AFFINITY.into(), elements: vec![element], exclusive: true });
     kernel.commit(&bound).unwrap();
-    let mut second = Proxier::new(kernel, settings());
+    let mut second = Proxier::new(kernel, settings(), Vec::new);
     apply(&mut second, &web, &[&slice(&web, &[([10, 42, 0, 4], true, State::Ready)])]);
     assert_eq!(send(second.kernel_mut(), POD, [10, 43, 1, 1], 80, 0), delivered([10, 42, 0, 4], 8080, false));
     assert_eq!(send(second.kernel_mut(), POD, [10, 43, 1, 2], 80, 0), Outcome::Rejected);
@@ -286,7 +309,7 @@ fn a_table_of_another_version_is_replaced_in_one_step() {
     let mut foreign = Transaction::new(settings().table);
     foreign.push(Command::AddTable { comment: "oarlock netproxy of another version".into(), exclusive: true });
     kernel.commit(&foreign).unwrap();
-    let mut proxier = Proxier::new(kernel, settings());
+    let mut proxier = Proxier::new(kernel, settings(), Vec::new);
     let web = service(1);
     apply(&mut proxier, &web, &[&slice(&web, &[([10, 42, 0, 2], true, State::Ready)])]);
     assert_eq!(send(proxier.kernel_mut(), POD, [10, 43, 1, 1], 80, 0), delivered([10, 42, 0, 2], 8080, false));

@@ -176,7 +176,8 @@ fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> 
         node_ports: config.node_port_range,
         external: config.balancer_pools.iter().chain(&config.external_ips_allowed).filter(of_family).copied().collect(),
     };
-    Ok(Family::new(Proxier::new(Netlink::open().map_err(Error::Nftables)?, settings), scope))
+    let kernel = Netlink::open().map_err(Error::Nftables)?;
+    Ok(Family::new(Proxier::new(kernel, settings, host::addresses), scope))
 }
 
 async fn infallible(task: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {

@@ -13,6 +13,7 @@
 //! of another version is replaced in one transaction. Either way there is no moment without rules.
 
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use oarlock_nft::{Bytes, Element, Kernel, NftError, Transaction, Value};
@@ -43,6 +44,8 @@ pub struct Committed {
 pub struct Proxier<K> {
     kernel: K,
     settings: Settings,
+    /// Reads the addresses of this node, whose own clients are not from outside.
+    node_addresses: fn() -> Vec<IpAddr>,
     ledger: Ledger,
     staged: Delta,
     /// The chains in the kernel that come and go; none before the first commit.
@@ -54,10 +57,11 @@ pub struct Proxier<K> {
 }
 
 impl<K: Kernel> Proxier<K> {
-    pub fn new(kernel: K, settings: Settings) -> Proxier<K> {
+    pub fn new(kernel: K, settings: Settings, node_addresses: fn() -> Vec<IpAddr>) -> Proxier<K> {
         Proxier {
             kernel,
             settings,
+            node_addresses,
             ledger: Ledger::default(),
             staged: Delta::default(),
             present: None,
@@ -259,7 +263,8 @@ impl<K: Kernel> Proxier<K> {
     /// The bindings of clients to endpoints that still exist.
     fn valid_affinity(&mut self) -> Result<Vec<Element>, NftError> {
         let elements = self.kernel.elements(&self.settings.table, rules::AFFINITY)?.unwrap_or_default();
-        Ok(elements.into_iter().filter(|element| self.is_bound_rightly(element)).collect())
+        let node = (self.node_addresses)();
+        Ok(elements.into_iter().filter(|element| self.is_bound_rightly(element, &node)).collect())
     }
 
     /// Releases clients from endpoints that are gone.
@@ -268,8 +273,9 @@ impl<K: Kernel> Proxier<K> {
             return Ok(0);
         }
         let elements = self.kernel.elements(&self.settings.table, rules::AFFINITY)?.unwrap_or_default();
-        let keys: Vec<Bytes> =
-            elements.iter().filter(|element| !self.is_bound_rightly(element)).map(|element| element.key).collect();
+        let node = (self.node_addresses)();
+        let wrong = elements.iter().filter(|element| !self.is_bound_rightly(element, &node));
+        let keys: Vec<Bytes> = wrong.map(|element| element.key).collect();
         let count = keys.len();
         // One at a time, because each can expire meanwhile, and that must not keep the others.
         for key in keys {
@@ -284,7 +290,7 @@ impl<K: Kernel> Proxier<K> {
     }
 
     /// Whether the affinity element `client . address . protocol . port → endpoint` names an endpoint of that frontend.
-    fn is_bound_rightly(&self, element: &Element) -> bool {
+    fn is_bound_rightly(&self, element: &Element, node: &[IpAddr]) -> bool {
         let Some(Value::Data(endpoint)) = &element.value else { return false };
         let width = if self.settings.is_ipv4() { 4 } else { 16 };
         let bytes = element.key.as_slice();
@@ -297,14 +303,15 @@ impl<K: Kernel> Proxier<K> {
         let by_address = |map| ElementKey::by_address(map, address, protocol, port);
         let by_port = |map| ElementKey::by_port(map, protocol, port);
         let client = bytes.get(..width).and_then(oarlock_netlink::wire::read_address);
-        let from_pod = client.is_some_and(|client| self.settings.cluster_cidr.contains(&client));
+        let is_inside =
+            client.is_some_and(|client| self.settings.cluster_cidr.contains(&client) || node.contains(&client));
         // Where those outside have endpoints of their own, one of the others would be a wrong one for them.
         let pairs = [
             (by_address(Map::LocalServices), by_address(Map::Services)),
             (by_port(Map::LocalNodePorts), by_port(Map::NodePorts)),
         ];
         let choose = |(local, all): (ElementKey, ElementKey)| {
-            if !from_pod && self.ledger.target(&local).is_some() { local } else { all }
+            if !is_inside && self.ledger.target(&local).is_some() { local } else { all }
         };
         pairs
             .into_iter()

@@ -8,10 +8,11 @@ mod config;
 mod rules;
 
 use std::net::IpAddr;
+use std::path::Path;
 
 use oarlock_cni::types::CniResult;
 use oarlock_netlink::{Connection, Protocol};
-use oarlock_nft::{Kernel, Netlink, NftError};
+use oarlock_nft::{Kernel, Netlink, NftError, Transaction};
 
 use crate::call::{Call, Owner};
 use crate::error::{Context, PluginError, Result};
@@ -43,7 +44,9 @@ fn add(call: &Call) -> Result<CniResult> {
         if mappings.is_empty() {
             continue;
         }
-        if let Err(error) = map(&mut kernel, call, &mappings, address, config.snat) {
+        let bridge = unseen_bridge(&previous, is_ipv4)?;
+        let elements = rules::elements(call.owner().as_str(), &mappings, address, config.snat, bridge.as_deref());
+        if let Err(error) = map(&mut kernel, &mappings, is_ipv4, &elements) {
             let _ = remove(&mut kernel, |owner| owner == call.owner().as_str());
             return Err(error);
         }
@@ -52,27 +55,39 @@ fn add(call: &Call) -> Result<CniResult> {
     Ok(previous)
 }
 
-fn map(kernel: &mut Netlink, call: &Call, mappings: &[&Mapping], address: IpAddr, snat: bool) -> Result<()> {
+/// The bridge of the container's network, where packets that only cross it are out of nftables' sight: there is no
+/// `br_netfilter`, or it is switched off.
+fn unseen_bridge(previous: &CniResult, is_ipv4: bool) -> Result<Option<String>> {
+    let name = if is_ipv4 { "bridge-nf-call-iptables" } else { "bridge-nf-call-ip6tables" };
+    let setting = std::fs::read_to_string(Path::new("/proc/sys/net/bridge").join(name));
+    if setting.is_ok_and(|value| value.trim() == "1") {
+        return Ok(None);
+    }
+    let mut connection = Connection::open(Protocol::Route).context(|| "cannot look at links".into())?;
+    for interface in previous.interfaces.iter().filter(|one| one.sandbox.as_deref().is_none_or(str::is_empty)) {
+        let link = connection.link(&interface.name).context(|| format!("look at link {}", interface.name))?;
+        if link.is_some_and(|link| link.kind.as_deref() == Some("bridge")) {
+            return Ok(Some(interface.name.clone()));
+        }
+    }
+    Ok(None)
+}
+
+fn map(kernel: &mut Netlink, mappings: &[&Mapping], is_ipv4: bool, elements: &Transaction) -> Result<()> {
     let failed = nft("cannot map ports");
-    let owner = call.owner();
-    let elements = rules::elements(owner.as_str(), mappings, address, snat);
-    let outcome = match kernel.commit(&elements) {
+    let outcome = match kernel.commit(elements) {
         Err(error) if error.is_not_found() => {
-            let mut whole = rules::foundation(address.is_ipv4());
+            let mut whole = rules::foundation(is_ipv4);
             whole.commands.extend(elements.commands.iter().cloned());
             kernel.commit(&whole)
         }
         other => other,
     };
     match outcome {
-        Err(error) if error.is_exists() => {
-            Err(match rules::taken(kernel, mappings, address.is_ipv4()).map_err(&failed)? {
-                Some(mapping) => {
-                    PluginError::PortTaken { protocol: mapping.protocol.to_string(), port: mapping.host_port }
-                }
-                None => failed(error),
-            })
-        }
+        Err(error) if error.is_exists() => Err(match rules::taken(kernel, mappings, is_ipv4).map_err(&failed)? {
+            Some(mapping) => PluginError::PortTaken { protocol: mapping.protocol.to_string(), port: mapping.host_port },
+            None => failed(error),
+        }),
         other => other.map_err(failed),
     }
 }

@@ -14,6 +14,8 @@ use crate::masquerade::{address_field, destination_in, load_destination, load_so
 const BY_PORT: &str = "hostports";
 const BY_ADDRESS: &str = "hostports-by-address";
 const HAIRPIN: &str = "hostports-hairpin";
+/// Links behind which one pod's answer to another does not pass this node.
+const BRIDGED: &str = "hostports-bridged";
 const PREROUTING: &str = "hostports-prerouting";
 const OUTPUT: &str = "hostports-output";
 const DNAT: &str = "hostports-dnat";
@@ -21,6 +23,9 @@ const POSTROUTING: &str = "hostports-postrouting";
 /// Just before the Service proxy, so that a host port of a pod is its own.
 const DESTINATION_NAT: i32 = -101;
 const SOURCE_NAT: i32 = 99;
+
+/// How many registers the name of a link takes.
+const LINK_NAME_REGISTERS: u8 = 4;
 
 /// Where the second field of a key with an address begins.
 fn after_address(is_ipv4: bool) -> u8 {
@@ -36,6 +41,7 @@ pub fn foundation(is_ipv4: bool) -> Transaction {
     transaction.push(Command::AddSet(Set::map(BY_PORT, &[Field::Protocol, Field::Port], &target)));
     transaction.push(Command::AddSet(Set::map(BY_ADDRESS, &[address, Field::Protocol, Field::Port], &target)));
     transaction.push(Command::AddSet(Set::new(HAIRPIN, &[address, address])));
+    transaction.push(Command::AddSet(Set::new(BRIDGED, &[Field::LinkName, Field::LinkName])));
     transaction.push(Command::AddChain(Chain::regular(DNAT)));
     for (name, point, priority) in [
         (PREROUTING, HookPoint::Prerouting, DESTINATION_NAT),
@@ -68,6 +74,13 @@ pub fn foundation(is_ipv4: bool) -> Transaction {
         Expr::Masquerade,
     ];
     transaction.push(Command::AddRule(Rule::new(POSTROUTING, hairpin)));
+    let bridged = vec![
+        Expr::LoadMeta { key: MetaKey::InputName, to: Reg(0) },
+        Expr::LoadMeta { key: MetaKey::OutputName, to: Reg(LINK_NAME_REGISTERS) },
+        Expr::InSet { set: BRIDGED.into(), key: Reg(0), inverted: false },
+        Expr::Masquerade,
+    ];
+    transaction.push(Command::AddRule(Rule::new(POSTROUTING, bridged)));
     transaction
 }
 
@@ -117,13 +130,24 @@ fn key(mapping: &Mapping) -> (&'static str, Bytes) {
 }
 
 /// The elements of one container, which all have to be new.
-pub fn elements(owner: &str, mappings: &[&Mapping], address: IpAddr, snat: bool) -> Transaction {
+///
+/// `bridge` is the link behind which pods see each other's answers without passing this node: connections that come from
+/// there to a host port and go back there are masqueraded. It is the network's, and stays with the table.
+pub fn elements(owner: &str, mappings: &[&Mapping], address: IpAddr, snat: bool, bridge: Option<&str>) -> Transaction {
     let mut transaction = Transaction::new(table(address.is_ipv4()));
     for mapping in mappings {
         let (set, key) = key(mapping);
         let target = Key::new().address(address).port(mapping.container_port).bytes();
         let element = Element::data(key, target).comment(owner);
         transaction.push(Command::AddElements { set: set.into(), elements: vec![element], exclusive: true });
+    }
+    if let Some(bridge) = bridge.filter(|_| snat) {
+        let key = Key::new().link_name(bridge).link_name(bridge).bytes();
+        transaction.push(Command::AddElements {
+            set: BRIDGED.into(),
+            elements: vec![Element::key(key)],
+            exclusive: false,
+        });
     }
     if snat {
         let element = Element::key(Key::new().address(address).address(address).bytes()).comment(owner);

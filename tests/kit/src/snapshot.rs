@@ -1,9 +1,18 @@
 //! Host state that a test must leave as it found it.
+#![allow(unsafe_code, reason = "the C library has no wrapper for pidfd_open")]
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// A CNI plugin that deleted something leaves a child that ends when the kernel has tidied up, milliseconds later.
+const PLUGINS: [&str; 6] = ["bridge", "portmap", "bandwidth", "firewall", "tuning", "loopback"];
+/// How long such a child may take at most, in milliseconds.
+const PLUGIN_LIMIT_MS: u16 = 10_000;
 
 /// What exists on the host at one moment, as sorted lines: interfaces, mounts, cgroups, nftables tables, processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,6 +102,39 @@ fn processes(marker: &str) -> Vec<String> {
         .filter(|process| process.pid.unsigned_abs() != own)
         .filter_map(|process| process.cmdline().ok().map(|words| (process.pid, words.join(" "))))
         .filter(|(_, command)| command.contains(marker))
+        .filter(|(pid, command)| !(is_plugin(command) && ends_soon(*pid)))
         .map(|(pid, command)| format!("process {pid} {command}"))
         .collect()
+}
+
+fn is_plugin(command: &str) -> bool {
+    Path::new(command).file_name().is_some_and(|name| PLUGINS.iter().any(|plugin| name == *plugin))
+}
+
+/// Waits for the end of a process; says whether it came.
+fn ends_soon(pid: i32) -> bool {
+    // SAFETY: the call takes two numbers and gives a descriptor that nobody else has, or -1.
+    let descriptor = unsafe { nix::libc::syscall(nix::libc::SYS_pidfd_open, pid, 0) };
+    let Ok(number) = i32::try_from(descriptor) else { return false };
+    if number < 0 {
+        return nix::errno::Errno::last() == nix::errno::Errno::ESRCH;
+    }
+    // SAFETY: the kernel has just given this descriptor to this process.
+    let process = unsafe { OwnedFd::from_raw_fd(number) };
+    let mut watched = [PollFd::new(std::os::fd::AsFd::as_fd(&process), PollFlags::POLLIN)];
+    poll(&mut watched, PollTimeout::from(PLUGIN_LIMIT_MS)).is_ok_and(|ended| ended == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_plugins_are_waited_for() {
+        assert!(is_plugin("/tmp/some-test/cni-bin/bridge"));
+        assert!(!is_plugin("/tmp/some-test/oarlock-shim --sandbox /run/bridge/x"));
+        let mut child = Command::new("true").spawn().unwrap();
+        assert!(ends_soon(i32::try_from(child.id()).unwrap()));
+        child.wait().unwrap();
+    }
 }

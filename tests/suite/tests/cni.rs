@@ -55,6 +55,7 @@ macro_rules! in_each_mode {
 in_each_mode! {
     pods_talk_to_each_other_and_the_node_and_leave_nothing_behind
     host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod
+    host_ports_lead_to_the_pod_where_bridged_packets_are_out_of_sight
     what_leaves_the_cluster_is_masqueraded_and_addresses_are_usable_at_once
 }
 
@@ -276,6 +277,17 @@ fn check_finds_what_somebody_changed() {
 
 fn mapping(host_port: u16, container_port: u16) -> PortMapping {
     PortMapping { host_port, container_port, protocol: "tcp".into(), host_ip: None }
+}
+
+/// As on a node without `br_netfilter`, where one pod's answer to another is never translated back.
+fn host_ports_lead_to_the_pod_where_bridged_packets_are_out_of_sight(mode: Mode) {
+    for family in ["ip", "ip6"] {
+        let setting = format!("/proc/sys/net/bridge/bridge-nf-call-{family}tables");
+        if Path::new(&setting).exists() {
+            fs::write(setting, "0").unwrap();
+        }
+    }
+    host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod(mode);
 }
 
 fn host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod(mode: Mode) {
