@@ -11,10 +11,13 @@ use std::time::Duration;
 
 use nix::unistd::geteuid;
 
+use crate::spec::SpecError;
+
 /// The profile's name, and the label of processes under it.
 pub(crate) const DEFAULT_PROFILE: &str = "oarlock-default";
 const PARSER: [&str; 3] = ["/usr/sbin/apparmor_parser", "/sbin/apparmor_parser", "/usr/bin/apparmor_parser"];
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
+const LOADED: &str = "/sys/kernel/security/apparmor/profiles";
 const LIMIT: Duration = Duration::from_secs(20);
 
 /// In the language of apparmor.d(5). The kernel's own label of the daemon and of shims is `unconfined`.
@@ -49,6 +52,21 @@ profile oarlock-default flags=(attach_disconnected,mediate_deleted) {
 /// Whether the kernel has AppArmor switched on.
 pub(crate) fn is_enabled() -> bool {
     fs::read_to_string(ENABLED).is_ok_and(|on| on.starts_with('Y'))
+}
+
+/// Refuses a profile that the kernel does not have, by name: the kernel's own answer, once the container is half made, says
+/// only that something was not found. What cannot be looked up is left to the kernel.
+pub(crate) fn require(name: &str) -> Result<(), SpecError> {
+    let Ok(loaded) = fs::read_to_string(LOADED) else { return Ok(()) };
+    if name == "unconfined" || is_listed(&loaded, name) {
+        return Ok(());
+    }
+    Err(SpecError::invalid("linux.security_context.apparmor", format!("the profile {name} is not loaded on this host")))
+}
+
+/// Each line is a name and its mode: `name (enforce)`.
+fn is_listed(loaded: &str, name: &str) -> bool {
+    loaded.lines().any(|line| line.rsplit_once(" (").is_some_and(|(listed, _)| listed == name))
 }
 
 /// Loads the default profile, replacing one of an earlier version; tells whether containers can have it. Takes some tens of
@@ -102,4 +120,16 @@ fn parse(parser: &Path) -> Result<(), String> {
     }
     let output = child.wait_with_output().map_err(|error| error.to_string())?;
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_listed;
+
+    #[test]
+    fn a_profile_is_loaded_under_its_whole_name() {
+        let loaded = "oarlock-default (enforce)\n/usr/bin/man (complain)\nmy profile (mixed) (unconfined)\n";
+        assert!(is_listed(loaded, "/usr/bin/man") && is_listed(loaded, "my profile (mixed)"));
+        assert!(!is_listed(loaded, "/usr/bin") && !is_listed(loaded, "my profile"));
+    }
 }

@@ -147,6 +147,8 @@ fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
             programs.push((name.to_owned(), PathBuf::from(executable)));
         }
     }
+    // Cargo tells of them as they get ready, which is another order each time.
+    programs.sort();
     anyhow::ensure!(!programs.is_empty(), "cargo named no test programs");
     Ok(programs)
 }

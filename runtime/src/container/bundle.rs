@@ -12,6 +12,7 @@ use oarlock_images::Image;
 use oci_spec::runtime::{LinuxSeccomp, Spec};
 
 use super::{devices, ids, volumes};
+use crate::apparmor;
 use crate::cdi;
 use crate::core::Core;
 use crate::error::Error;
@@ -125,7 +126,7 @@ fn specify(
         devices.retain(|known| known.path != device.path);
         devices.push(device);
     }
-    Ok(spec::container::build(spec::container::Inputs {
+    let spec = spec::container::build(spec::container::Inputs {
         config: &record.config,
         resources: &record.resources,
         image: defaults,
@@ -144,7 +145,11 @@ fn specify(
         seccomp_profile: profile(context)?,
         annotations: annotations(record, sandbox),
         host: &core.host,
-    })?)
+    })?;
+    if let Some(name) = spec.process().as_ref().and_then(|process| process.apparmor_profile().as_deref()) {
+        apparmor::require(name)?;
+    }
+    Ok(spec)
 }
 
 /// Writes a specification, whole or not at all.
