@@ -98,8 +98,10 @@ pub(crate) struct CniFile {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(crate) struct RegistriesFile {
-    /// Registry host to base URLs that are tried before it.
+    /// Registry host to base URLs that are tried before it, and before what `hostsDirs` have for it.
     pub(crate) mirrors: BTreeMap<String, Vec<String>>,
+    /// Directories with a `hosts.toml` for each registry, in containerd's form.
+    pub(crate) hosts_dirs: Option<Vec<PathBuf>>,
     /// Hosts spoken to in plain HTTP beside loopback.
     pub(crate) plain_http: Vec<String>,
     /// PEM files of certificate authorities beside the system's.

@@ -52,16 +52,32 @@ pub struct Config {
 }
 
 /// How registries are reached.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Registries {
-    /// Registry host to the base URLs that are tried before it, in order.
+    /// Registry host to the base URLs that are tried before it, in order. They come first; what `hosts_dirs` have for the
+    /// registry follows, and takes the place of the registry itself.
     pub mirrors: BTreeMap<String, Vec<String>>,
+    /// Directories with `<host[:port]>/hosts.toml` for each registry, in containerd's form, or `_default` for all others;
+    /// the first directory that has one decides. Read at each pull.
+    pub hosts_dirs: Vec<PathBuf>,
     /// Hosts spoken to in plain HTTP besides loopback.
     pub plain_http: Vec<String>,
     /// PEM files of certificate authorities beside the system's.
     pub certificate_authorities: Vec<PathBuf>,
     /// A file of credentials in docker's form (`auths`), for pulls that bring none; read at each pull.
     pub credentials: Option<PathBuf>,
+}
+
+impl Default for Registries {
+    fn default() -> Registries {
+        Registries {
+            mirrors: BTreeMap::new(),
+            hosts_dirs: vec!["/etc/oarlock/certs.d".into(), "/etc/containerd/certs.d".into()],
+            plain_http: Vec::new(),
+            certificate_authorities: Vec::new(),
+            credentials: None,
+        }
+    }
 }
 
 impl Config {

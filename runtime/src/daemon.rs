@@ -239,6 +239,7 @@ fn registries(config: &Config) -> RegistryConfig {
         mirrors: mirrors
             .map(|(registry, endpoints)| MirrorRule { registry: registry.clone(), endpoints: endpoints.clone() })
             .collect(),
+        hosts_dirs: config.registries.hosts_dirs.clone(),
         plain_http: config.registries.plain_http.clone(),
         // No registry may have it: what was brought by hand is not collected to save space.
         pin_imported: true,

@@ -219,7 +219,7 @@ fn image_code(error: &ImageError) -> Code {
         ImageError::Reference { .. } => Code::InvalidArgument,
         ImageError::NotFound { .. } => Code::NotFound,
         ImageError::Denied { .. } => Code::PermissionDenied,
-        ImageError::Pinned { .. } => Code::FailedPrecondition,
+        ImageError::Pinned { .. } | ImageError::Configuration { .. } => Code::FailedPrecondition,
         ImageError::NotAnArchive { .. } => Code::InvalidArgument,
         ImageError::Io { source, .. } => io_code(source),
         ImageError::Shared(inner) => image_code(inner),

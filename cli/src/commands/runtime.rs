@@ -26,6 +26,11 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             streaming_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             registries: oarlock_runtime::Registries {
                 mirrors: settings.registries.mirrors.clone(),
+                hosts_dirs: settings
+                    .registries
+                    .hosts_dirs
+                    .clone()
+                    .unwrap_or_else(|| oarlock_runtime::Registries::default().hosts_dirs),
                 plain_http: settings.registries.plain_http.clone(),
                 certificate_authorities: settings.registries.certificate_authorities.clone(),
                 credentials: settings.registries.credentials.clone(),

@@ -27,6 +27,7 @@ struct Entry {
     username: String,
     password: String,
     registrytoken: String,
+    identitytoken: String,
 }
 
 /// The credentials for a repository of a registry: those under the longest name that fits. A file that does not exist has
@@ -68,6 +69,9 @@ fn auth(entry: Entry) -> Option<Option<Auth>> {
     if !entry.registrytoken.is_empty() {
         return Some(Some(Auth::Bearer(entry.registrytoken)));
     }
+    if !entry.identitytoken.is_empty() {
+        return Some(Some(Auth::Identity(entry.identitytoken)));
+    }
     if !entry.username.is_empty() {
         return Some(Some(Auth::Basic { username: entry.username, password: entry.password }));
     }
@@ -93,12 +97,13 @@ mod tests {
             "r.example/team": {"username": "team", "password": "t"},
             "r.example:5000": {"registrytoken": "token"},
             "https://index.docker.io/v1/": {"username": "hub", "password": "h"},
+            "person.example": {"auth": "PHRva2VuPjo=", "identitytoken": "refresh"},
             "empty.example": {},
             "broken.example": {"auth": "!"}}}"#;
         std::fs::write(&path, content).unwrap();
         let user = |registry: &str, repository: &str| match find(&path, registry, repository) {
             Ok(Some(Auth::Basic { username, .. })) => username,
-            Ok(Some(Auth::Bearer(token))) => token,
+            Ok(Some(Auth::Bearer(token) | Auth::Identity(token))) => token,
             Ok(None) => "none".to_owned(),
             Err(error) => error.to_string(),
         };
@@ -107,6 +112,7 @@ mod tests {
         assert_eq!(user("r.example", "teams/app"), "u");
         assert_eq!(user("r.example:5000", "a"), "token");
         assert_eq!(user("docker.io", "library/a"), "hub");
+        assert_eq!(user("person.example", "a"), "refresh");
         assert_eq!(user("empty.example", "a"), "none");
         assert_eq!(user("other.example", "a"), "none");
         assert!(user("broken.example", "a").contains("broken.example"));

@@ -24,6 +24,9 @@ pub enum ImageError {
     /// The registry could not be reached or failed.
     #[error("cannot pull image {reference}: {message}")]
     Registry { reference: String, message: String },
+    /// A file that says how registries are reached is wrong.
+    #[error("{}: {field}: {problem}", file.display())]
+    Configuration { file: PathBuf, field: String, problem: String },
     /// No manifest for this machine.
     #[error("image {reference} has no variant for {platform}")]
     NoPlatform { reference: String, platform: String },

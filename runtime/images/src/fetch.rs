@@ -42,17 +42,68 @@ pub(crate) async fn fetch(
     layers: &Arc<Layers>,
     progress: Option<&ProgressSink>,
 ) -> Result<Fetched, ImageError> {
-    let mut last = ImageError::NotFound { reference: reference.to_string() };
-    for source in sources {
-        match fetch_from(source, reference, layers, progress).await {
+    let mut target = reference.digest.clone();
+    // Some may only give content, others only say which it is.
+    if target.is_none() && sources.iter().any(|source| source.pulls() != source.resolves()) {
+        target = Some(resolve(sources, reference).await?);
+    }
+    let mut problems = Problems::default();
+    for source in sources.iter().filter(|source| source.pulls()) {
+        match fetch_from(source, reference, target.as_deref(), layers, progress).await {
             Ok(fetched) => return Ok(fetched),
-            Err(error) => {
-                tracing::debug!(image = %reference, registry = source.name(), %error, "image source failed");
-                last = named(error, reference);
-            }
+            Err(error) => problems.note(source, reference, error),
         }
     }
-    Err(last)
+    Err(problems.into_error(reference, "pull"))
+}
+
+/// The digest that a tag has now.
+async fn resolve(sources: &[Source], reference: &Reference) -> Result<String, ImageError> {
+    let mut problems = Problems::default();
+    for source in sources.iter().filter(|source| source.resolves()) {
+        match retry(|| source.document(tag(reference))).await {
+            Ok(bytes) => return Ok(manifest::digest(&bytes)),
+            Err(error) => problems.note(source, reference, error),
+        }
+    }
+    Err(problems.into_error(reference, "resolve"))
+}
+
+fn tag(reference: &Reference) -> &str {
+    reference.tag.as_deref().unwrap_or("latest")
+}
+
+/// What went wrong at the places that were tried.
+#[derive(Default)]
+struct Problems {
+    last: Option<ImageError>,
+    /// Of the places that could not be used at all, the last one's left out.
+    earlier: Vec<String>,
+}
+
+impl Problems {
+    fn note(&mut self, source: &Source, reference: &Reference, error: ImageError) {
+        tracing::info!(image = %reference, registry = source.name(), %error, "image source failed");
+        if let Some(ImageError::Registry { message, .. }) = self.last.take() {
+            self.earlier.push(message);
+        }
+        self.last = Some(named(error, reference));
+    }
+
+    /// The last place is the registry itself: its word counts. If it failed too, what the others said is told as well.
+    fn into_error(self, reference: &Reference, capability: &str) -> ImageError {
+        match self.last {
+            None => {
+                let message = format!("no configured host has the capability {capability}");
+                ImageError::Registry { reference: reference.to_string(), message }
+            }
+            Some(ImageError::Registry { reference, message }) => {
+                let all: Vec<String> = self.earlier.into_iter().chain([message]).collect();
+                ImageError::Registry { reference, message: all.join("; ") }
+            }
+            Some(other) => other,
+        }
+    }
 }
 
 /// Errors name the image as the user did, not the mirror's name for it.
@@ -69,10 +120,11 @@ fn named(error: ImageError, reference: &Reference) -> ImageError {
 async fn fetch_from(
     source: &Source,
     reference: &Reference,
+    target: Option<&str>,
     layers: &Arc<Layers>,
     progress: Option<&ProgressSink>,
 ) -> Result<Fetched, ImageError> {
-    let (image, digest) = manifest_of(source, reference).await?;
+    let (image, digest) = manifest_of(source, reference, target).await?;
     let id = manifest::check(image.config().digest().as_ref())?;
     let config_bytes = retry(|| small_blob(source, &id, image.config().size())).await?;
     manifest::verify(&config_bytes, &id)?;
@@ -112,10 +164,14 @@ async fn fetch_from(
 }
 
 /// The manifest for this machine, and the digest of the document the reference names.
-async fn manifest_of(source: &Source, reference: &Reference) -> Result<(ImageManifest, String), ImageError> {
-    let (bytes, _) = retry(|| source.document(None)).await?;
+async fn manifest_of(
+    source: &Source,
+    reference: &Reference,
+    target: Option<&str>,
+) -> Result<(ImageManifest, String), ImageError> {
+    let bytes = retry(|| source.document(target.unwrap_or_else(|| tag(reference)))).await?;
     let digest = manifest::digest(&bytes);
-    if let Some(expected) = &reference.digest {
+    if let Some(expected) = target {
         manifest::verify(&bytes, expected)?;
     }
     let mut document = manifest::parse(&bytes)?;
@@ -125,7 +181,7 @@ async fn manifest_of(source: &Source, reference: &Reference) -> Result<(ImageMan
             Document::Choice(index) => index,
         };
         let chosen = manifest::check(manifest::choose(&index, &reference.to_string())?.digest().as_ref())?;
-        let (bytes, _) = retry(|| source.document(Some(&chosen))).await?;
+        let bytes = retry(|| source.document(&chosen)).await?;
         manifest::verify(&bytes, &chosen)?;
         document = manifest::parse(&bytes)?;
     }

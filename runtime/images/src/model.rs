@@ -32,8 +32,10 @@ pub struct Image {
 pub enum Auth {
     /// User name and password.
     Basic { username: String, password: String },
-    /// A token to be sent as it is.
+    /// A token to be sent as it is, to the registry itself only.
     Bearer(String),
+    /// A token that a token server gives others for (OAuth2, `refresh_token`).
+    Identity(String),
 }
 
 impl std::fmt::Debug for Auth {
@@ -41,6 +43,7 @@ impl std::fmt::Debug for Auth {
         match self {
             Auth::Basic { username, .. } => f.debug_struct("Basic").field("username", username).finish_non_exhaustive(),
             Auth::Bearer(_) => f.write_str("Bearer(..)"),
+            Auth::Identity(_) => f.write_str("Identity(..)"),
         }
     }
 }
@@ -48,8 +51,11 @@ impl std::fmt::Debug for Auth {
 /// How registries are reached.
 #[derive(Debug, Clone, Default)]
 pub struct RegistryConfig {
-    /// Where to ask instead, in order, before the registry itself.
+    /// Where to ask instead, in order, before what `hosts_dirs` have for a registry and before the registry itself.
     pub mirrors: Vec<MirrorRule>,
+    /// Directories with a `hosts.toml` for each registry, in containerd's form; the first that has one for a registry, or
+    /// a `_default`, decides. Read at each pull.
+    pub hosts_dirs: Vec<PathBuf>,
     /// Registries (`host` or `host:port`) spoken to by plain HTTP. Loopback addresses always may be.
     pub plain_http: Vec<String>,
     /// PEM files of further certificate authorities.

@@ -34,17 +34,15 @@ fn auth_of(auth: cri::AuthConfig) -> Result<Option<Auth>, Error> {
     if !auth.username.is_empty() {
         return Ok(Some(Auth::Basic { username: auth.username, password: auth.password }));
     }
+    if !auth.identity_token.is_empty() {
+        return Ok(Some(Auth::Identity(auth.identity_token)));
+    }
     if !auth.auth.is_empty() {
         let decoded = STANDARD.decode(auth.auth.trim_end_matches('\0')).map_err(|_| invalid())?;
         let text = String::from_utf8(decoded).map_err(|_| invalid())?;
         let (username, password) = text.split_once(':').ok_or_else(invalid)?;
         let password = password.trim_end_matches('\0').to_owned();
         return Ok(Some(Auth::Basic { username: username.to_owned(), password }));
-    }
-    if !auth.identity_token.is_empty() {
-        return Err(Error::Unimplemented(
-            "auth.identity_token: this runtime does not exchange identity tokens".to_owned(),
-        ));
     }
     Ok(None)
 }
@@ -66,6 +64,6 @@ mod tests {
         );
         assert!(matches!(auth(|a| a.registry_token = "t".into()), Ok(Some(Auth::Bearer(token))) if token == "t"));
         assert!(auth(|a| a.auth = "!".into()).is_err());
-        assert!(auth(|a| a.identity_token = "t".into()).is_err());
+        assert!(matches!(auth(|a| a.identity_token = "t".into()), Ok(Some(Auth::Identity(token))) if token == "t"));
     }
 }

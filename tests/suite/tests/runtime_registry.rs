@@ -1,5 +1,5 @@
-//! Pulls from registries that ask for credentials, break off, or compress otherwise: one made here, and Debian's
-//! docker-registry. Needs root (owners of files), docker-registry and skopeo.
+//! Pulls from registries that ask for credentials, break off, compress otherwise, stand for others or have certificates
+//! of their own: one made here, and Debian's docker-registry. Needs root (owners of files), docker-registry and skopeo.
 
 #[allow(dead_code, reason = "shared with the tests of other files, which use the rest")]
 mod image_files;
@@ -97,6 +97,147 @@ async fn credentials_are_shown_to_who_asks_for_them_and_wrong_ones_are_told() {
     registry.protect(Protection::None);
 }
 
+#[tokio::test]
+async fn an_identity_token_is_exchanged_for_one_of_the_registry() {
+    let built = large();
+    let registry = Registry::start(&built).await;
+    registry.protect(Protection::Identity("refresh-me".into()));
+    let reference = format!("{}/test/app:v1", registry.address);
+    let temp = tempfile::tempdir().unwrap();
+    let credentials = temp.path().join("config.json");
+    let registries = RegistryConfig { credentials: Some(credentials.clone()), ..RegistryConfig::default() };
+    let store = store(&temp.path().join("store"), registries).await;
+    for auth in [None, Some(Auth::Identity("other".into()))] {
+        let error = store.pull(&reference, auth).await.unwrap_err();
+        assert!(matches!(error, ImageError::Denied { .. }), "{error:?}");
+    }
+    let image = store.pull(&reference, Some(Auth::Identity("refresh-me".into()))).await.unwrap();
+    store.remove(&image.id).await.unwrap();
+    let content = format!(r#"{{"auths": {{"{}": {{"identitytoken": "refresh-me"}}}}}}"#, registry.address);
+    fs::write(&credentials, content).unwrap();
+    store.pull(&reference, None).await.unwrap();
+}
+
+/// `hosts.toml` of one registry.
+fn write_hosts(hosts_dir: &Path, registry: &str, content: &str) {
+    fs::create_dir_all(hosts_dir.join(registry)).unwrap();
+    fs::write(hosts_dir.join(registry).join("hosts.toml"), content).unwrap();
+}
+
+#[tokio::test]
+async fn one_host_says_what_a_tag_names_and_another_gives_it() {
+    let built = large();
+    let (names, contents) = (Registry::start(&built).await, Registry::start(&built).await);
+    let temp = tempfile::tempdir().unwrap();
+    let hosts_dir = temp.path().join("certs.d");
+    let registries = RegistryConfig { hosts_dirs: vec![hosts_dir.clone()], ..RegistryConfig::default() };
+    let store = store(&temp.path().join("store"), registries).await;
+    let content = format!(
+        "server = \"http://{}\"\n[host.\"http://{}\"]\ncapabilities = [\"pull\"]\n",
+        names.address, contents.address
+    );
+    write_hosts(&hosts_dir, "_default", &content);
+    let image = store.pull("named.example/test/app:v1", None).await.unwrap();
+    assert_eq!(image.repo_tags, ["named.example/test/app:v1"]);
+    assert_eq!(names.requests(), ["/v2/test/app/manifests/v1?ns=named.example"]);
+    let given = contents.requests();
+    assert!(given.iter().all(|path| path.contains("sha256:") && path.ends_with("?ns=named.example")), "{given:?}");
+
+    // One that fails is passed over, and the next has all; a file that cannot be read is told.
+    store.remove(&image.id).await.unwrap();
+    let content = format!("server = \"http://{}\"\n[host.\"http://127.0.0.1:1\"]\n", names.address);
+    write_hosts(&hosts_dir, "_default", &content);
+    store.pull("named.example/test/app:v1", None).await.unwrap();
+    write_hosts(&hosts_dir, "named.example", "capabilities = [\"pul\"]");
+    let error = store.pull("named.example/test/app:v1", None).await.unwrap_err().to_string();
+    assert!(error.ends_with("named.example/hosts.toml: capabilities: knows no \"pul\""), "{error}");
+}
+
+/// An authority, and pairs that it signed, as PEM files.
+struct Authority {
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    certificate: String,
+}
+
+impl Authority {
+    fn new(name: &str) -> Authority {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut parameters = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        parameters.distinguished_name.push(rcgen::DnType::CommonName, name);
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let certificate = parameters.self_signed(&key).unwrap().pem();
+        Authority { issuer: rcgen::Issuer::new(parameters, key), certificate }
+    }
+
+    fn pair(&self, directory: &Path, name: &str) {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut parameters = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        parameters.distinguished_name.push(rcgen::DnType::CommonName, name);
+        let uses = [rcgen::ExtendedKeyUsagePurpose::ServerAuth, rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+        parameters.extended_key_usages = uses.to_vec();
+        let certificate = parameters.signed_by(&key, &self.issuer).unwrap().pem();
+        fs::write(directory.join(format!("{name}.cert")), certificate).unwrap();
+        fs::write(directory.join(format!("{name}.key")), key.serialize_pem()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn certificates_for_a_registry_are_taken_from_its_own_directory() {
+    let temp = tempfile::tempdir().unwrap();
+    let (good, bad) = (Authority::new("good"), Authority::new("bad"));
+    let files = temp.path().join("files");
+    fs::create_dir(&files).unwrap();
+    good.pair(temp.path(), "server");
+    good.pair(&files, "client");
+    fs::write(files.join("ca.crt"), &good.certificate).unwrap();
+    fs::write(files.join("bad.pem"), &bad.certificate).unwrap();
+    let tls = format!(
+        ", tls: {{certificate: {0}/server.cert, key: {0}/server.key, clientcas: [{0}/files/ca.crt]}}",
+        temp.path().display()
+    );
+    let registry = DockerRegistry::start_with(temp.path(), &tls);
+    let built = large();
+    write_layout(&built, "rower:1", &temp.path().join("layout"));
+    let certificates = format!("--dest-cert-dir={}", files.display());
+    let reference = registry.push_with(&temp.path().join("layout"), "harbour/rower:tls", "gzip", &certificates);
+
+    let hosts_dir = temp.path().join("certs.d");
+    let registries = RegistryConfig { hosts_dirs: vec![hosts_dir.clone()], ..RegistryConfig::default() };
+    let store = store(&temp.path().join("store"), registries).await;
+    let auth = || Some(Auth::Basic { username: "oar".into(), password: "lock".into() });
+    let files = files.display();
+    let client = format!("client = [[\"{files}/client.cert\", \"{files}/client.key\"]]");
+    for (content, said) in [
+        (format!("ca = \"{files}/bad.pem\"\n{client}"), "is not trusted; its authority belongs into the field ca in"),
+        (format!("ca = \"{files}/ca.crt\""), "wants a client's certificate, which belongs into the field client in"),
+        (format!("ca = \"{files}/absent.pem\""), "absent.pem: No such file"),
+        (format!("ca = \"{files}/client.key\""), "has no certificate in PEM form"),
+        (format!("client = [[\"{files}/client.cert\", \"{files}/ca.crt\"]]"), "are not a pair in PEM form"),
+    ] {
+        write_hosts(&hosts_dir, &registry.address, &content);
+        let error = store.pull(&reference, auth()).await.unwrap_err().to_string();
+        assert!(error.contains(said), "{content}: {error}");
+    }
+    for content in [format!("ca = [\"{files}/ca.crt\"]\n{client}"), format!("skip_verify = true\n{client}")] {
+        write_hosts(&hosts_dir, &registry.address, &content);
+        let image = store.pull(&reference, auth()).await.unwrap();
+        store.remove(&image.id).await.unwrap();
+    }
+    // Docker's form: only the certificates; and as a mirror of another, under a path of its own.
+    fs::remove_dir_all(&hosts_dir).unwrap();
+    fs::create_dir(&hosts_dir).unwrap();
+    std::os::unix::fs::symlink(files.to_string(), hosts_dir.join(registry.address.replace(':', "_") + "_")).unwrap();
+    let image = store.pull(&reference, auth()).await.unwrap();
+    store.remove(&image.id).await.unwrap();
+    let content = format!(
+        "server = \"https://unreachable.invalid\"\n[host.\"https://{}/v2/harbour\"]\noverride_path = true\n\
+         ca = \"{files}/ca.crt\"\n{client}\n",
+        registry.address
+    );
+    write_hosts(&hosts_dir, "far.example", &content);
+    store.pull("far.example/rower:tls", auth()).await.unwrap();
+}
+
 /// Debian's registry, which ends with its owner.
 struct DockerRegistry {
     process: Child,
@@ -105,11 +246,16 @@ struct DockerRegistry {
 
 impl DockerRegistry {
     fn start(directory: &Path) -> DockerRegistry {
+        DockerRegistry::start_with(directory, "")
+    }
+
+    /// `http` is the rest of what is configured of its server.
+    fn start_with(directory: &Path, http: &str) -> DockerRegistry {
         let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         fs::write(directory.join("htpasswd"), HTPASSWD).unwrap();
         let configuration = directory.join("registry.yml");
         let content = format!(
-            "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {0}/blobs}}}}\nhttp: {{addr: {address}}}\n\
+            "version: 0.1\nstorage: {{filesystem: {{rootdirectory: {0}/blobs}}}}\nhttp: {{addr: {address}{http}}}\n\
              auth: {{htpasswd: {{realm: here, path: {0}/htpasswd}}}}\n",
             directory.display()
         );
@@ -123,9 +269,13 @@ impl DockerRegistry {
     }
 
     fn push(&self, layout: &Path, name: &str, compression: &str) -> String {
+        self.push_with(layout, name, compression, "--dest-tls-verify=false")
+    }
+
+    fn push_with(&self, layout: &Path, name: &str, compression: &str, tls: &str) -> String {
         let reference = format!("{}/{name}", self.address);
         let output = Command::new("skopeo")
-            .args(["copy", "--quiet", "--insecure-policy", "--dest-tls-verify=false", "--dest-creds=oar:lock"])
+            .args(["copy", "--quiet", "--insecure-policy", tls, "--dest-creds=oar:lock"])
             .args(["--dest-compress-format", compression])
             .arg(format!("oci:{}", layout.display()))
             .arg(format!("docker://{reference}"))

@@ -227,6 +227,8 @@ pub enum Protection {
     Basic(String),
     /// The same, for a token of the registry's own.
     Token(String),
+    /// An identity token, for a token of the registry's own.
+    Identity(String),
 }
 
 const TOKEN: &str = "a-token";
@@ -271,6 +273,11 @@ impl Registry {
         self.state.sent.load(Ordering::Relaxed)
     }
 
+    /// The paths that were asked for, with their queries.
+    pub fn requests(&self) -> Vec<String> {
+        self.state.requests.lock().unwrap().clone()
+    }
+
     pub fn requests_for(&self, digest: &str) -> usize {
         self.state.requests.lock().unwrap().iter().filter(|path| path.contains(digest)).count()
     }
@@ -285,19 +292,30 @@ async fn answer(mut stream: TcpStream, state: Arc<State>) {
             Ok(count) => head.extend_from_slice(&buffer[..count]),
         }
     }
-    let head = String::from_utf8_lossy(&head).into_owned();
+    let received = head;
+    let head = String::from_utf8_lossy(&received).into_owned();
     let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
     let header = |name: &str| {
         let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with(&format!("{name}:")));
         line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned()).unwrap_or_default()
     };
-    if let Some(answer) = refusal(&state, &path, &header("authorization"), &header("host")) {
+    // What is posted is short.
+    let posted: usize = header("content-length").parse().unwrap_or(0);
+    let mut body = vec![0; posted];
+    let there = received.len() - received.windows(4).position(|window| window == b"\r\n\r\n").unwrap() - 4;
+    body[..there].copy_from_slice(&received[received.len() - there..]);
+    stream.read_exact(&mut body[there..]).await.unwrap();
+    let shown = match header("authorization") {
+        none if none.is_empty() => String::from_utf8_lossy(&body).into_owned(),
+        shown => shown,
+    };
+    if let Some(answer) = refusal(&state, &path, &shown, &header("host")) {
         let _ = stream.write_all(answer.as_bytes()).await;
         let _ = stream.shutdown().await;
         return;
     }
     state.requests.lock().unwrap().push(path.clone());
-    let name = path.rsplit('/').next().unwrap_or_default().to_owned();
+    let name = path.split('?').next().unwrap_or_default().rsplit('/').next().unwrap_or_default().to_owned();
     let digest = state.tags.lock().unwrap().get(&name).cloned().unwrap_or(name);
     let found = state.blobs.lock().unwrap().get(&digest).cloned();
     let take = |list: &Mutex<Vec<String>>| {
@@ -358,7 +376,16 @@ fn refusal(state: &State, path: &str, shown: &str, host: &str) -> Option<String>
             true => answer("200 OK", "content-type: application/json\r\n", &format!("{{\"token\":\"{TOKEN}\"}}")),
             false => answer("401 Unauthorized", "", "{}"),
         },
-        Protection::Token(_) if shown != format!("Bearer {TOKEN}") => {
+        Protection::Identity(known) if path.starts_with("/token") => {
+            let fields: Vec<&str> = shown.split('&').collect();
+            let refresh = format!("refresh_token={known}");
+            let all = ["grant_type=refresh_token", &refresh, "service=here", "scope=repository%3Atest%2Fapp%3Apull"];
+            match all.iter().all(|field| fields.contains(field)) {
+                true => answer("200 OK", "", &format!("{{\"access_token\":\"{TOKEN}\"}}")),
+                false => answer("401 Unauthorized", "", "{}"),
+            }
+        }
+        Protection::Token(_) | Protection::Identity(_) if shown != format!("Bearer {TOKEN}") => {
             let challenge = format!("www-authenticate: Bearer realm=\"http://{host}/token\",service=\"here\"\r\n");
             answer("401 Unauthorized", &challenge, "{}")
         }

@@ -1,0 +1,10 @@
+//! Fetching from registries, through the places that are configured for them. What arrives is verified by the callers'
+//! digests.
+
+mod challenge;
+mod connection;
+mod endpoints;
+mod hosts;
+mod source;
+
+pub(crate) use source::{Source, sources};
