@@ -11,8 +11,10 @@
 //!                           (gone)
 //! ```
 
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use nix::unistd::Pid;
 use oarlock_cgroup::OomWatch;
@@ -50,6 +52,19 @@ pub(crate) struct Container {
     pub(crate) removed: bool,
     /// Answered when it is gone.
     pub(crate) reply_when_gone: Option<ReplyTo>,
+    /// Its first process has ended; announced when the log is on disk, or then at the latest.
+    pub(crate) ended: Option<Ended>,
+    /// Answered when the log has been opened anew, in this order.
+    pub(crate) reopening: VecDeque<ReplyTo>,
+}
+
+/// How a first process ended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ended {
+    pub(crate) exit_code: i32,
+    pub(crate) signal: Option<i32>,
+    pub(crate) at_nanos: i64,
+    pub(crate) deadline: Instant,
 }
 
 /// A child of the shim, with a handle that outlasts its number.

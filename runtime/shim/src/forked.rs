@@ -55,7 +55,8 @@ pub(crate) fn spawn_in(
 ) -> io::Result<Running> {
     let kind = SockType::SeqPacket;
     let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
-    // SAFETY: this process has one thread, so the child may allocate and lock as it likes.
+    // SAFETY: of this process's threads only this one allocates or locks now (see `stdio/writer.rs`), so the child, which
+    // has no other, may do so as it likes.
     match unsafe { fork_in(birthplace) }? {
         ForkResult::Parent { child } => Ok(Running { pid: child, channel: ours }),
         ForkResult::Child => {
@@ -76,7 +77,7 @@ pub(crate) fn spawn_in(
 /// fork(2), into a cgroup where that is wanted and possible: moving a process there later waits for the kernel.
 ///
 /// # Safety
-/// As for fork: this process must have one thread.
+/// As for fork: no other thread of this process may be allocating or hold a lock that the child needs.
 pub(crate) unsafe fn fork_in(birthplace: Option<BorrowedFd<'_>>) -> nix::Result<ForkResult> {
     const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     if let Some(group) = birthplace {
@@ -85,7 +86,7 @@ pub(crate) unsafe fn fork_in(birthplace: Option<BorrowedFd<'_>>) -> nix::Result<
         arguments.flags = CLONE_INTO_CGROUP;
         arguments.exit_signal = libc::SIGCHLD as u64;
         arguments.cgroup = group.as_raw_fd() as u64;
-        // SAFETY: without a stack of its own and without shared memory the child goes on as after fork; one thread.
+        // SAFETY: without a stack of its own and without shared memory the child goes on as after fork.
         let result = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<libc::clone_args>()) };
         match result {
             0 => return Ok(ForkResult::Child),

@@ -1,7 +1,8 @@
 //! `oarlock-shim`: one small process per pod that outlives every daemon.
 //!
 //! Owns the pod's containers as their parent: standard streams and logs, exit records, terminals, signals. It has one
-//! thread and one epoll loop; whatever needs namespaces, much memory or patience happens in helper children.
+//! epoll loop, and a thread for a log only while there is something to write to it (`stdio/writer.rs`); whatever needs
+//! namespaces, much memory or patience happens in helper children.
 //! Does not own: images, networks, specifications (the runtime daemon makes them), or any of Kubernetes.
 //!
 //! Start reading at `server.rs`; `helper.rs` explains the children, `engine/` and `exec/` what they do.

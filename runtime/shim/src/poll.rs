@@ -44,6 +44,10 @@ pub(crate) enum Token {
     },
     /// The pod answered a datagram.
     ForwardFlow(u32),
+    /// Something of a container's log was written.
+    Log(u32),
+    /// The same for the log of one that is gone.
+    LogOfRemoved,
 }
 
 impl Token {
@@ -62,6 +66,8 @@ impl Token {
             Token::Forward(slot) => (10, slot, 0),
             Token::ForwardStream { slot, end } => (11, slot, end),
             Token::ForwardFlow(slot) => (12, slot, 0),
+            Token::Log(container) => (13, container, 0),
+            Token::LogOfRemoved => (14, 0, 0),
         };
         (kind << 48) | (u64::from(high) << 32) | u64::from(low)
     }
@@ -82,6 +88,8 @@ impl Token {
             10 => Token::Forward(container),
             11 => Token::ForwardStream { slot: container, end: client },
             12 => Token::ForwardFlow(container),
+            13 => Token::Log(container),
+            14 => Token::LogOfRemoved,
             _ => return None,
         })
     }
@@ -166,6 +174,8 @@ mod tests {
             Token::Forward(2),
             Token::ForwardStream { slot: 5, end: 1 },
             Token::ForwardFlow(63),
+            Token::Log(8),
+            Token::LogOfRemoved,
         ];
         for token in tokens {
             assert_eq!(Token::from_bits(token.to_bits()), Some(token));

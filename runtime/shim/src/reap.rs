@@ -1,16 +1,21 @@
 //! Ends of processes. Every child and every orphan of the pod is reaped here and nowhere else.
 
+use std::time::{Duration, Instant};
+
 use nix::errno::Errno;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use oarlock_shim_api::wire::Reply;
 use oarlock_shim_api::{Event, ExitRecord, exit_record_path, write_atomically};
 
-use crate::container::Status;
+use crate::container::{Ended, Status};
 use crate::finished::Purpose;
 use crate::forked;
 use crate::server::Server;
 use crate::{engine, stdio};
+
+/// A disk that does not take the rest of a log for so long keeps no end secret.
+const LOG_LIMIT: Duration = Duration::from_secs(10);
 
 impl Server {
     pub(crate) fn reap(&mut self) {
@@ -46,7 +51,8 @@ impl Server {
     fn record_exit(&mut self, pid: Pid, exit_code: i32, signal: Option<i32>) -> bool {
         for slot in 0..self.containers.len() {
             let Some(container) = &mut self.containers[slot] else { continue };
-            if container.first.as_ref().is_some_and(|process| process.pid == pid) {
+            let ended = container.ended.is_some();
+            if !ended && container.first.as_ref().is_some_and(|process| process.pid == pid) {
                 self.container_exited(slot, exit_code, signal);
                 return true;
             }
@@ -64,14 +70,26 @@ impl Server {
 
     fn container_exited(&mut self, slot: usize, exit_code: i32, signal: Option<i32>) {
         let Some(container) = &mut self.containers[slot] else { return };
-        container.stdio.drain(&self.poller, &mut self.scratch);
+        let deadline = Instant::now() + LOG_LIMIT;
+        container.ended = Some(Ended { exit_code, signal, at_nanos: stdio::now_nanos(), deadline });
+        self.announce_end(slot, Some(stdio::FLUSH_LIMIT));
+    }
+
+    /// Tells of the end of a first process once its log is on disk; without a limit to wait for that, in any case.
+    pub(crate) fn announce_end(&mut self, slot: usize, limit: Option<Duration>) {
+        let Some(container) = &mut self.containers[slot] else { return };
+        let Some(Ended { exit_code, signal, at_nanos, .. }) = container.ended else { return };
+        let whole = container.stdio.drain(&self.poller, &mut self.scratch, limit.unwrap_or_default());
+        if !whole && limit.is_some() {
+            return;
+        }
+        container.ended = None;
         let oom_killed = container.oom.as_ref().is_some_and(|watch| watch.kills() > 0);
         let new_oom = container.oom.as_mut().is_some_and(|watch| watch.take() > 0);
         if let Some(watch) = container.oom.take() {
             self.poller.remove(&watch);
         }
-        let finished_at_nanos = stdio::now_nanos();
-        let record = ExitRecord { exit_code, signal, oom_killed, finished_at_nanos };
+        let record = ExitRecord { exit_code, signal, oom_killed, finished_at_nanos: at_nanos };
         container.first = None;
         container.exit = Some(record);
         container.status = Status::Stopped;
@@ -106,7 +124,14 @@ impl Server {
     /// Drops a container that has been removed.
     pub(crate) fn forget(&mut self, slot: usize) {
         if let Some(mut container) = self.containers[slot].take() {
-            container.stdio.close(&self.poller, &mut self.scratch);
+            container.stdio.drain(&self.poller, &mut self.scratch, stdio::FLUSH_LIMIT);
+            let mut reopened = container.stdio.take_reopened().into_iter();
+            for to in container.reopening.drain(..) {
+                let gone = || Err(std::io::Error::other("the container was removed"));
+                let result = reopened.next().unwrap_or_else(gone);
+                self.reply(to, result.map(|()| Reply::Done).map_err(engine::io_failed("reopen the log")), Vec::new());
+            }
+            self.unwritten_logs.extend(container.stdio.close(&self.poller, &mut self.scratch));
             if let Some(watch) = container.oom.take() {
                 self.poller.remove(&watch);
             }

@@ -1,10 +1,12 @@
 //! What each request does. Where a helper works for it, the rest is in `finished.rs`.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -129,6 +131,8 @@ impl Server {
             busy: true,
             removed: false,
             reply_when_gone: None,
+            ended: None,
+            reopening: VecDeque::new(),
         };
         if slot == self.containers.len() {
             self.containers.push(None);
@@ -340,9 +344,26 @@ impl Server {
     }
 
     fn reopen_log(&mut self, to: ReplyTo, id: &str) -> Handled {
-        let (_, container) = self.find(id)?;
-        container.stdio.reopen_log().map_err(engine::io_failed("reopen the log"))?;
-        self.done(to)
+        let (slot, container) = self.find(id)?;
+        if !container.stdio.reopen_log().map_err(engine::io_failed("reopen the log"))? {
+            return self.done(to);
+        }
+        container.reopening.push_back(to);
+        self.on_log(slot);
+        Ok(())
+    }
+
+    /// Something of a container's log was written, or it was opened anew.
+    pub(crate) fn on_log(&mut self, slot: u32) {
+        let Some(Some(container)) = self.containers.get_mut(slot as usize) else { return };
+        container.stdio.write_log(&self.poller);
+        for result in container.stdio.take_reopened() {
+            let Some(Some(container)) = self.containers.get_mut(slot as usize) else { return };
+            if let Some(to) = container.reopening.pop_front() {
+                self.reply(to, result.map(|()| Reply::Done).map_err(engine::io_failed("reopen the log")), Vec::new());
+            }
+        }
+        self.announce_end(slot as usize, Some(Duration::ZERO));
     }
 
     pub(crate) fn begin_shutdown(&mut self, to: Option<ReplyTo>) {

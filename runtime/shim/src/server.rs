@@ -1,4 +1,4 @@
-//! The loop: one thread, one epoll, tables of clients, helpers and containers.
+//! The loop: one epoll, tables of clients, helpers and containers.
 //!
 //! Requests are in `requests.rs`, ends of processes in `reap.rs`; what each kind of event leads to is in
 //! [`Server::on_ready`].
@@ -25,6 +25,7 @@ use crate::forward::Forwarder;
 use crate::memory;
 use crate::poll::{Poller, Ready, Token};
 use crate::setup::Config;
+use crate::stdio::Log;
 
 const CLIENTS_MAX: usize = 8;
 /// A helper that takes longer is killed; the client's own limit is a little longer still.
@@ -32,6 +33,9 @@ const HELPER_LIMIT: Duration = Duration::from_secs(120);
 
 /// After so long without any event the shim gives memory back.
 const QUIET: Duration = Duration::from_millis(500);
+
+/// How long the end of the shim waits for each log that the disk does not take.
+const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// To whom a reply goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +66,8 @@ pub(crate) struct Server {
     pub(crate) scratch: Vec<u8>,
     pub(crate) pid_namespace_init: Option<Pid>,
     pub(crate) forwarder: Forwarder,
+    /// Logs of containers that are gone, which the disk has not taken yet.
+    pub(crate) unwritten_logs: Vec<Log>,
     /// A shutdown was asked for: no new containers; ends when the last is gone.
     pub(crate) shutdown: Option<ReplyTo>,
     pub(crate) stopping: bool,
@@ -91,6 +97,7 @@ impl Server {
             scratch: Vec::new(),
             pid_namespace_init,
             forwarder: Forwarder::default(),
+            unwritten_logs: Vec::new(),
             shutdown: None,
             stopping: false,
         })
@@ -115,6 +122,7 @@ impl Server {
             }
             self.expire_helpers();
             self.expire_stalls();
+            self.expire_ends();
             self.forwarder.expire(&self.poller, Instant::now());
         }
         self.finish();
@@ -125,6 +133,9 @@ impl Server {
     fn rest(&mut self) {
         self.scratch = Vec::new();
         self.forwarder.rest(&self.poller);
+        for container in self.containers.iter_mut().flatten() {
+            container.stdio.rest(&self.poller);
+        }
         memory::rest();
     }
 
@@ -155,6 +166,8 @@ impl Server {
                 self.forwarder.on_stream(&self.poller, slot, end, ready.flags, &mut self.scratch);
             }
             Token::ForwardFlow(slot) => self.forwarder.on_flow(slot, &mut self.scratch),
+            Token::Log(container) => self.on_log(container),
+            Token::LogOfRemoved => self.write_logs_of_removed(),
         }
     }
 
@@ -276,7 +289,8 @@ impl Server {
     fn next_deadline(&self) -> Option<Duration> {
         let helpers = self.helpers.iter().flatten().map(|helper| helper.deadline);
         let stalls = self.containers.iter().flatten().filter_map(|container| container.stdio.stalled_until());
-        let earliest = helpers.chain(stalls).chain(self.forwarder.deadline()).min()?;
+        let ends = self.containers.iter().flatten().filter_map(|container| Some(container.ended?.deadline));
+        let earliest = helpers.chain(stalls).chain(ends).chain(self.forwarder.deadline()).min()?;
         Some(earliest.saturating_duration_since(Instant::now()))
     }
 
@@ -302,6 +316,29 @@ impl Server {
         }
     }
 
+    /// Ends that have waited for the disk for too long.
+    fn expire_ends(&mut self) {
+        let now = Instant::now();
+        for slot in 0..self.containers.len() {
+            let ended = self.containers[slot].as_ref().and_then(|container| container.ended);
+            if ended.is_some_and(|ended| ended.deadline <= now) {
+                self.announce_end(slot, None);
+            }
+        }
+    }
+
+    fn write_logs_of_removed(&mut self) {
+        let poller = &self.poller;
+        self.unwritten_logs.retain_mut(|log| {
+            log.go_on(poller, Token::LogOfRemoved);
+            let idle = log.is_idle();
+            if idle {
+                log.rest(poller);
+            }
+            !idle
+        });
+    }
+
     fn on_signal(&mut self) {
         let mut child_ended = false;
         while let Ok(Some(info)) = self.signals.read_signal() {
@@ -325,6 +362,9 @@ impl Server {
     pub(crate) fn finish(mut self) {
         if let (Some(path), Some(init)) = (&self.config.pid_namespace, self.pid_namespace_init) {
             crate::pidns::remove(path, init);
+        }
+        for log in &mut self.unwritten_logs {
+            log.flush(&self.poller, Token::LogOfRemoved, LAST_FLUSH_LIMIT);
         }
         let _ = std::fs::remove_file(oarlock_shim_api::socket_path(&self.config.state_dir));
         let _ = std::fs::remove_file(oarlock_shim_api::shim_record_path(&self.config.state_dir));

@@ -1,14 +1,22 @@
 //! The container's log file in CRI form: `<time> <stream> <F or P> <text>`, one line each.
 //!
 //! A line of more than 16 KiB is cut into parts tagged `P`, the last one `F`. What has not yet ended with a newline waits;
-//! at end of stream the rest is written as `F`.
+//! at end of stream the rest is written as `F`. How it gets to the disk is in `writer.rs`.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::ffi::CString;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::{Mode, SFlag, fstat};
 
 use super::clock;
+use super::writer::{BACKLOG_BYTES_MAX, Done, Sink, Writer};
+use crate::poll::{Poller, Token};
 
 /// Longest text of one log line.
 pub(crate) const LINE_BYTES_MAX: usize = 16 * 1024;
@@ -33,65 +41,141 @@ impl Stream {
 #[derive(Debug)]
 pub(crate) struct Log {
     path: PathBuf,
-    file: File,
+    writer: Writer,
     pending: [Vec<u8>; 2],
     failing: bool,
+    reopened: Vec<io::Result<()>>,
 }
 
 impl Log {
     /// Opens or makes the file; a symbolic link in its place is refused.
     pub(crate) fn open(path: &Path) -> io::Result<Log> {
-        Ok(Log { path: path.into(), file: open(path)?, pending: [Vec::new(), Vec::new()], failing: false })
+        let name = CString::new(path.as_os_str().as_bytes())?;
+        let file = open(&name)?;
+        Ok(Log {
+            path: path.into(),
+            writer: Writer::new(LogFile { file, path: name })?,
+            pending: [Vec::new(), Vec::new()],
+            failing: false,
+            reopened: Vec::new(),
+        })
     }
 
-    /// Opens the path anew. The old file keeps all lines written so far; on failure it stays in use.
+    /// Has the path opened anew. The old file keeps all lines written so far; on failure it stays in use. What came of it
+    /// is in [`Log::take_reopened`], in the order of the calls.
     pub(crate) fn reopen(&mut self) -> io::Result<()> {
-        self.file = open(&self.path)?;
-        self.failing = false;
-        Ok(())
+        self.writer.reopen()
     }
 
-    /// Takes output as it came; writes every line that it completes.
+    pub(crate) fn take_reopened(&mut self) -> Vec<io::Result<()>> {
+        std::mem::take(&mut self.reopened)
+    }
+
+    /// Takes output as it came; every line that it completes is to be written.
     pub(crate) fn append(&mut self, stream: Stream, text: &[u8]) {
-        let mut lines = Vec::new();
-        split(&mut self.pending[stream as usize], stream, text, clock::now_nanos(), &mut lines);
-        self.write(&lines);
+        let pending = &mut self.pending[stream as usize];
+        self.writer.fill(|out| split(pending, stream, text, clock::now_nanos(), out));
     }
 
-    /// The stream has ended: writes what lacks a newline.
+    /// The stream has ended: what lacks a newline is to be written.
     pub(crate) fn finish(&mut self, stream: Stream) {
         let rest = std::mem::take(&mut self.pending[stream as usize]);
         if !rest.is_empty() {
-            let mut lines = Vec::new();
-            push_line(&mut lines, clock::now_nanos(), stream, true, &[&rest]);
-            self.write(&lines);
+            self.writer.fill(|out| push_line(out, clock::now_nanos(), stream, true, &[&rest]));
         }
+    }
+
+    /// Has written what is to be written. Events come as `token`.
+    pub(crate) fn go_on(&mut self, poller: &Poller, token: Token) {
+        let done = self.writer.go_on(poller, token);
+        self.note(done);
+    }
+
+    /// Waits until everything is written; false if it takes longer than `limit`.
+    pub(crate) fn flush(&mut self, poller: &Poller, token: Token, limit: Duration) -> bool {
+        let (flushed, done) = self.writer.flush(poller, token, limit);
+        self.note(done);
+        flushed
     }
 
     /// A full disk costs log lines, never the container; it is said once.
-    fn write(&mut self, lines: &[u8]) {
-        if lines.is_empty() {
-            return;
-        }
-        match self.file.write_all(lines) {
-            Ok(()) => self.failing = false,
-            Err(error) => {
-                if !self.failing {
-                    eprintln!("cannot write log {}: {error}", self.path.display());
+    fn note(&mut self, done: Vec<Done>) {
+        for done in done {
+            match done {
+                Done::Written(Ok(())) => self.failing = false,
+                Done::Written(Err(errno)) => {
+                    if !self.failing {
+                        eprintln!("cannot write log {}: {errno}", self.path.display());
+                    }
+                    self.failing = true;
                 }
-                self.failing = true;
+                Done::Reopened(result) => {
+                    self.failing &= result.is_err();
+                    self.reopened.push(result.map_err(io::Error::from));
+                }
             }
         }
     }
+
+    /// No more fits into memory: the container is to wait.
+    pub(crate) fn is_full(&self) -> bool {
+        self.writer.backlog_bytes() >= BACKLOG_BYTES_MAX
+    }
+
+    /// There is room for much more.
+    pub(crate) fn has_room(&self) -> bool {
+        self.writer.backlog_bytes() < BACKLOG_BYTES_MAX / 2
+    }
+
+    /// Everything is written.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.writer.is_idle()
+    }
+
+    /// Events come as `token` from now on.
+    pub(crate) fn watch_as(&self, poller: &Poller, token: Token) {
+        self.writer.watch_as(poller, token);
+    }
+
+    /// Gives memory back.
+    pub(crate) fn rest(&mut self, poller: &Poller) {
+        self.writer.rest(poller);
+    }
 }
 
-fn open(path: &Path) -> io::Result<File> {
-    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_CLOEXEC | nix::libc::O_NOCTTY;
-    let file = OpenOptions::new().append(true).create(true).mode(0o640).custom_flags(flags).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("not a regular file"));
+/// The file, and the name to open it by again.
+struct LogFile {
+    file: OwnedFd,
+    path: CString,
+}
+
+impl Sink for LogFile {
+    fn write(&mut self, mut bytes: &[u8]) -> nix::Result<()> {
+        while !bytes.is_empty() {
+            match nix::unistd::write(&self.file, bytes) {
+                Ok(0) => return Err(Errno::EIO),
+                Ok(count) => bytes = &bytes[count..],
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
     }
-    Ok(file)
+
+    fn reopen(&mut self) -> nix::Result<()> {
+        self.file = open(&self.path)?;
+        Ok(())
+    }
+}
+
+/// Only a regular file will do.
+fn open(path: &CString) -> nix::Result<OwnedFd> {
+    let flags = OFlag::O_WRONLY | OFlag::O_APPEND | OFlag::O_CREAT | OFlag::O_NOFOLLOW;
+    // Not blocking: a pipe in the file's place would have the caller wait for a reader.
+    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOCTTY | OFlag::O_NONBLOCK;
+    let file = nix::fcntl::open(path.as_c_str(), flags, Mode::from_bits_truncate(0o640))?;
+    let kind = SFlag::from_bits_truncate(fstat(&file)?.st_mode & SFlag::S_IFMT.bits());
+    if kind == SFlag::S_IFREG { Ok(file) } else { Err(Errno::EINVAL) }
 }
 
 /// Cuts `text`, preceded by what is pending, into complete log lines; what remains is pending.
@@ -173,13 +257,17 @@ mod tests {
     fn a_rotated_log_loses_no_line_and_a_link_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (path, old) = (dir.path().join("0.log"), dir.path().join("0.log.old"));
-        let mut log = Log::open(&path).unwrap();
+        let (mut log, poller) = (Log::open(&path).unwrap(), Poller::new().unwrap());
+        let flush = |log: &mut Log| assert!(log.flush(&poller, Token::Log(0), Duration::from_secs(20)));
         log.append(Stream::Stdout, b"one\ntw");
+        flush(&mut log);
         std::fs::rename(&path, &old).unwrap();
         log.append(Stream::Stdout, b"o\n");
         log.reopen().unwrap();
         log.append(Stream::Stderr, b"three");
         log.finish(Stream::Stderr);
+        flush(&mut log);
+        assert!(matches!(log.take_reopened()[..], [Ok(())]));
         assert!(std::fs::read_to_string(&old).unwrap().ends_with("stdout F two\n"));
         assert!(std::fs::read_to_string(&path).unwrap().ends_with("stderr F three\n"));
         let link = dir.path().join("link");

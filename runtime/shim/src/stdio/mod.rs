@@ -4,7 +4,8 @@ mod attach;
 mod clock;
 mod log;
 mod pump;
+mod writer;
 
 pub(crate) use clock::now_nanos;
 pub(crate) use log::Log;
-pub(crate) use pump::{ContainerEnds, Stdio};
+pub(crate) use pump::{ContainerEnds, FLUSH_LIMIT, Stdio};

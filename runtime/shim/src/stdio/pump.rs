@@ -6,7 +6,8 @@
 //! ```
 //!
 //! A client that does not keep up holds the output back, the log's included, but only for [`STALL_LIMIT`]; then it is
-//! dropped. So a burst loses nobody, and a client that has stopped reading cannot stop a container.
+//! dropped. So a burst loses nobody, and a client that has stopped reading cannot stop a container. A log that cannot be
+//! written holds the output back once its memory is full, until there is room again.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -26,6 +27,8 @@ const READ_BYTES: usize = 16 * 1024;
 /// One container may not keep the loop from the others.
 const READS_PER_EVENT: usize = 4;
 const INPUT_BYTES_MAX: usize = 64 * 1024;
+/// How long the loop itself waits for the disk when a container has ended; mostly it is some microseconds.
+pub(crate) const FLUSH_LIMIT: Duration = Duration::from_millis(20);
 /// How long a client may hold a container up.
 const STALL_LIMIT: Duration = Duration::from_secs(1);
 
@@ -55,8 +58,10 @@ pub(crate) struct Stdio {
     input: Input,
     log: Option<Log>,
     attached: Vec<Option<Attached>>,
-    /// Output is held back until then at the latest.
+    /// Output is held back for clients until then at the latest.
     stalled_until: Option<Instant>,
+    /// Output is held back for the log.
+    log_full: bool,
 }
 
 #[derive(Debug)]
@@ -89,6 +94,7 @@ impl Stdio {
             log,
             attached: Vec::new(),
             stalled_until: None,
+            log_full: false,
         };
         let mut ends = ContainerEnds::default();
         if terminal {
@@ -136,17 +142,26 @@ impl Stdio {
     /// Reads what the container wrote. `scratch` is shared by all containers.
     pub(crate) fn on_output(&mut self, poller: &Poller, error: bool, scratch: &mut Vec<u8>) {
         for _ in 0..READS_PER_EVENT {
-            if self.stalled_until.is_some() || !self.read_once(poller, error, scratch) {
-                return;
+            if self.is_held() || !self.read_once(poller, error, scratch) {
+                break;
             }
             if self.attached.iter().flatten().any(Attached::is_full) {
-                self.stall(poller);
+                self.stalled_until = Some(Instant::now() + STALL_LIMIT);
+                self.hold(poller);
+            }
+            if self.log.as_ref().is_some_and(Log::is_full) {
+                self.log_full = true;
+                self.hold(poller);
             }
         }
+        self.write_log(poller);
     }
 
-    fn stall(&mut self, poller: &Poller) {
-        self.stalled_until = Some(Instant::now() + STALL_LIMIT);
+    fn is_held(&self) -> bool {
+        self.stalled_until.is_some() || self.log_full
+    }
+
+    fn hold(&mut self, poller: &Poller) {
         for pipe in [&self.output, &self.error].into_iter().flatten() {
             poller.remove(pipe);
         }
@@ -171,6 +186,13 @@ impl Stdio {
             return;
         }
         self.stalled_until = None;
+        self.let_go(poller);
+    }
+
+    fn let_go(&mut self, poller: &Poller) {
+        if self.is_held() {
+            return;
+        }
         for (error, pipe) in [(false, &self.output), (true, &self.error)] {
             if let Some(pipe) = pipe {
                 let _ = poller.set(pipe.as_fd(), Token::Output { container: self.slot, error }, EpollFlags::EPOLLIN);
@@ -178,16 +200,42 @@ impl Stdio {
         }
     }
 
-    /// Reads all there is, so that the log is complete before an exit is announced.
-    pub(crate) fn drain(&mut self, poller: &Poller, scratch: &mut Vec<u8>) {
+    /// Something of the log was written.
+    pub(crate) fn write_log(&mut self, poller: &Poller) {
+        let token = Token::Log(self.slot);
+        let Some(log) = &mut self.log else { return };
+        log.go_on(poller, token);
+        if self.log_full && log.has_room() {
+            self.log_full = false;
+            self.let_go(poller);
+        }
+    }
+
+    /// What came of calls of [`Stdio::reopen_log`], in their order.
+    pub(crate) fn take_reopened(&mut self) -> Vec<io::Result<()>> {
+        self.log.as_mut().map(Log::take_reopened).unwrap_or_default()
+    }
+
+    /// Reads all there is, so that the log is complete before an exit is announced. False if the log is not on disk and
+    /// the disk did not take it within `limit`.
+    pub(crate) fn drain(&mut self, poller: &Poller, scratch: &mut Vec<u8>, limit: Duration) -> bool {
         // Bounded: a process outside the container may hold the pipe and write for ever.
         for error in [false, true] {
             for _ in 0..1024 {
+                if self.log.as_ref().is_some_and(Log::is_full) && !self.flush(poller, limit) {
+                    return false;
+                }
                 if !self.read_once(poller, error, scratch) {
                     break;
                 }
             }
         }
+        self.flush(poller, limit)
+    }
+
+    fn flush(&mut self, poller: &Poller, limit: Duration) -> bool {
+        let token = Token::Log(self.slot);
+        self.log.as_mut().is_none_or(|log| log.flush(poller, token, limit))
     }
 
     /// One read; false when there is no more for now.
@@ -226,6 +274,7 @@ impl Stdio {
         }
         if let Some(log) = &mut self.log {
             log.finish(stream(error));
+            log.go_on(poller, Token::Log(self.slot));
         }
         if self.output.is_none() && self.error.is_none() {
             self.release_drained();
@@ -374,19 +423,33 @@ impl Stdio {
         }
     }
 
-    /// Opens the log anew.
-    pub(crate) fn reopen_log(&mut self) -> io::Result<()> {
-        self.log.as_mut().map_or(Ok(()), Log::reopen)
+    /// Has the log opened anew; false if there is none.
+    pub(crate) fn reopen_log(&mut self) -> io::Result<bool> {
+        self.log.as_mut().map_or(Ok(false), |log| log.reopen().map(|()| true))
     }
 
-    /// The container is gone for good.
-    pub(crate) fn close(&mut self, poller: &Poller, scratch: &mut Vec<u8>) {
-        self.drain(poller, scratch);
+    /// Gives memory back.
+    pub(crate) fn rest(&mut self, poller: &Poller) {
+        if let Some(log) = &mut self.log {
+            log.rest(poller);
+        }
+    }
+
+    /// The container is gone for good. What is left of a log that is not on disk yet is the caller's.
+    pub(crate) fn close(&mut self, poller: &Poller, scratch: &mut Vec<u8>) -> Option<Log> {
+        self.drain(poller, scratch, Duration::ZERO);
         self.end_output(poller, false);
         self.end_output(poller, true);
         self.drop_input(poller);
         self.attached.clear();
         self.master = None;
+        let mut log = self.log.take()?;
+        if log.flush(poller, Token::Log(self.slot), FLUSH_LIMIT) {
+            log.rest(poller);
+            return None;
+        }
+        log.watch_as(poller, Token::LogOfRemoved);
+        Some(log)
     }
 }
 

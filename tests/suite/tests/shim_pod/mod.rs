@@ -138,10 +138,16 @@ impl Pod {
 
     /// Ends the shim and checks that nothing it made is left.
     pub async fn finish(self) {
+        self.finish_after(|| ()).await;
+    }
+
+    /// The same, with something to clear away once the shim has ended.
+    pub async fn finish_after(self, clear: impl FnOnce()) {
         let Pod { shim, events, dir, before, name } = self;
         shim.shutdown().await.unwrap();
         let record = shim.record().clone();
         oarlock_testkit::wait_for("the shim to end", LIMIT, || (!record.is_alive()).then_some(()));
+        clear();
         drop((shim, events));
         for hierarchy in oarlock_cgroup::Layout::host().unwrap().hierarchies() {
             let _ = fs::remove_dir(hierarchy.join(format!("oarlock-test-{}-{name}/burstable", std::process::id())));
