@@ -10,6 +10,7 @@ use tokio::sync::broadcast;
 
 use crate::core::Core;
 use crate::error::Error;
+use crate::spec::resources;
 use crate::state::{Container, blocking, new_id};
 
 /// A process that runs in a container. Dropped before it ended, it is killed.
@@ -37,7 +38,10 @@ pub(crate) async fn begin(
     let (container, sandbox) = super::running(core, container_id, "execute in it")?;
     let container_id = container.id();
     let shim = sandbox.living_shim("execute in it")?;
-    let process = process_for(Process::clone(&*own_process(core, &container).await?), command.to_vec(), terminal);
+    let mut process = process_for(Process::clone(&*own_process(core, &container).await?), command.to_vec(), terminal);
+    // Not as the container was made, but as it is now.
+    let score = resources::oom_score_adj(Some(&container.record().resources), &core.host);
+    process.set_oom_score_adj(Some(score));
     let tty = terminal.is_some();
     let exec_id = new_id();
     let events = shim.subscribe();

@@ -1,5 +1,8 @@
 //! Changes the limits of containers.
 
+use std::collections::BTreeSet;
+use std::fs::OpenOptions;
+use std::io::Write as _;
 use std::sync::Arc;
 
 use oarlock_cgroup::{Cgroup, Limits};
@@ -13,6 +16,9 @@ use crate::nri::Further;
 use crate::record::ContainerPhase;
 use crate::spec::{HostFacts, resources};
 use crate::state::{Container, blocking};
+
+/// A group whose processes fork all the time is left with the few that came last.
+const SCORE_ROUNDS_MAX: usize = 8;
 
 /// Lays `update` over what is in force. Zero and empty fields stay as they are. `further` is what plugins want beside it.
 pub(crate) async fn update(
@@ -38,7 +44,12 @@ pub(crate) async fn update(
                 memory_reservation_bytes: further.memory_reservation_bytes,
                 ..limits
             };
-            blocking("a control group", move || apply(&group, &limits)).await?;
+            let score = (update.oom_score_adj != 0).then(|| resources::oom_score_adj(Some(&merged), &core.host));
+            let limited = move || {
+                apply(&group, &limits)?;
+                score.map_or(Ok(()), |score| give_score(&group, score))
+            };
+            blocking("a control group", limited).await?;
             step("limits are written");
             container.change(&core.records, move |record| record.resources = merged).await.map(drop)
         }
@@ -50,6 +61,35 @@ pub(crate) async fn update(
 pub(crate) fn apply(group: &str, limits: &Limits) -> Result<(), Error> {
     let failed = |source| Error::Cgroup { operation: "limit", group: group.to_owned(), source };
     Cgroup::new(group).map_err(failed)?.set_limits(limits).map_err(failed)
+}
+
+/// Gives all processes of a control group, present and forked meanwhile, a new score. One that the kernel refuses stays
+/// as it is, as when a container starts.
+fn give_score(group: &str, score: i32) -> Result<(), Error> {
+    let failed = |source| Error::Cgroup { operation: "list", group: group.to_owned(), source };
+    let cgroup = Cgroup::new(group).map_err(failed)?;
+    let mut done = BTreeSet::new();
+    for _ in 0..SCORE_ROUNDS_MAX {
+        let mut opened = Vec::new();
+        for pid in cgroup.pids().map_err(failed)? {
+            if done.insert(pid)
+                && let Ok(file) = OpenOptions::new().write(true).open(format!("/proc/{pid}/oom_score_adj"))
+            {
+                opened.push((pid, file));
+            }
+        }
+        if opened.is_empty() {
+            return Ok(());
+        }
+        // The open file belongs to one process; a number that is still in the group was not somebody else's.
+        let members = cgroup.pids().map_err(failed)?;
+        for (pid, mut file) in opened.into_iter().filter(|(pid, _)| members.contains(pid)) {
+            if let Err(error) = file.write_all(score.to_string().as_bytes()) {
+                tracing::debug!(group, pid, score, %error, "a process keeps its oom_score_adj");
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What to write for an update: only what it names, with values that depend on one another taken together.
@@ -71,6 +111,12 @@ pub(crate) fn limits(
         cpuset_mems: text(&update.cpuset_mems),
         memory_limit_bytes: number(merged.memory_limit_in_bytes).filter(|_| memory),
         memory_swap_bytes: resources::swap_limit(merged, host).filter(|_| memory),
+        hugepages: update
+            .hugepage_limits
+            .iter()
+            .filter(|_| host.hugetlb)
+            .map(|limit| (limit.page_size.clone(), limit.limit))
+            .collect(),
         unified: update.unified.clone().into_iter().collect(),
         ..Limits::default()
     }
@@ -79,6 +125,17 @@ pub(crate) fn limits(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn huge_pages_are_written_where_there_is_a_controller() {
+        let limit = cri::HugepageLimit { page_size: "2MB".to_owned(), limit: 4 << 20 };
+        let update =
+            cri::LinuxContainerResources { hugepage_limits: vec![limit], ..cri::LinuxContainerResources::default() };
+        let with = HostFacts { hugetlb: true, ..HostFacts::default() };
+        let written = limits(&update, &update, &with).hugepages;
+        assert_eq!(written.into_iter().collect::<Vec<_>>(), [("2MB".to_owned(), 4 << 20)]);
+        assert!(limits(&update, &update, &HostFacts::default()).hugepages.is_empty());
+    }
 
     #[test]
     fn a_changed_period_takes_the_quota_along_and_nothing_else() {

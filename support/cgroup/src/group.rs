@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::limits::Write;
+use crate::limits::{self, Write};
 use crate::oom::OomWatch;
 use crate::stats::{self, Stats};
 use crate::{CgroupError, Layout, Limits, path};
@@ -162,8 +162,13 @@ impl<'a> Cgroup<'a> {
         let file = dir.join(&item.file);
         match fs::write(&file, &item.value) {
             Ok(()) => Ok(()),
-            // Kernels without swap accounting have no such file, and need none.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && is_swap(&item.file) => Ok(()),
+            // Kernels without swap accounting, or that do not count reserved pages, have no such file and need none.
+            Err(error)
+                if error.kind() == io::ErrorKind::NotFound
+                    && (is_swap(&item.file) || item.file.contains(limits::RESERVED)) =>
+            {
+                Ok(())
+            }
             Err(source) => Err(CgroupError::Limit { path: file, value: item.value.clone(), source }),
         }
     }

@@ -23,9 +23,14 @@ pub struct Limits {
     pub memory_reservation_bytes: Option<i64>,
     /// Most processes and threads; -1 is no limit.
     pub pids_max: Option<i64>,
+    /// Most bytes in huge pages of a size, which is named as the kernel names it: `2MB`, `1GB`.
+    pub hugepages: BTreeMap<String, u64>,
     /// Further version 2 files by name.
     pub unified: BTreeMap<String, String>,
 }
+
+/// In names of files about huge pages that a process reserved.
+pub(crate) const RESERVED: &str = "rsvd.";
 
 /// One write: controller, file, value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,7 +89,16 @@ impl Limits {
         if let Some(pids) = self.pids_max {
             writes.push(write("pids", "pids.max", max_or(pids)));
         }
+        self.huge_pages("limit_in_bytes", &mut writes);
         writes
+    }
+
+    /// Both what is in use and what is reserved for use; older kernels count the former only.
+    fn huge_pages(&self, file: &str, writes: &mut Vec<Write>) {
+        for (size, bytes) in &self.hugepages {
+            writes.push(write("hugetlb", &format!("hugetlb.{size}.{file}"), bytes));
+            writes.push(write("hugetlb", &format!("hugetlb.{size}.{RESERVED}{file}"), bytes));
+        }
     }
 
     fn cpu_time(&self, controller: &'static str, writes: &mut Vec<Write>) {
@@ -126,6 +140,7 @@ impl Limits {
         if let Some(pids) = self.pids_max {
             writes.push(write("pids", "pids.max", max_or(pids)));
         }
+        self.huge_pages("max", &mut writes);
         for (file, value) in &self.unified {
             writes.push(write("unified", file, value));
         }
@@ -169,6 +184,15 @@ mod tests {
         assert_eq!(files(&limits.writes_v2()), expected);
         assert_eq!(weight_of_shares(2), 1);
         assert_eq!(weight_of_shares(262_144), 10_000);
+    }
+
+    #[test]
+    fn huge_pages_are_limited_in_use_and_in_reserve() {
+        let limits = Limits { hugepages: BTreeMap::from([("2MB".to_owned(), 4 << 20)]), ..Limits::default() };
+        let bytes = "4194304";
+        assert_eq!(files(&limits.writes_v2()), [("hugetlb.2MB.max", bytes), ("hugetlb.2MB.rsvd.max", bytes)]);
+        let expected = [("hugetlb.2MB.limit_in_bytes", bytes), ("hugetlb.2MB.rsvd.limit_in_bytes", bytes)];
+        assert_eq!(files(&limits.writes_v1(None)), expected);
     }
 
     #[test]

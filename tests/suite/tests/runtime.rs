@@ -227,6 +227,7 @@ fn identity_environment_and_limits_are_as_asked_for_and_memory_runs_out_at_its_l
         linux.resources = Some(cri::LinuxContainerResources {
             memory_limit_in_bytes: 64 << 20,
             cpu_shares: 512,
+            oom_score_adj: 500,
             ..cri::LinuxContainerResources::default()
         });
         let context = linux.security_context.as_mut().unwrap();
@@ -262,6 +263,22 @@ fn identity_environment_and_limits_are_as_asked_for_and_memory_runs_out_at_its_l
         daemon.runtime.update_container_resources(request).await.unwrap();
         let memory = daemon.runtime.container_stats(stats).await.unwrap().into_inner().stats.unwrap().memory.unwrap();
         assert!(memory.available_bytes.unwrap().value <= 32 << 20);
+
+        // A new score for the kernel's choice of a victim reaches what runs and what is started later.
+        let score = |pid: &str| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+        let pid = daemon.pid(&id).await.to_string();
+        assert_eq!(score(&pid), "500");
+        let update = cri::LinuxContainerResources { oom_score_adj: 777, ..cri::LinuxContainerResources::default() };
+        let request = cri::UpdateContainerResourcesRequest {
+            container_id: id.clone(),
+            linux: Some(update),
+            ..cri::UpdateContainerResourcesRequest::default()
+        };
+        daemon.runtime.update_container_resources(request).await.unwrap();
+        assert_eq!(score(&pid), "777");
+        assert_eq!(daemon.output(&id, &["cat", "/proc/self/oom_score_adj"]).await, "777\n");
+        let resources = daemon.status(&id).await.resources.unwrap().linux.unwrap();
+        assert_eq!((resources.oom_score_adj, resources.memory_limit_in_bytes), (777, 32 << 20));
 
         let mut hungry = container_config("hungry", &["oom"]);
         hungry.linux.as_mut().unwrap().resources = Some(cri::LinuxContainerResources {
