@@ -26,8 +26,9 @@ use crate::objects::Objects;
 use crate::pods::{Pods, Source};
 use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
+use crate::users::UserRanges;
 use crate::watched::Watched;
-use crate::{Config, Error, eviction, logs, pleg, recorder, shutdown, sources, storage};
+use crate::{Config, Error, eviction, logs, pleg, recorder, shutdown, sources, storage, users};
 
 const NEWS: usize = 1024;
 const PROBE_UPDATES: usize = 1024;
@@ -68,6 +69,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
     let read = tokio::task::spawn_blocking(move || (Machine::read(&data_dir), identity::read())).await;
     let (machine, identity) = read.unwrap_or_default();
     let assignments = Assignments::open(&config, &machine)?;
+    let users = Arc::new(open_users(&config)?);
 
     let runtime = Runtime::new(&config.runtime_endpoint);
     let (recorder, event_sender) = recorder::recorder(client.clone(), config.node_name.clone());
@@ -86,6 +88,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
         probes: ProbeManager::new(Arc::new(RuntimeExec(runtime.clone())), probe_updates),
         capacity,
         assignments,
+        users,
         cgroups: ArcSwap::from_pointee(cgroups),
         table: PodTable::default(),
         id_scheme: ArcSwap::from_pointee("oarlock://".to_owned()),
@@ -215,6 +218,14 @@ async fn meet_runtime(shared: &Shared) {
         let without = PodCgroups { enabled: false, ..(**shared.cgroups.load()).clone() };
         shared.cgroups.store(Arc::new(without));
     }
+}
+
+/// Reads which ids of the node are for pods, and which pods have some.
+fn open_users(config: &Config) -> Result<UserRanges, Error> {
+    let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+    let host = users::subordinate(&read("/etc/subuid"), &read("/etc/subgid"))?;
+    let pool = users::Pool::new(host, config.ids_per_pod, config.max_pods)?;
+    Ok(UserRanges::open(config.pods_root(), pool))
 }
 
 /// Whether the kernel swaps anywhere: `/proc/swaps` has a line under its heading.

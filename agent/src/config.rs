@@ -59,6 +59,8 @@ pub struct Config {
     pub reserved_storage_bytes: u64,
     /// The most processes of a pod; None is no limit.
     pub pod_pids_limit: Option<i64>,
+    /// Ids of a pod in a user namespace of its own; a multiple of 65536.
+    pub ids_per_pod: u32,
     /// Whether CPU limits are enforced, and over which period.
     pub cpu_cfs_quota: bool,
     pub cpu_cfs_quota_period: Duration,
@@ -128,6 +130,7 @@ impl Config {
             reserved_memory_bytes: 0,
             reserved_storage_bytes: 0,
             pod_pids_limit: None,
+            ids_per_pod: crate::users::UNIT,
             cpu_cfs_quota: true,
             cpu_cfs_quota_period: Duration::from_millis(100),
             fail_swap_on: false,

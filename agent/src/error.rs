@@ -30,6 +30,8 @@ pub enum Error {
     Credentials(#[source] oarlock_credentials::CredentialsError),
     #[error("cannot give out processors, memory and devices")]
     Assignment(#[from] crate::AssignmentError),
+    #[error("cannot give out ids for user namespaces")]
+    Users(#[from] crate::UsersError),
     #[error(transparent)]
     Task(#[from] oarlock_supervise::TaskError),
 }

@@ -38,6 +38,7 @@ mod spec;
 mod status;
 mod storage;
 mod termination;
+mod users;
 mod watched;
 mod worker;
 
@@ -48,6 +49,7 @@ pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshol
 pub use images::ImageGcConfig;
 pub use kubelet_config::{KubeletConfigError, KubeletConfiguration};
 pub use shutdown::ShutdownConfig;
+pub use users::UsersError;
 
 use credentials::Connection;
 use tokio_util::sync::CancellationToken;

@@ -24,6 +24,7 @@ use crate::objects::Objects;
 use crate::recorder::Recorder;
 use crate::spec;
 use crate::spec::resources::NodeLimits;
+use crate::users::UserRanges;
 use crate::watched::Watched;
 
 /// What every part of the agent works with.
@@ -40,6 +41,7 @@ pub(crate) struct Shared {
     pub cgroups: ArcSwap<PodCgroups>,
     pub capacity: Capacity,
     pub assignments: Assignments,
+    pub users: Arc<UserRanges>,
     pub table: PodTable,
     /// `<runtime>://`, before container ids.
     pub id_scheme: ArcSwap<String>,

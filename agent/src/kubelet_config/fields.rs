@@ -60,6 +60,7 @@ pub(super) struct Fields {
     pub(super) max_pods: Option<u32>,
     pub(super) pods_per_core: Option<u32>,
     pub(super) pod_pids_limit: Option<i64>,
+    pub(super) user_namespaces: Option<UserNamespaces>,
     pub(super) resolv_conf: Option<PathBuf>,
     #[serde(rename = "cpuCFSQuota")]
     pub(super) cpu_cfs_quota: Option<bool>,
@@ -136,6 +137,12 @@ pub(super) struct Authorization {
 pub(super) struct ReservedMemory {
     pub(super) numa_node: u32,
     pub(super) limits: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct UserNamespaces {
+    pub(super) ids_per_pod: Option<i64>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

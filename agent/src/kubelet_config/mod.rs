@@ -13,7 +13,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use self::fields::{ByPodPriority, Fields, GoDuration};
-use crate::{Config, EvictionConfig, EvictionConfigError, ShutdownConfig, go_duration};
+use crate::{Config, EvictionConfig, EvictionConfigError, ShutdownConfig, go_duration, users};
 
 /// Fields that are taken and change nothing.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -77,7 +77,6 @@ const UNSUPPORTED: &[&str] = &[
     "tlsCipherSuites",
     "tlsMinVersion",
     "tracing",
-    "userNamespaces",
     "volumePluginDir",
 ];
 
@@ -271,6 +270,12 @@ impl Fields {
                     other => return Err(wrong(field, format!("{other} cannot be reserved"))),
                 }
             }
+        }
+        if let Some(length) = self.user_namespaces.as_ref().and_then(|users| users.ids_per_pod) {
+            let fits = |length: &u32| *length > 0 && length.is_multiple_of(users::UNIT);
+            let length = u32::try_from(length).ok().filter(fits);
+            let bad = || wrong("userNamespaces.idsPerPod", "must be a multiple of 65536, above 0 and below 4294967296");
+            config.ids_per_pod = length.ok_or_else(bad)?;
         }
         if let Some(limit) = self.pod_pids_limit {
             config.pod_pids_limit = Some(limit).filter(|limit| *limit > 0);

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
-    NodeSystemInfo,
+    ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeFeatures,
+    NodeRuntimeHandler, NodeRuntimeHandlerFeatures, NodeSpec, NodeStatus, NodeSystemInfo,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use oarlock_proto::cri;
@@ -35,6 +35,9 @@ pub(crate) struct Health {
     pub troubles: Vec<String>,
     pub pressure: Pressure,
     pub images: Vec<ContainerImage>,
+    /// What the runtime can do, by handler.
+    pub runtime_handlers: Vec<NodeRuntimeHandler>,
+    pub features: Option<NodeFeatures>,
     /// Attached volumes that pods have.
     pub volumes_in_use: Vec<String>,
 }
@@ -57,6 +60,27 @@ pub(crate) fn runtime_troubles(status: &Result<cri::StatusResponse, String>) -> 
         }
     }
     troubles
+}
+
+/// By handler, and as a whole.
+pub(crate) type Abilities = (Vec<NodeRuntimeHandler>, Option<NodeFeatures>);
+
+/// What the runtime says it can do: by handler, and as a whole.
+pub(crate) fn abilities(status: &cri::StatusResponse) -> Abilities {
+    let mut handlers: Vec<NodeRuntimeHandler> = status
+        .runtime_handlers
+        .iter()
+        .map(|handler| NodeRuntimeHandler {
+            name: Some(handler.name.clone()),
+            features: handler.features.as_ref().map(|able| NodeRuntimeHandlerFeatures {
+                recursive_read_only_mounts: Some(able.recursive_read_only_mounts),
+                user_namespaces: Some(able.user_namespaces),
+            }),
+        })
+        .collect();
+    handlers.sort_by(|a, b| a.name.cmp(&b.name));
+    let features = status.features.as_ref();
+    (handlers, features.map(|able| NodeFeatures { supplemental_groups_policy: Some(able.supplemental_groups_policy) }))
 }
 
 /// The runtime's images as the node lists them: the largest ones, at most `most`.
@@ -133,6 +157,8 @@ pub(crate) fn node_status(fixed: &Fixed<'_>, health: &Health, last: Option<&Node
             kubelet_endpoint: Some(DaemonEndpoint { port: i32::from(port) }),
         }),
         images: Some(health.images.clone()),
+        runtime_handlers: Some(health.runtime_handlers.clone()).filter(|handlers| !handlers.is_empty()),
+        features: health.features.clone(),
         volumes_in_use: Some(health.volumes_in_use.clone()).filter(|volumes| !volumes.is_empty()),
         node_info: Some(NodeSystemInfo {
             architecture: identity.architecture.clone(),
@@ -236,6 +262,28 @@ mod tests {
 
     fn ready(status: &NodeStatus) -> NodeCondition {
         status.conditions.iter().flatten().find(|c| c.type_ == "Ready").cloned().expect("a Ready condition")
+    }
+
+    #[test]
+    fn what_the_runtime_can_do_is_shown_by_handler() {
+        let handler = |name: &str, user_namespaces| cri::RuntimeHandler {
+            name: name.into(),
+            features: Some(cri::RuntimeHandlerFeatures { user_namespaces, ..Default::default() }),
+        };
+        let response = cri::StatusResponse {
+            runtime_handlers: vec![handler("kata", false), handler("", true)],
+            features: Some(cri::RuntimeFeatures { supplemental_groups_policy: true, ..Default::default() }),
+            ..Default::default()
+        };
+        let (runtime_handlers, features) = abilities(&response);
+        let shown = status(&Health { runtime_handlers, features, ..Default::default() }, None, at(10));
+        let handlers = serde_json::to_value(shown.runtime_handlers).unwrap();
+        let able = |users: bool| serde_json::json!({"recursiveReadOnlyMounts": false, "userNamespaces": users});
+        assert_eq!(
+            handlers,
+            serde_json::json!([{"name": "", "features": able(true)}, {"name": "kata", "features": able(false)}])
+        );
+        assert_eq!(shown.features.and_then(|features| features.supplemental_groups_policy), Some(true));
     }
 
     #[test]

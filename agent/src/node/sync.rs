@@ -38,6 +38,8 @@ pub(crate) struct NodeSync {
     pod_cidr: Option<String>,
     rounds: u32,
     images: Vec<k8s_openapi::api::core::v1::ContainerImage>,
+    /// What the runtime could do when it was last asked.
+    abilities: status::Abilities,
     was_ready: Option<bool>,
     /// Whether the runtime has told how it makes cgroups.
     driver_known: bool,
@@ -52,6 +54,7 @@ impl NodeSync {
             pod_cidr: None,
             rounds: 0,
             images: Vec::new(),
+            abilities: Default::default(),
             was_ready: None,
             driver_known: false,
         }
@@ -105,6 +108,10 @@ impl NodeSync {
             tracing::info!(reached, "the container runtime changed");
         }
         let mut health = Health { troubles: status::runtime_troubles(&status), ..Default::default() };
+        if let Ok(status) = &status {
+            self.abilities = status::abilities(status);
+        }
+        (health.runtime_handlers, health.features) = self.abilities.clone();
         if reached && let Ok(version) = shared.runtime.version().await {
             health.runtime_version = format!("{}://{}", version.runtime_name, version.runtime_version);
             let scheme = format!("{}://", version.runtime_name);

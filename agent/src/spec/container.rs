@@ -8,6 +8,7 @@ use oarlock_proto::cri;
 use super::expand::expand;
 use super::{devices, hash, names, resources, sandbox, security};
 use crate::assignment::Assigned;
+use crate::users::Range;
 
 /// What beside the pod a container needs to know.
 pub(crate) struct ContainerFacts {
@@ -24,6 +25,8 @@ pub(crate) struct ContainerFacts {
     pub seccomp_default: bool,
     /// The container whose processes an ephemeral container sees.
     pub target: Option<String>,
+    /// The pod's ids on the node, in a user namespace of its own.
+    pub users: Option<Range>,
     pub seccomp_root: std::path::PathBuf,
     pub runtime_handler: String,
 }
@@ -39,7 +42,8 @@ pub(crate) fn container_config(
         list.iter().flatten().map(|text| expand(text, lookup)).collect()
     };
     let profiles = security::Profiles { root: &facts.seccomp_root, by_default: facts.seccomp_default };
-    let context = security::container_context(pod, container, &facts.image_user, facts.target.as_deref(), profiles)?;
+    let shares = security::Shares { target: facts.target.as_deref(), users: facts.users };
+    let context = security::container_context(pod, container, &facts.image_user, shares, profiles)?;
     let mut limits = resources::linux_resources(pod, container, facts.node);
     limits.cpuset_cpus = facts.assigned.cpus.clone();
     limits.cpuset_mems = facts.assigned.memory_nodes.clone();
@@ -74,6 +78,11 @@ pub(crate) fn container_config(
     };
     for answer in &facts.assigned.answers {
         devices::add(&mut config, answer);
+    }
+    // Files belong inside to whom they belong outside: a volume looks the same in every pod.
+    for mount in &mut config.mounts {
+        mount.uid_mappings = facts.users.map(Range::mapping).unwrap_or_default();
+        mount.gid_mappings = facts.users.map(Range::mapping).unwrap_or_default();
     }
     Ok(config)
 }
@@ -149,6 +158,7 @@ mod tests {
             assigned: Assigned::default(),
             seccomp_default: false,
             target: None,
+            users: None,
             seccomp_root: "/s".into(),
             runtime_handler: String::new(),
         };

@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::Pod;
 use oarlock_proto::cri;
 
 use super::{names, resources, security};
+use crate::users::Range;
 
 /// What beside the pod a sandbox needs to know.
 pub(crate) struct SandboxFacts<'a> {
@@ -14,6 +15,8 @@ pub(crate) struct SandboxFacts<'a> {
     pub dns: cri::DnsConfig,
     pub cgroup_parent: String,
     pub cluster_domain: &'a str,
+    /// The pod's ids on the node, in a user namespace of its own.
+    pub users: Option<Range>,
 }
 
 /// The sandbox of a pod.
@@ -43,7 +46,7 @@ pub(crate) fn sandbox_config(pod: &Pod, facts: SandboxFacts<'_>) -> cri::PodSand
         annotations: pod.metadata.annotations.clone().unwrap_or_default().into_iter().collect(),
         linux: Some(cri::LinuxPodSandboxConfig {
             cgroup_parent: facts.cgroup_parent,
-            security_context: Some(security::sandbox_context(pod)),
+            security_context: Some(security::sandbox_context(pod, facts.users)),
             sysctls: sysctls.into_iter().map(|sysctl| (sysctl.name, sysctl.value)).collect(),
             overhead: None,
             resources: Some(pod_resources(pod)),

@@ -3,6 +3,8 @@
 use k8s_openapi::api::core::v1::{AppArmorProfile, Container, Pod, PodSecurityContext, SELinuxOptions, SeccompProfile};
 use oarlock_proto::cri;
 
+use crate::users::Range;
+
 /// Hidden in /proc and /sys unless procMount is Unmasked.
 const MASKED_PATHS: &[&str] = &[
     "/proc/asound",
@@ -35,8 +37,17 @@ fn wrap(value: Option<i64>) -> Option<cri::Int64Value> {
     value.map(|value| cri::Int64Value { value })
 }
 
+/// Whose namespaces a container is in beside those that the pod's own fields say.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Shares<'a> {
+    /// The container whose processes it sees.
+    pub target: Option<&'a str>,
+    /// The pod's ids on the node, in a user namespace of its own.
+    pub users: Option<Range>,
+}
+
 /// Which namespaces the pod shares, and with whom.
-pub(crate) fn namespaces(pod: &Pod, container_target: Option<&str>) -> cri::NamespaceOption {
+pub(crate) fn namespaces(pod: &Pod, container_target: Option<&str>, users: Option<Range>) -> cri::NamespaceOption {
     let spec = pod.spec.clone().unwrap_or_default();
     let on_node = |flag: Option<bool>| flag.unwrap_or(false);
     let pid = if container_target.is_some() {
@@ -54,7 +65,17 @@ pub(crate) fn namespaces(pod: &Pod, container_target: Option<&str>) -> cri::Name
         ipc: shared(spec.host_ipc) as i32,
         pid: pid as i32,
         target_id: container_target.unwrap_or_default().to_owned(),
-        userns_options: None,
+        userns_options: Some(user_namespace(users)),
+    }
+}
+
+/// The pod's own user namespace, or the node's.
+fn user_namespace(users: Option<Range>) -> cri::UserNamespace {
+    match users {
+        Some(range) => {
+            cri::UserNamespace { mode: cri::NamespaceMode::Pod as i32, uids: range.mapping(), gids: range.mapping() }
+        }
+        None => cri::UserNamespace { mode: cri::NamespaceMode::Node as i32, ..Default::default() },
     }
 }
 
@@ -117,13 +138,13 @@ fn apparmor(profile: Option<&AppArmorProfile>) -> Option<cri::SecurityProfile> {
 }
 
 /// The sandbox's security context.
-pub(crate) fn sandbox_context(pod: &Pod) -> cri::LinuxSandboxSecurityContext {
+pub(crate) fn sandbox_context(pod: &Pod, users: Option<Range>) -> cri::LinuxSandboxSecurityContext {
     let context = pod_context(pod);
     let spec = pod.spec.clone().unwrap_or_default();
     let privileged = |c: &Container| c.security_context.as_ref().and_then(|s| s.privileged).unwrap_or(false);
     let any_privileged = spec.containers.iter().chain(spec.init_containers.iter().flatten()).any(privileged);
     cri::LinuxSandboxSecurityContext {
-        namespace_options: Some(namespaces(pod, None)),
+        namespace_options: Some(namespaces(pod, None, users)),
         selinux_options: selinux(context.se_linux_options.as_ref()),
         run_as_user: wrap(context.run_as_user),
         run_as_group: wrap(context.run_as_group),
@@ -143,7 +164,7 @@ pub(crate) fn container_context(
     pod: &Pod,
     container: &Container,
     image: &ImageUser,
-    target: Option<&str>,
+    shares: Shares<'_>,
     profiles: Profiles<'_>,
 ) -> Result<cri::LinuxContainerSecurityContext, String> {
     let pod_level = pod_context(pod);
@@ -173,7 +194,7 @@ pub(crate) fn container_context(
             add_ambient_capabilities: Vec::new(),
         }),
         privileged,
-        namespace_options: Some(namespaces(pod, target)),
+        namespace_options: Some(namespaces(pod, shares.target, shares.users)),
         selinux_options: selinux(own.se_linux_options.as_ref().or(pod_level.se_linux_options.as_ref())),
         run_as_user: wrap(user),
         run_as_group: wrap(run_as_group),
@@ -219,7 +240,13 @@ mod tests {
             "spec": {"securityContext": pod_context, "containers": [{"name": "c", "securityContext": own}]}}))
             .expect("a pod");
         let container = pod.spec.as_ref().unwrap().containers[0].clone();
-        container_context(&pod, &container, &image, None, Profiles { root: Path::new("/seccomp"), by_default: false })
+        container_context(
+            &pod,
+            &container,
+            &image,
+            Shares::default(),
+            Profiles { root: Path::new("/seccomp"), by_default: false },
+        )
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::plan::{Action, KillReason, Outcome};
 use crate::recorder::Level;
 use crate::shared::Shared;
 use crate::spec::{self, dns, sandbox};
+use crate::users::Range;
 
 /// Volumes wait for API objects and mounts.
 const VOLUMES: Duration = Duration::from_secs(120);
@@ -116,7 +117,11 @@ impl Job {
     async fn remove_cgroup(&self) -> Outcome {
         let (cgroups, uid) = (self.shared.cgroups.load_full(), self.uid.clone());
         match tokio::task::spawn_blocking(move || cgroups.remove(uid.as_str())).await {
-            Ok(Ok(())) => Outcome::Done,
+            Ok(Ok(())) => {
+                // Nothing of the pod lives or is mounted any more.
+                self.shared.users.release(self.uid.as_str());
+                Outcome::Done
+            }
             Ok(Err(error)) => {
                 tracing::debug!(pod.uid = %self.uid, %error, "the pod's cgroup could not be removed yet");
                 failed("", error.to_string())
@@ -136,13 +141,15 @@ impl Job {
                 return self.troubled("FailedKillPod", format!("error killing pod: {error}"));
             }
         }
-        if self.pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false) {
-            let message = "Failed to create pod sandbox: user namespaces are not supported on this node".to_owned();
-            return self.troubled("FailedCreatePodSandBox", message);
-        }
         let handler = match self.runtime_handler().await {
             Ok(handler) => handler,
             Err(message) => return self.troubled("FailedCreatePodSandBox", message),
+        };
+        let users = match self.users(&handler).await {
+            Ok(users) => users,
+            Err(error) => {
+                return self.troubled("FailedCreatePodSandBox", format!("Failed to create pod sandbox: {error}"));
+            }
         };
         let (cgroups, pod, logs) = (shared.cgroups.load_full(), self.pod.clone(), shared.log_dir(&self.pod));
         let prepared = tokio::task::spawn_blocking(move || {
@@ -157,14 +164,37 @@ impl Job {
             }
             Err(error) => return failed("", error.to_string()),
         }
-        let config = self.sandbox_config(attempt).await;
+        let config = self.sandbox_config(attempt, users).await;
         match shared.runtime.run_sandbox(config, handler).await {
             Ok(_) => Outcome::Done,
             Err(error) => self.troubled("FailedCreatePodSandBox", format!("Failed to create pod sandbox: {error}")),
         }
     }
 
-    pub(super) async fn sandbox_config(&self, attempt: u32) -> cri::PodSandboxConfig {
+    /// The pod's ids on the node, if it is to have a user namespace of its own.
+    pub(super) async fn users(&self, handler: &str) -> Result<Option<Range>, String> {
+        if self.pod.spec.as_ref().and_then(|spec| spec.host_users) != Some(false) {
+            return Ok(None);
+        }
+        let (users, uid) = (self.shared.users.clone(), self.uid.clone());
+        if let Some(range) = users.of(uid.as_str()) {
+            return Ok(Some(range));
+        }
+        let whose = match handler {
+            "" => "runtime".to_owned(),
+            name => format!("RuntimeClass handler {name:?}"),
+        };
+        let refused = format!("can't set `spec.hostUsers: false`, {whose} does not support user namespaces");
+        let status = self.shared.runtime.status().await.map_err(|error| format!("{refused}: {error}"))?;
+        let able = |known: &cri::RuntimeHandler| known.features.as_ref().is_some_and(|able| able.user_namespaces);
+        if !status.runtime_handlers.iter().any(|known| known.name == handler && able(known)) {
+            return Err(refused);
+        }
+        let taken = tokio::task::spawn_blocking(move || users.take(uid.as_str())).await;
+        taken.map_err(|error| error.to_string())?.map(Some)
+    }
+
+    pub(super) async fn sandbox_config(&self, attempt: u32, users: Option<Range>) -> cri::PodSandboxConfig {
         let config = &self.shared.config;
         let text = tokio::fs::read_to_string(&config.resolv_conf).await.unwrap_or_default();
         let cluster = dns::ClusterDns { servers: &config.cluster_dns, domain: &config.cluster_domain };
@@ -176,6 +206,7 @@ impl Job {
                 dns: dns::dns_config(&self.pod, &dns::parse_resolv_conf(&text), &cluster),
                 cgroup_parent: self.shared.cgroups.load().parent(&self.pod),
                 cluster_domain: &config.cluster_domain,
+                users,
             },
         )
     }

@@ -57,7 +57,7 @@ impl Job {
         let began = Instant::now();
         let recorder = &self.shared.recorder;
         recorder.container(&self.pod, name, Level::Normal, "Pulling", format!("Pulling image \"{asked}\""));
-        let sandbox_config = self.sandbox_config(0).await;
+        let sandbox_config = self.sandbox_config(0, self.shared.users.of(self.uid.as_str())).await;
         let mut auths: Vec<Option<cri::AuthConfig>> =
             credentials(&image, &self.pull_secrets().await).into_iter().map(Some).collect();
         if auths.is_empty() {

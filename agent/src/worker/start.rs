@@ -45,10 +45,11 @@ impl Job {
         let image_ref = self.image.clone().ok_or(("CreateContainerError", "no image".to_owned()))?;
         let config_error = |message: String| ("CreateContainerConfigError", message);
         let assigned = shared.assignments.prepare(self.uid.as_str(), &container.name).await.map_err(config_error)?;
+        let users = shared.users.of(self.uid.as_str());
         let (env, image_user, sandbox_config, handler) = tokio::join!(
             self.environment(container),
             self.image_user(&image_ref),
-            self.sandbox_config(sandbox.attempt),
+            self.sandbox_config(sandbox.attempt, users),
             self.runtime_handler(),
         );
         let env = env.map_err(config_error)?;
@@ -63,6 +64,7 @@ impl Job {
             assigned,
             seccomp_default: shared.config.seccomp_default,
             target: self.target(&container.name),
+            users,
             seccomp_root: shared.config.data_dir.join("seccomp"),
             runtime_handler: handler.map_err(config_error)?,
         };

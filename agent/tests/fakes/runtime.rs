@@ -49,6 +49,7 @@ pub struct World {
     /// Calls that change something, in order.
     pub calls: Vec<String>,
     pub exec_exit_code: i32,
+    pub no_user_namespaces: bool,
     /// Working sets in bytes, by container name.
     pub memory: HashMap<String, u64>,
     /// What is stored, for listing and removal; apart from `images`, which are there to start containers from.
@@ -225,7 +226,13 @@ impl RuntimeService for FakeRuntime {
     async fn status(&self, _: Request<cri::StatusRequest>) -> Answer<cri::StatusResponse> {
         let good = |kind: &str| cri::RuntimeCondition { r#type: kind.into(), status: true, ..Default::default() };
         let conditions = vec![good("RuntimeReady"), good("NetworkReady")];
-        ok(cri::StatusResponse { status: Some(cri::RuntimeStatus { conditions }), ..Default::default() })
+        let users = !self.world.lock().unwrap().no_user_namespaces;
+        let able = cri::RuntimeHandlerFeatures { recursive_read_only_mounts: true, user_namespaces: users };
+        ok(cri::StatusResponse {
+            status: Some(cri::RuntimeStatus { conditions }),
+            runtime_handlers: vec![cri::RuntimeHandler { name: String::new(), features: Some(able) }],
+            ..Default::default()
+        })
     }
 
     async fn run_pod_sandbox(&self, request: Request<cri::RunPodSandboxRequest>) -> Answer<cri::RunPodSandboxResponse> {
