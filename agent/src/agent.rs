@@ -24,6 +24,7 @@ use crate::node::capacity::{Capacity, Machine};
 use crate::node::{identity, status, sync};
 use crate::objects::Objects;
 use crate::pods::{Pods, Source};
+use crate::pull_credentials::Providers;
 use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
 use crate::users::UserRanges;
@@ -70,6 +71,10 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
     let (machine, identity) = read.unwrap_or_default();
     let assignments = Assignments::open(&config, &machine)?;
     let users = Arc::new(open_users(&config)?);
+    let pull_credentials = match config.credential_providers.clone() {
+        Some((file, bin_dir)) => Providers::open(&file, bin_dir)?,
+        None => Providers::default(),
+    };
 
     let runtime = Runtime::new(&config.runtime_endpoint);
     let (recorder, event_sender) = recorder::recorder(client.clone(), config.node_name.clone());
@@ -94,6 +99,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
         id_scheme: ArcSwap::from_pointee("oarlock://".to_owned()),
         node: ArcSwap::from_pointee(placeholder),
         runtime_ok: AtomicBool::new(true),
+        pull_credentials,
         pulls: Semaphore::new(config.max_parallel_image_pulls),
         shutting_down: AtomicBool::new(false),
         pressure: Default::default(),

@@ -71,6 +71,8 @@ pub struct Config {
     /// The longest delay before a container that keeps ending is started again.
     pub max_restart_delay: Duration,
     pub max_parallel_image_pulls: usize,
+    /// A CredentialProviderConfig and the directory of its plugins, for pulling images.
+    pub credential_providers: Option<(PathBuf, PathBuf)>,
     /// A container log is rotated past this size.
     pub container_log_max_bytes: u64,
     /// Rotated files kept, the current one included.
@@ -137,6 +139,7 @@ impl Config {
             seccomp_default: false,
             max_restart_delay: Duration::from_secs(300),
             max_parallel_image_pulls: 10,
+            credential_providers: None,
             container_log_max_bytes: 10 << 20,
             container_log_max_files: 5,
             container_log_period: Duration::from_secs(10),

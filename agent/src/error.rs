@@ -1,4 +1,4 @@
-//! Why the agent could not start or had to stop.
+//! Why the agent could not start or had to stop; and how an error with its causes is shown.
 
 use std::path::PathBuf;
 
@@ -30,8 +30,22 @@ pub enum Error {
     Credentials(#[source] oarlock_credentials::CredentialsError),
     #[error("cannot give out processors, memory and devices")]
     Assignment(#[from] crate::AssignmentError),
+    #[error("cannot use credential provider plugins")]
+    Providers(#[from] crate::ProvidersConfigError),
     #[error("cannot give out ids for user namespaces")]
     Users(#[from] crate::UsersError),
     #[error(transparent)]
     Task(#[from] oarlock_supervise::TaskError),
+}
+
+/// An error with its causes.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(source) = cause {
+        text.push_str(": ");
+        text.push_str(&source.to_string());
+        cause = source.source();
+    }
+    text
 }

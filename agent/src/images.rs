@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 use crate::node::capacity::{Disk, disk};
 use crate::plan::later;
 use crate::recorder::Level;
-use crate::shared::Shared;
+use crate::shared::{PodEntry, Shared};
+use crate::spec::image::with_default_tag;
 
 const PERIOD: Duration = Duration::from_secs(300);
 
@@ -187,8 +188,22 @@ impl ImageCollector {
             let named = container.image.map(|image| image.image).unwrap_or_default();
             used.extend([container.image_ref, container.image_id, named].into_iter().filter(|name| !name.is_empty()));
         }
+        for reference in self.mounted() {
+            if let Ok(Some(image)) = self.shared.runtime.image_status(&reference).await {
+                used.insert(image.id);
+            }
+        }
         catalogue.look(&images, &used, Timestamp::now());
         Some((images, used))
+    }
+
+    /// Images that pods have as volumes; no container names them.
+    fn mounted(&self) -> HashSet<String> {
+        let over = |entry: &PodEntry| matches!(entry.status.phase.as_deref(), Some("Succeeded" | "Failed"));
+        let pods = self.shared.table.all().into_iter().filter(|entry| !over(entry));
+        let volumes = pods.flat_map(|entry| entry.pod.spec.clone().and_then(|spec| spec.volumes).unwrap_or_default());
+        let references = volumes.filter_map(|volume| volume.image?.reference);
+        references.filter_map(|reference| with_default_tag(&reference).ok()).collect()
     }
 
     async fn remove_some(&self, candidates: &[Candidate], wanted: u64) -> u64 {

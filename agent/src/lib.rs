@@ -28,6 +28,7 @@ mod objects;
 mod plan;
 mod pleg;
 mod pods;
+mod pull_credentials;
 mod recorder;
 mod resize;
 mod server;
@@ -48,6 +49,7 @@ pub use error::Error;
 pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshold};
 pub use images::ImageGcConfig;
 pub use kubelet_config::{KubeletConfigError, KubeletConfiguration};
+pub use pull_credentials::ProvidersConfigError;
 pub use shutdown::ShutdownConfig;
 pub use users::UsersError;
 

@@ -21,6 +21,7 @@ use crate::eviction::Pressure;
 use crate::model::{Observed, PodUid};
 use crate::node::capacity::Capacity;
 use crate::objects::Objects;
+use crate::pull_credentials::Providers;
 use crate::recorder::Recorder;
 use crate::spec;
 use crate::spec::resources::NodeLimits;
@@ -51,6 +52,8 @@ pub(crate) struct Shared {
     pub runtime_ok: AtomicBool,
     /// Image pulls under way.
     pub pulls: Semaphore,
+    /// Programs that know credentials of registries.
+    pub pull_credentials: Providers,
     /// The machine is going down.
     pub shutting_down: AtomicBool,
     /// What the node is short of.

@@ -108,6 +108,18 @@ pub(crate) struct RegistriesFile {
     pub(crate) certificate_authorities: Vec<PathBuf>,
     /// A file of credentials in docker's form.
     pub(crate) credentials: Option<PathBuf>,
+    /// Plugins of a kubelet that know credentials, for what pods pull.
+    pub(crate) credential_providers: Option<CredentialProvidersFile>,
+}
+
+/// The `registries.credentialProviders` part of the configuration file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct CredentialProvidersFile {
+    /// A file with a CredentialProviderConfig.
+    pub(crate) config: PathBuf,
+    /// Where the programs are that it names.
+    pub(crate) bin_dir: PathBuf,
 }
 
 /// The configuration with every default filled in.

@@ -1,7 +1,7 @@
 //! Image names, pull policies and registry credentials. Pure.
 
 use base64::Engine;
-use k8s_openapi::api::core::v1::{Container, Secret};
+use k8s_openapi::api::core::v1::{Container, ImageVolumeSource, Pod, Secret, Volume};
 use oarlock_proto::cri;
 
 /// The name with `:latest` where it has neither tag nor digest; Err with upstream's message for what is no name.
@@ -71,17 +71,30 @@ pub(crate) enum PullPolicy {
     Never,
 }
 
-/// The container's policy; without one, Always for `:latest` and IfNotPresent for the rest.
-pub(crate) fn pull_policy(container: &Container) -> PullPolicy {
-    match container.image_pull_policy.as_deref() {
+/// The policy given for an image; without one, Always for `:latest` and IfNotPresent for the rest.
+pub(crate) fn pull_policy(policy: Option<&str>, image: &str) -> PullPolicy {
+    match policy {
         Some("Always") => PullPolicy::Always,
         Some("Never") => PullPolicy::Never,
         Some("IfNotPresent") => PullPolicy::IfNotPresent,
         _ => {
-            let image = with_default_tag(container.image.as_deref().unwrap_or_default()).unwrap_or_default();
+            let image = with_default_tag(image).unwrap_or_default();
             if image.ends_with(":latest") { PullPolicy::Always } else { PullPolicy::IfNotPresent }
         }
     }
+}
+
+/// The images that a container mounts as volumes, each once.
+pub(crate) fn image_volumes<'a>(pod: &'a Pod, container: &Container) -> Vec<&'a ImageVolumeSource> {
+    let mounted = |volume: &&Volume| container.volume_mounts.iter().flatten().any(|mount| mount.name == volume.name);
+    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten()).filter(mounted);
+    volumes.filter_map(|volume| volume.image.as_ref()).collect()
+}
+
+/// The image behind a volume of that name, if it is one.
+pub(crate) fn image_volume<'a>(pod: &'a Pod, name: &str) -> Option<&'a ImageVolumeSource> {
+    let mut volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    volumes.find(|volume| volume.name == name)?.image.as_ref()
 }
 
 /// The credentials among pull secrets that fit the image, most specific first.
@@ -167,6 +180,23 @@ mod tests {
         for bad in ["", "Bad Name", "UPPER", "a:", "a//b", "a@sha256", "-a", "a:b:c d"] {
             assert!(with_default_tag(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_container_needs_the_images_that_it_mounts_itself() {
+        let pod: Pod = serde_json::from_value(serde_json::json!({"spec": {
+            "volumes": [{"name": "a", "image": {"reference": "one"}}, {"name": "b", "image": {"reference": "two"}},
+                        {"name": "c", "emptyDir": {}}],
+            "containers": [{"name": "c", "volumeMounts": [
+                {"name": "b", "mountPath": "/b"}, {"name": "b", "mountPath": "/b2"}, {"name": "c", "mountPath": "/c"}]}]}}))
+        .unwrap();
+        let needed = image_volumes(&pod, &pod.spec.as_ref().unwrap().containers[0]);
+        let names: Vec<_> = needed.iter().filter_map(|image| image.reference.as_deref()).collect();
+        assert_eq!(names, ["two"]);
+        assert!(image_volume(&pod, "a").is_some() && image_volume(&pod, "c").is_none());
+        assert_eq!(pull_policy(None, "two"), PullPolicy::Always);
+        assert_eq!(pull_policy(None, "two:1"), PullPolicy::IfNotPresent);
+        assert_eq!(pull_policy(Some("Never"), "two"), PullPolicy::Never);
     }
 
     #[test]

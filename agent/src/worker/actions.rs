@@ -10,6 +10,7 @@ use kube::api::{Api, DeleteParams, Preconditions};
 use oarlock_proto::cri;
 use tokio_util::sync::CancellationToken;
 
+use crate::error::chain;
 use crate::hooks;
 use crate::model::{ContainerId, Observed, PodUid, SandboxId};
 use crate::plan::{Action, KillReason, Outcome};
@@ -371,16 +372,4 @@ async fn remove_empty(dir: &Path) {
         }
     }
     let _ = tokio::fs::remove_dir(dir).await;
-}
-
-/// An error with its causes.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(source) = cause {
-        text.push_str(": ");
-        text.push_str(&source.to_string());
-        cause = source.source();
-    }
-    text
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Container;
 use oarlock_proto::cri;
 
-use super::actions::{Job, chain, failed};
+use super::actions::{Job, failed};
+use crate::error::chain;
 use crate::model::ContainerId;
 use crate::plan::Outcome;
 use crate::recorder::Level;
@@ -194,6 +195,10 @@ impl Job {
                 let known = |name: &str| env.iter().find(|(n, _)| n == name).map(|(_, value)| value.clone());
                 wanted.sub_path = Some(expand(&expression, known));
             }
+            if let Some(image) = spec::image::image_volume(&self.pod, &mount.name) {
+                mounts.push(self.image_mount(image, &wanted).await?);
+                continue;
+            }
             let host_path = self.shared.volumes.host_path(&self.pod, &container.name, &wanted).await;
             let host_path = host_path.map_err(|error| error.full_message())?;
             let read_only = mount.read_only.unwrap_or(false) || self.shared.volumes.read_only(&self.pod, mount);
@@ -257,7 +262,7 @@ async fn write_shared(dir: &Path, path: &Path, content: &[u8], mode: u32) -> std
     tokio::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).await
 }
 
-fn absolute(path: &str) -> String {
+pub(super) fn absolute(path: &str) -> String {
     if path.starts_with('/') { path.to_owned() } else { format!("/{path}") }
 }
 

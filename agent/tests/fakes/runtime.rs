@@ -46,6 +46,8 @@ pub struct World {
     pub containers: Vec<Container>,
     pub images: Vec<String>,
     pub pulls: Vec<String>,
+    /// Who each was pulled as.
+    pub logins: Vec<String>,
     /// Calls that change something, in order.
     pub calls: Vec<String>,
     pub exec_exit_code: i32,
@@ -592,8 +594,10 @@ impl ImageService for FakeRuntime {
     }
 
     async fn pull_image(&self, request: Request<cri::PullImageRequest>) -> Answer<cri::PullImageResponse> {
-        let wanted = request.into_inner().image.unwrap_or_default().image;
+        let request = request.into_inner();
+        let wanted = request.image.unwrap_or_default().image;
         let mut world = self.world.lock().unwrap();
+        world.logins.push(request.auth.unwrap_or_default().username);
         world.pulls.push(wanted.clone());
         if wanted.contains("missing") {
             return Err(Status::not_found("no such image"));

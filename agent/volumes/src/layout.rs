@@ -15,6 +15,8 @@ pub(crate) enum VolumeKind {
     Secret,
     DownwardApi,
     Projected,
+    /// An image: the runtime mounts it.
+    Image,
     /// A claim, or a driver's volume: not made here.
     External,
 }
@@ -32,6 +34,7 @@ impl VolumeKind {
             (volume.persistent_volume_claim.is_some(), VolumeKind::External),
             (volume.ephemeral.is_some(), VolumeKind::External),
             (volume.csi.is_some(), VolumeKind::External),
+            (volume.image.is_some(), VolumeKind::Image),
         ];
         if let Some((_, kind)) = kinds.into_iter().find(|(present, _)| *present) {
             return Ok(kind);
@@ -51,6 +54,7 @@ impl VolumeKind {
             VolumeKind::Secret => "kubernetes.io~secret",
             VolumeKind::DownwardApi => "kubernetes.io~downward-api",
             VolumeKind::Projected => "kubernetes.io~projected",
+            VolumeKind::Image => "kubernetes.io~image",
             VolumeKind::External => "kubernetes.io~csi",
         }
     }

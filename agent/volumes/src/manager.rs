@@ -129,6 +129,7 @@ impl VolumeManager {
         match kind {
             VolumeKind::External if scope == Scope::Contents => self.external.refresh(pod, volume).await,
             VolumeKind::External => self.external.set_up(pod, volume).await,
+            VolumeKind::Image => Ok(()),
             VolumeKind::HostPath | VolumeKind::EmptyDir if scope == Scope::Contents => Ok(()),
             VolumeKind::HostPath => {
                 let source = volume.host_path.clone().unwrap_or_default();
@@ -171,6 +172,10 @@ impl VolumeManager {
             (_, VolumeKind::External) => {
                 let missing = || VolumeError::Storage { message: format!("volume {:?} is not set up", mount.name) };
                 self.external.path(&dir.uid, &mount.name).ok_or_else(missing)?
+            }
+            (_, VolumeKind::Image) => {
+                let message = format!("volume {:?} is an image and has no path on the node", mount.name);
+                return Err(VolumeError::Invalid { message });
             }
             _ => dir.volume(kind, &volume.name)?,
         };

@@ -38,6 +38,8 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         config.static_pod_dir = Some(settings.static_pod_dir.clone());
         config.node_labels = settings.node_labels.clone();
         config.image_gc = ImageGcConfig::for_shared_machine();
+        let providers = settings.registries.credential_providers.clone();
+        config.credential_providers = providers.map(|providers| (providers.config, providers.bin_dir));
         settings.kubelet.apply(&mut config)?;
         let port = config.listen.port();
         let agent = Agent::new(config, &shutdown).await.context("cannot start the agent")?;

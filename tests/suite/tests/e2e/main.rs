@@ -4,6 +4,7 @@
 //! what `cargo test` prints, so that results are counted alike. Arguments filter cases by name.
 
 mod agent_claims;
+mod agent_isolation;
 mod agent_pods;
 mod bad_input;
 mod cluster;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         net_policy::CASES,
         limits::CASES,
         agent_claims::CASES,
+        agent_isolation::CASES,
         agent_pods::CASES,
         registry::CASES,
         bad_input::CASES,

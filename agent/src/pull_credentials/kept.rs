@@ -1,0 +1,90 @@
+//! [`Kept`]: answers of one plugin while they are good. Pure: the time comes in.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// What an answer is good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    Image,
+    Registry,
+    Global,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Key {
+    Image(String),
+    Registry(String),
+    Global,
+}
+
+/// A user name and a password for the images of a pattern.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Login {
+    pub pattern: String,
+    pub username: String,
+    pub password: String,
+}
+
+/// Answers and until when.
+#[derive(Default)]
+pub(super) struct Kept {
+    answers: HashMap<Key, (Instant, Vec<Login>)>,
+}
+
+fn registry(image: &str) -> String {
+    image.split('/').next().unwrap_or_default().to_owned()
+}
+
+impl Kept {
+    pub(super) fn find(&mut self, image: &str, now: Instant) -> Option<Vec<Login>> {
+        self.answers.retain(|_, (until, _)| *until > now);
+        let keys = [Key::Image(image.to_owned()), Key::Registry(registry(image)), Key::Global];
+        keys.iter().find_map(|key| self.answers.get(key)).map(|(_, logins)| logins.clone())
+    }
+
+    pub(super) fn keep(&mut self, image: &str, scope: Scope, logins: Vec<Login>, time: Duration, now: Instant) {
+        let key = match scope {
+            Scope::Image => Key::Image(image.to_owned()),
+            Scope::Registry => Key::Registry(registry(image)),
+            Scope::Global => Key::Global,
+        };
+        // Too long a time to be one is for ever.
+        let until = now.checked_add(time).unwrap_or(now + Duration::from_secs(u64::from(u32::MAX)));
+        if !time.is_zero() {
+            self.answers.insert(key, (until, logins));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn login(username: &str) -> Vec<Login> {
+        vec![Login { pattern: "r.io".into(), username: username.into(), password: "p".into() }]
+    }
+
+    #[test]
+    fn an_answer_is_good_for_its_scope_and_its_time() {
+        let now = Instant::now();
+        let found = |kept: &mut Kept, image: &str, at: u64| {
+            kept.find(image, now + Duration::from_secs(at)).map(|logins| logins[0].username.clone())
+        };
+        let mut kept = Kept::default();
+        kept.keep("r.io/a", Scope::Image, login("image"), Duration::from_secs(10), now);
+        assert_eq!(found(&mut kept, "r.io/a", 9).as_deref(), Some("image"));
+        assert_eq!(found(&mut kept, "r.io/b", 9), None);
+        kept.keep("r.io/b", Scope::Registry, login("registry"), Duration::from_secs(20), now);
+        assert_eq!(found(&mut kept, "r.io/c", 9).as_deref(), Some("registry"));
+        assert_eq!(found(&mut kept, "r.io/a", 9).as_deref(), Some("image"), "the closest first");
+        assert_eq!(found(&mut kept, "r.io/a", 10).as_deref(), Some("registry"), "its time is over");
+        kept.keep("x.io/b", Scope::Global, login("global"), Duration::from_secs(30), now);
+        assert_eq!(found(&mut kept, "y.io/c", 25).as_deref(), Some("global"));
+        kept.keep("z.io/b", Scope::Image, login("never"), Duration::ZERO, now);
+        assert_eq!(found(&mut kept, "z.io/b", 0).as_deref(), Some("global"));
+        assert_eq!(found(&mut kept, "y.io/c", 30), None);
+    }
+}
