@@ -21,6 +21,7 @@ use crate::credentials::{self, Connection};
 use crate::cri::Runtime;
 use crate::images::ImageCollector;
 use crate::node::capacity::{Capacity, Machine};
+use crate::node::status::Identity;
 use crate::node::{identity, status, sync};
 use crate::objects::Objects;
 use crate::pods::{Pods, Source};
@@ -29,7 +30,7 @@ use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
 use crate::users::UserRanges;
 use crate::watched::Watched;
-use crate::{Config, Error, eviction, logs, pleg, recorder, shutdown, sources, storage, users};
+use crate::{Config, Error, eviction, logs, pleg, recorder, reserved, shutdown, sources, storage, users};
 
 const NEWS: usize = 1024;
 const PROBE_UPDATES: usize = 1024;
@@ -84,6 +85,9 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
     let placeholder = status::new_node(&config, &identity, Default::default());
     let capacity = Capacity::of(&machine, &config);
     let cgroups = PodCgroups::of(&config, &capacity);
+    let swap_bytes = machine.swap_bytes;
+    let limited = config.limited_swap.then_some(swap_bytes);
+    let swap = tokio::task::spawn_blocking(move || reserved::swap(limited)).await.unwrap_or_default();
     let cluster = storage::NodeStorage::new(client.clone(), config.node_name.clone(), objects.clone());
     let drivers = oarlock_csi::Drivers::new(cluster.clone());
     let storage = oarlock_csi::Storage::new(config.kubelet_dir.clone(), cluster, drivers.clone());
@@ -92,6 +96,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
         storage,
         probes: ProbeManager::new(Arc::new(RuntimeExec(runtime.clone())), probe_updates),
         capacity,
+        swap,
         assignments,
         users,
         cgroups: ArcSwap::from_pointee(cgroups),
@@ -113,6 +118,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
         config,
     });
     meet_runtime(&shared).await;
+    reserved::enforce(&shared).await?;
 
     let config = &shared.config;
     // Everything goes on until the pods are seen to.
@@ -146,7 +152,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
         Arc::new(ApiAuthorizer::new(client.clone(), config.node_name.clone())),
     );
     let pods = Pods::new(shared.clone(), known_sources, token.clone());
-    let node = sync::NodeSync::new(shared.clone(), identity);
+    let node = sync::NodeSync::new(shared.clone(), Identity { swap_bytes, ..identity });
     tasks.spawn("pods", finished(pods.run(news_receiver, probe_receiver)));
     tasks.spawn("events", finished(event_sender.run(token.clone())));
     tasks.spawn("services", finished(service_watch.run(token.clone())));

@@ -37,7 +37,8 @@ impl PodCgroups {
             enabled: config.cgroups_per_qos,
             systemd: false,
             all_cpu_milli: whole("cpu") - reserved(config.reserved_cpu_millis),
-            all_memory_bytes: Some(memory).filter(|bytes| config.reserved_memory_bytes > 0 && *bytes > 0),
+            all_memory_bytes: Some(memory)
+                .filter(|bytes| config.enforce_pods && config.reserved_memory_bytes > 0 && *bytes > 0),
             pids_max: config.pod_pids_limit,
             cpu_period_us: config.cpu_cfs_quota.then_some(period),
         }

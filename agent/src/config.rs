@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 
-use crate::{AssignmentConfig, EvictionConfig, ImageGcConfig, KubeletConfiguration, ShutdownConfig};
+use crate::{AssignmentConfig, EnforcedGroup, EvictionConfig, ImageGcConfig, KubeletConfiguration, ShutdownConfig};
 
 /// Everything the agent needs to know. Start from [`Config::new`] and change what differs.
 #[derive(Debug, Clone)]
@@ -57,6 +57,10 @@ pub struct Config {
     pub reserved_cpu_millis: u64,
     pub reserved_memory_bytes: u64,
     pub reserved_storage_bytes: u64,
+    /// enforceNodeAllocatable names pods: they get no more than what is allocatable.
+    pub enforce_pods: bool,
+    /// Groups of the system's and the node's own daemons that are held to their reservations.
+    pub enforced: Vec<EnforcedGroup>,
     /// The most processes of a pod; None is no limit.
     pub pod_pids_limit: Option<i64>,
     /// Ids of a pod in a user namespace of its own; a multiple of 65536.
@@ -64,6 +68,8 @@ pub struct Config {
     /// Whether CPU limits are enforced, and over which period.
     pub cpu_cfs_quota: bool,
     pub cpu_cfs_quota_period: Duration,
+    /// Lets Burstable pods use swap (memorySwap.swapBehavior LimitedSwap); otherwise no pod does.
+    pub limited_swap: bool,
     /// Refuses to start where swap is on.
     pub fail_swap_on: bool,
     /// Containers without a seccomp profile get the runtime's.
@@ -131,10 +137,13 @@ impl Config {
             reserved_cpu_millis: 0,
             reserved_memory_bytes: 0,
             reserved_storage_bytes: 0,
+            enforce_pods: true,
+            enforced: Vec::new(),
             pod_pids_limit: None,
             ids_per_pod: crate::users::UNIT,
             cpu_cfs_quota: true,
             cpu_cfs_quota_period: Duration::from_millis(100),
+            limited_swap: false,
             fail_swap_on: false,
             seccomp_default: false,
             max_restart_delay: Duration::from_secs(300),

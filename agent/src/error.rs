@@ -30,6 +30,8 @@ pub enum Error {
     Credentials(#[source] oarlock_credentials::CredentialsError),
     #[error("cannot give out processors, memory and devices")]
     Assignment(#[from] crate::AssignmentError),
+    #[error("cannot hold daemons to what is reserved for them")]
+    Reserved(#[from] crate::ReservedError),
     #[error("cannot use credential provider plugins")]
     Providers(#[from] crate::ProvidersConfigError),
     #[error("cannot give out ids for user namespaces")]

@@ -30,6 +30,7 @@ mod pleg;
 mod pods;
 mod pull_credentials;
 mod recorder;
+mod reserved;
 mod resize;
 mod server;
 mod shared;
@@ -50,6 +51,7 @@ pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshol
 pub use images::ImageGcConfig;
 pub use kubelet_config::{KubeletConfigError, KubeletConfiguration};
 pub use pull_credentials::ProvidersConfigError;
+pub use reserved::{EnforcedGroup, ReservedError};
 pub use shutdown::ShutdownConfig;
 pub use users::UsersError;
 

@@ -24,7 +24,7 @@ use crate::objects::Objects;
 use crate::pull_credentials::Providers;
 use crate::recorder::Recorder;
 use crate::spec;
-use crate::spec::resources::NodeLimits;
+use crate::spec::resources::{NodeLimits, Swap};
 use crate::users::UserRanges;
 use crate::watched::Watched;
 
@@ -41,6 +41,8 @@ pub(crate) struct Shared {
     pub watched: Arc<Watched>,
     pub cgroups: ArcSwap<PodCgroups>,
     pub capacity: Capacity,
+    /// What containers may use of swap.
+    pub swap: Swap,
     pub assignments: Assignments,
     pub users: Arc<UserRanges>,
     pub table: PodTable,
@@ -101,7 +103,11 @@ impl Shared {
 
     /// What of the node bears on a container's cgroup values.
     pub(crate) fn node_limits(&self) -> NodeLimits {
-        NodeLimits { memory_bytes: self.capacity.memory_bytes(), cpu_period_us: self.cgroups.load().cpu_period_us }
+        NodeLimits {
+            memory_bytes: self.capacity.memory_bytes(),
+            cpu_period_us: self.cgroups.load().cpu_period_us,
+            swap: self.swap,
+        }
     }
 
     pub(crate) fn pressure(&self) -> Pressure {

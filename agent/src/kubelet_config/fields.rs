@@ -83,6 +83,8 @@ pub(super) struct Fields {
     pub(super) system_reserved: Option<BTreeMap<String, String>>,
     pub(super) kube_reserved: Option<BTreeMap<String, String>>,
     pub(super) enforce_node_allocatable: Option<Vec<String>>,
+    pub(super) system_reserved_cgroup: Option<String>,
+    pub(super) kube_reserved_cgroup: Option<String>,
     pub(super) crash_loop_back_off: Option<CrashLoopBackOff>,
     pub(super) shutdown_grace_period: Option<GoDuration>,
     pub(super) shutdown_grace_period_critical_pods: Option<GoDuration>,

@@ -5,6 +5,7 @@
 
 mod assignment;
 mod fields;
+mod reservations;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -61,7 +62,6 @@ const UNSUPPORTED: &[&str] = &[
     "enableSystemLogHandler",
     "enableSystemLogQuery",
     "imagePullCredentialsVerificationPolicy",
-    "kubeReservedCgroup",
     "memoryThrottlingFactor",
     "podCIDR",
     "preloadedImagesVerificationAllowlist",
@@ -73,7 +73,6 @@ const UNSUPPORTED: &[&str] = &[
     "staticPodURL",
     "staticPodURLHeader",
     "systemCgroups",
-    "systemReservedCgroup",
     "tlsCipherSuites",
     "tlsMinVersion",
     "tracing",
@@ -152,6 +151,7 @@ impl KubeletConfiguration {
         fields.eviction(&mut config.eviction)?;
         fields.images_and_logs(config)?;
         fields.resources(config)?;
+        fields.reservations(config)?;
         fields.assignment(config)?;
         fields.shutdown(config)?;
         fields.plain(config)?;
@@ -166,8 +166,6 @@ impl Fields {
         let only = |ok: bool, field: &'static str, problem: &str| if ok { Ok(()) } else { Err(wrong(field, problem)) };
         only(self.read_only_port.unwrap_or(0) == 0, "readOnlyPort", "nothing is served without authentication")?;
         only(self.register_node != Some(false), "registerNode", "the node registers itself")?;
-        let swap = self.memory_swap.as_ref().and_then(|swap| swap.swap_behavior.as_deref()).unwrap_or_default();
-        only(matches!(swap, "" | "NoSwap"), "memorySwap.swapBehavior", "only NoSwap is implemented")?;
         let authentication = self.authentication.clone().unwrap_or_default();
         let anonymous = authentication.anonymous.unwrap_or_default().enabled;
         only(anonymous != Some(true), "authentication.anonymous.enabled", "nobody is served without authentication")?;
@@ -177,10 +175,6 @@ impl Fields {
             "authorization.mode",
             "only Webhook is implemented",
         )?;
-        for part in self.enforce_node_allocatable.iter().flatten() {
-            let problem = format!("{part:?} is not implemented, only pods and none");
-            only(matches!(part.as_str(), "pods" | "none" | ""), "enforceNodeAllocatable", &problem)?;
-        }
         let same =
             self.image_service_endpoint.is_none() || self.image_service_endpoint == self.container_runtime_endpoint;
         only(same, "imageServiceEndpoint", "images come from containerRuntimeEndpoint")
@@ -259,18 +253,6 @@ impl Fields {
     }
 
     fn resources(&self, config: &mut Config) -> Result<(), KubeletConfigError> {
-        for (field, map) in [("kubeReserved", &self.kube_reserved), ("systemReserved", &self.system_reserved)] {
-            for (name, text) in map.iter().flatten() {
-                let bad = || wrong(field, format!("{name}: {text:?} is not a quantity"));
-                let amount = |value: Option<i64>| value.and_then(|value| u64::try_from(value).ok()).ok_or_else(bad);
-                match name.as_str() {
-                    "cpu" => config.reserved_cpu_millis += amount(oarlock_quantity::milli(text))?,
-                    "memory" => config.reserved_memory_bytes += amount(oarlock_quantity::units(text))?,
-                    "ephemeral-storage" => config.reserved_storage_bytes += amount(oarlock_quantity::units(text))?,
-                    other => return Err(wrong(field, format!("{other} cannot be reserved"))),
-                }
-            }
-        }
         if let Some(length) = self.user_namespaces.as_ref().and_then(|users| users.ids_per_pod) {
             let fits = |length: &u32| *length > 0 && length.is_multiple_of(users::UNIT);
             let length = u32::try_from(length).ok().filter(fits);

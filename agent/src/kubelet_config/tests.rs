@@ -78,6 +78,11 @@ fn what_is_wrong_is_refused_and_named() {
         ("topologyManagerScope: node", "topologyManagerScope"),
         ("kubeReserved: {memory: lots}", "kubeReserved: memory"),
         ("cpuCFSQuotaPeriod: 2s", "cpuCFSQuotaPeriod"),
+        ("memorySwap: {swapBehavior: AllSwap}", "memorySwap.swapBehavior: invalid value"),
+        ("enforceNodeAllocatable: [pods, all]", "enforceNodeAllocatable: \"all\" is not an option"),
+        ("enforceNodeAllocatable: [pods, none]", "enforceNodeAllocatable: may contain only one"),
+        ("enforceNodeAllocatable: [kube-reserved]", "kubeReservedCgroup: must be specified when"),
+        ("userNamespaces: {idsPerPod: 1000}", "userNamespaces.idsPerPod: must be a multiple of 65536"),
         ("containerRuntimeEndpoint: tcp://1.2.3.4:1", "containerRuntimeEndpoint"),
     ] {
         let error = read(text).expect_err(text);
@@ -90,6 +95,28 @@ fn what_changes_nothing_is_named_and_what_was_given_is_shown() {
     let given: KubeletConfiguration = serde_yaml_ng::from_str("syncFrequency: 1m\nmaxPods: 5\n").expect("valid");
     assert_eq!(given.without_effect(), ["syncFrequency"]);
     assert_eq!(given.given(), serde_json::json!({"maxPods": 5}));
+}
+
+#[test]
+fn daemons_are_held_to_what_is_reserved_for_them() {
+    let config = read(
+        "kubeReserved: {cpu: 200m, memory: 256Mi, pid: \"500\"}
+systemReserved: {cpu: 100m, memory: 1Gi}
+kubeReservedCgroup: /kube.slice
+systemReservedCgroup: /system.slice
+enforceNodeAllocatable: [kube-reserved, system-reserved-compressible]
+memorySwap: {swapBehavior: LimitedSwap}
+userNamespaces: {idsPerPod: 131072}
+",
+    )
+    .expect("valid");
+    let [kube, system] = &config.enforced[..] else { panic!("two groups") };
+    assert_eq!((kube.whose, kube.cgroup.as_str(), kube.cpu_millis), ("kube", "/kube.slice", Some(200)));
+    assert_eq!((kube.memory_bytes, kube.pids), (Some(256 << 20), Some(500)));
+    assert_eq!((system.whose, system.cpu_millis, system.memory_bytes), ("system", Some(100), None));
+    assert!(!config.enforce_pods && config.limited_swap);
+    assert_eq!((config.reserved_memory_bytes, config.ids_per_pod), ((1 << 30) + (256 << 20), 131_072));
+    assert!(read("enforceNodeAllocatable: [pods]").expect("valid").enforce_pods);
 }
 
 #[test]

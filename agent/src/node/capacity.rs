@@ -20,6 +20,7 @@ pub(crate) struct Machine {
     pub cpus: i64,
     pub memory_bytes: i64,
     pub storage_bytes: i64,
+    pub swap_bytes: i64,
     /// Total bytes of huge pages by the size's name, such as `hugepages-2Mi`.
     pub hugepages: BTreeMap<String, i64>,
 }
@@ -106,6 +107,7 @@ impl Machine {
             cpus,
             memory_bytes: kib("MemTotal").unwrap_or(0) * 1024,
             storage_bytes,
+            swap_bytes: kib("SwapTotal").unwrap_or(0) * 1024,
             hugepages: hugepages(Path::new("/sys/kernel/mm/hugepages")),
         }
     }
@@ -157,6 +159,7 @@ mod tests {
             cpus: 2,
             memory_bytes: 1 << 30,
             storage_bytes: 1000,
+            swap_bytes: 0,
             hugepages: [("hugepages-2Mi".to_owned(), 4 << 20)].into(),
         };
         let mut config = Config::new("n", "127.0.0.1".parse().unwrap());

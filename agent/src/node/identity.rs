@@ -17,6 +17,7 @@ pub(crate) fn read() -> Identity {
         other => other,
     };
     Identity {
+        swap_bytes: 0,
         system_uuid: if product.is_empty() { machine_id.clone() } else { product },
         machine_id,
         boot_id: line("/proc/sys/kernel/random/boot_id"),

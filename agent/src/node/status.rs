@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeFeatures,
-    NodeRuntimeHandler, NodeRuntimeHandlerFeatures, NodeSpec, NodeStatus, NodeSystemInfo,
+    NodeRuntimeHandler, NodeRuntimeHandlerFeatures, NodeSpec, NodeStatus, NodeSwapStatus, NodeSystemInfo,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use oarlock_proto::cri;
@@ -24,6 +24,7 @@ pub(crate) struct Identity {
     pub os_image: String,
     pub architecture: String,
     pub host_name: String,
+    pub swap_bytes: i64,
 }
 
 /// How runtime and resources are at the moment.
@@ -171,6 +172,8 @@ pub(crate) fn node_status(fixed: &Fixed<'_>, health: &Health, last: Option<&Node
             operating_system: "linux".to_owned(),
             os_image: identity.os_image.clone(),
             system_uuid: identity.system_uuid.clone(),
+            swap: Some(NodeSwapStatus { capacity: Some(identity.swap_bytes).filter(|bytes| *bytes > 0) })
+                .filter(|swap| swap.capacity.is_some()),
             ..Default::default()
         }),
         ..Default::default()

@@ -154,7 +154,11 @@ mod tests {
             image_user: Default::default(),
             env: vec![("A".into(), "1".into())],
             mounts: Vec::new(),
-            node: resources::NodeLimits { memory_bytes: 1 << 30, cpu_period_us: Some(100_000) },
+            node: resources::NodeLimits {
+                memory_bytes: 1 << 30,
+                cpu_period_us: Some(100_000),
+                swap: Default::default(),
+            },
             assigned: Assigned::default(),
             seccomp_default: false,
             target: None,

@@ -195,6 +195,37 @@ pub(crate) struct NodeLimits {
     pub memory_bytes: i64,
     /// The period of CPU limits in microseconds; None when they are not enforced.
     pub cpu_period_us: Option<u64>,
+    pub swap: Swap,
+}
+
+/// How much swap containers may use.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Swap {
+    /// Bounded together with memory, where memory is (control groups version 1), or not bounded at all.
+    #[default]
+    WithMemory,
+    /// None.
+    Nothing,
+    /// A share of the node's, as large as the container's share of memory that it asks for; of Burstable pods only.
+    Share { node_bytes: i64 },
+}
+
+/// The file of control groups version 2 that bounds swap alone.
+pub(crate) const SWAP_MAX: &str = "memory.swap.max";
+
+/// The most swap of a container; None where there is no bound beside memory's.
+fn swap_max(pod: &Pod, container: &Container, node: NodeLimits) -> Option<i64> {
+    let node_bytes = match node.swap {
+        Swap::WithMemory => return None,
+        Swap::Nothing => return Some(0),
+        Swap::Share { node_bytes } => node_bytes,
+    };
+    let critical = pod.spec.as_ref().and_then(|spec| spec.priority).is_some_and(|priority| priority >= 2_000_000_000);
+    let (request, limit) = amount(container, "memory");
+    let request = request.filter(|request| *request > 0 && Some(*request) != limit);
+    let Some(request) = request.filter(|_| qos_of(pod) == Qos::Burstable && !critical) else { return Some(0) };
+    let share = i128::from(request) * i128::from(node_bytes) / i128::from(node.memory_bytes.max(1));
+    Some(i64::try_from(share).unwrap_or(i64::MAX))
 }
 
 /// The runtime's cgroup values of one container.
@@ -214,9 +245,16 @@ pub(crate) fn linux_resources(pod: &Pod, container: &Container, node: NodeLimits
         cpu_quota: quota.map_or(0, |(milli, period)| cpu_quota(milli, period)),
         cpu_shares: cpu_shares(cpu_request.unwrap_or(0)),
         memory_limit_in_bytes: memory_limit.unwrap_or(0),
-        memory_swap_limit_in_bytes: memory_limit.unwrap_or(0),
+        memory_swap_limit_in_bytes: match node.swap {
+            Swap::WithMemory => memory_limit.unwrap_or(0),
+            Swap::Nothing | Swap::Share { .. } => 0,
+        },
         oom_score_adj: oom_score_adj(pod, container, node.memory_bytes),
         hugepage_limits,
+        unified: swap_max(pod, container, node)
+            .map(|most| (SWAP_MAX.to_owned(), most.to_string()))
+            .into_iter()
+            .collect(),
         ..Default::default()
     }
 }
@@ -280,10 +318,36 @@ mod tests {
             container(serde_json::json!({"cpu": "250m", "memory": "64Mi"}), serde_json::json!({"cpu": "500m", "memory": "128Mi"}))
         ]}));
         let first = &pod.spec.as_ref().unwrap().containers[0];
-        let resources =
-            linux_resources(&pod, first, NodeLimits { memory_bytes: 1 << 30, cpu_period_us: Some(100_000) });
+        let resources = linux_resources(
+            &pod,
+            first,
+            NodeLimits { memory_bytes: 1 << 30, cpu_period_us: Some(100_000), swap: Swap::WithMemory },
+        );
         assert_eq!((resources.cpu_shares, resources.cpu_quota, resources.cpu_period), (256, 50_000, 100_000));
         assert_eq!(resources.memory_limit_in_bytes, 128 << 20);
         assert_eq!(resources.oom_score_adj, 1000 - 1000 * (64 << 20) / (1 << 30));
+    }
+
+    #[test]
+    fn swap_is_shared_out_by_the_memory_that_burstable_containers_ask_for() {
+        let most = |requests: serde_json::Value, limits: serde_json::Value, priority: i64, swap: Swap| {
+            let pod = pod(serde_json::json!({"priority": priority, "containers": [container(requests, limits),
+                {"name": "other", "resources": {"requests": {"cpu": "1"}}}]}));
+            let first = &pod.spec.as_ref().unwrap().containers[0];
+            let node = NodeLimits { memory_bytes: 4 << 30, cpu_period_us: None, swap };
+            let resources = linux_resources(&pod, first, node);
+            (resources.unified.get(SWAP_MAX).cloned(), resources.memory_swap_limit_in_bytes)
+        };
+        let share = Swap::Share { node_bytes: 2 << 30 };
+        let memory = |size: &str| serde_json::json!({"memory": size});
+        let none = serde_json::json!({});
+        let bytes = |bytes: i64| (Some(bytes.to_string()), 0);
+        assert_eq!(most(memory("1Gi"), memory("2Gi"), 0, share), bytes(512 << 20));
+        assert_eq!(most(memory("1Gi"), none.clone(), 0, share), bytes(512 << 20));
+        assert_eq!(most(memory("1Gi"), memory("1Gi"), 0, share), bytes(0), "its memory is certain");
+        assert_eq!(most(none.clone(), none.clone(), 0, share), bytes(0), "it asks for none");
+        assert_eq!(most(memory("1Gi"), none.clone(), 2_000_000_000, share), bytes(0), "critical");
+        assert_eq!(most(memory("1Gi"), none.clone(), 0, Swap::Nothing), bytes(0));
+        assert_eq!(most(memory("1Gi"), memory("2Gi"), 0, Swap::WithMemory), (None, 2 << 30));
     }
 }
