@@ -50,6 +50,7 @@ pub use error::Error;
 pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshold};
 pub use images::ImageGcConfig;
 pub use kubelet_config::{KubeletConfigError, KubeletConfiguration};
+pub use oarlock_csi::abandon as abandon_volumes;
 pub use pull_credentials::ProvidersConfigError;
 pub use reserved::{EnforcedGroup, ReservedError};
 pub use shutdown::ShutdownConfig;

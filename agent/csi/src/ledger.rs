@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
 use crate::error::CsiError;
@@ -120,6 +121,31 @@ impl Ledger {
     }
 }
 
+/// Unmounts every volume that drivers mounted for an agent of that node and removes the records, without asking the drivers: for
+/// a node that is given up. Says what could not be removed. Others' volumes there stay.
+pub fn abandon(kubelet_dir: &Path, node: &str) -> Vec<String> {
+    let ledger = Ledger::below(kubelet_dir.to_owned());
+    let pods = ledger.pods();
+    let published = pods.iter().flat_map(|pod| ledger.of_pod(pod));
+    let noted = published.filter_map(|(place, record)| Some((place, record?))).chain(ledger.staged_all());
+    let mut problems = Vec::new();
+    for (place, _) in noted.filter(|(_, record)| record.node_name == node) {
+        // Several mounts may lie upon each other.
+        while oarlock_volumes::is_mount_point(&place.target).unwrap_or(false) {
+            if let Err(error) = umount2(&place.target, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
+                problems.push(format!("unmount {}: {error}", place.target.display()));
+                break;
+            }
+        }
+        if let Err(error) = forget(&place) {
+            problems.push(error.to_string());
+        }
+        let _ = place.dir.parent().map(std::fs::remove_dir);
+    }
+    pods.iter().for_each(|pod| ledger.tidy(pod));
+    problems
+}
+
 fn names(dir: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -174,6 +200,30 @@ mod tests {
         let volume =
             DriverVolume { driver: "d.io".into(), handle: "h".into(), name: "pv".into(), ..Default::default() };
         Record::of(&volume, "node")
+    }
+
+    #[test]
+    fn a_node_that_is_given_up_leaves_only_what_is_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::below(dir.path().to_owned());
+        let theirs = Record { node_name: "other".into(), ..record() };
+        for (pod, record) in [("ours", record()), ("theirs", theirs)] {
+            let place = ledger.published(pod, "pv");
+            note(&place, &record).unwrap();
+            std::fs::create_dir(&place.target).unwrap();
+        }
+        let staged = ledger.staged(&record());
+        note(&staged, &record()).unwrap();
+        std::fs::create_dir(&staged.target).unwrap();
+        assert_eq!(abandon(dir.path(), "node"), [""; 0]);
+        assert!(!dir.path().join("pods/ours").exists() && !staged.dir.exists());
+        assert!(ledger.published("theirs", "pv").target.exists());
+        // What is in a volume is never removed.
+        note(&staged, &record()).unwrap();
+        std::fs::create_dir(&staged.target).unwrap();
+        std::fs::write(staged.target.join("data"), "precious").unwrap();
+        assert_eq!(abandon(dir.path(), "node").len(), 1);
+        assert!(staged.target.join("data").exists());
     }
 
     #[test]

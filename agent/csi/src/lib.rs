@@ -15,4 +15,5 @@ mod storage;
 
 pub use cluster::{Cluster, ClusterError, NodeDriver};
 pub use drivers::Drivers;
+pub use ledger::abandon;
 pub use storage::{Storage, VolumeUse};

@@ -49,6 +49,7 @@ pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<Exit
     let logs = pod_log_directories(settings);
     step("pods", remove_pods(settings));
     step("processes", end_leftover_processes(settings));
+    step("volumes", abandon_volumes(settings));
     step("mounts", unmount_all(settings));
     step("cgroups", remove_cgroups());
     step("links", remove_bridge());
@@ -153,6 +154,13 @@ fn end_leftover_processes(settings: &Settings) -> anyhow::Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// Gives up what CSI drivers mounted for this node, which may be outside our directories.
+fn abandon_volumes(settings: &Settings) -> anyhow::Result<()> {
+    let problems = oarlock_agent::abandon_volumes(&settings.layout.kubelet_dir(), &settings.node_name);
+    anyhow::ensure!(problems.is_empty(), "{}", problems.join("; "));
     Ok(())
 }
 
