@@ -5,6 +5,7 @@
 //! out. All are level-based: nothing is remembered that cannot be computed again from the API. This crate owns no
 //! storage and no HTTP: everything goes through a `kube::Client`.
 
+mod attachments;
 mod balancer;
 mod certificates;
 mod claims;
@@ -102,6 +103,8 @@ impl Controllers {
         start("pod-gc", node::pod_gc::start(&shared, &stop));
         start("disruption", disruption::start(&shared, &stop));
         start("claims", claims::start(&shared, &stop));
+        start("storage-protection", claims::protection::start(&shared, &stop));
+        start("attachments", attachments::start(&shared, &stop));
         if let Some(directory) = self.config.signing_ca_dir {
             start("certificates", certificates::start(&shared, &stop, directory));
         }

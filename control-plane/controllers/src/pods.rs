@@ -1,6 +1,8 @@
 //! What controllers ask about pods, and what the shared cache keeps of them. Pure.
 
-use k8s_openapi::api::core::v1::{Container, ContainerStatus, Pod, PodCondition, PodSpec, PodStatus};
+use k8s_openapi::api::core::v1::{
+    Container, ContainerStatus, PersistentVolumeClaimVolumeSource, Pod, PodCondition, PodSpec, PodStatus, Volume,
+};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 
 /// Drops from a cached pod what no controller reads: about nine tenths of it.
@@ -9,6 +11,7 @@ pub(crate) fn trim(pod: &mut Pod) {
         annotations.retain(|key, _| key == DELETION_COST);
     }
     pod.metadata.generate_name = None;
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
     if let Some(spec) = &mut pod.spec {
         let containers = std::mem::take(&mut spec.containers);
         // Sidecars may own a named port; ordinary init containers cannot be an endpoint.
@@ -22,6 +25,7 @@ pub(crate) fn trim(pod: &mut Pod) {
             subdomain: spec.subdomain.take(),
             host_network: spec.host_network,
             tolerations: spec.tolerations.take(),
+            volumes: Some(claim_volumes(name, spec.volumes.take())).filter(|volumes| !volumes.is_empty()),
             ..Default::default()
         };
     }
@@ -39,6 +43,23 @@ pub(crate) fn trim(pod: &mut Pod) {
             ..Default::default()
         };
     }
+}
+
+/// The volumes that are claims, each with the claim's name; one of the pod's own is a claim by name as well.
+fn claim_volumes(pod: &str, volumes: Option<Vec<Volume>>) -> Vec<Volume> {
+    let claim = |volume: Volume| {
+        let own = volume.ephemeral.is_some().then(|| format!("{pod}-{}", volume.name));
+        let claim_name = volume.persistent_volume_claim.map(|source| source.claim_name).or(own)?;
+        let source = PersistentVolumeClaimVolumeSource { claim_name, read_only: None };
+        Some(Volume { name: volume.name, persistent_volume_claim: Some(source), ..Default::default() })
+    };
+    volumes.into_iter().flatten().filter_map(claim).collect()
+}
+
+/// Names of the claims that the (trimmed) pod uses, in its own namespace.
+pub(crate) fn claims(pod: &Pod) -> impl Iterator<Item = &str> {
+    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    volumes.filter_map(|volume| volume.persistent_volume_claim.as_ref()).map(|source| source.claim_name.as_str())
 }
 
 fn trim_container(container: Container) -> Container {

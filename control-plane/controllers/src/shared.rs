@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::api::storage::v1::{CSIDriver, StorageClass, VolumeAttachment};
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use oarlock_machinery::{Informer, Recorder};
@@ -50,6 +50,8 @@ pub(crate) struct Shared {
     pub claims: Arc<Informer<PersistentVolumeClaim>>,
     pub volumes: Arc<Informer<PersistentVolume>>,
     pub classes: Arc<Informer<StorageClass>>,
+    pub csi_drivers: Arc<Informer<CSIDriver>>,
+    pub attachments: Arc<Informer<VolumeAttachment>>,
 }
 
 impl Shared {
@@ -83,6 +85,8 @@ impl Shared {
             claims: Informer::new(drop_last_applied),
             volumes: Informer::new(drop_last_applied),
             classes: Informer::new(drop_last_applied),
+            csi_drivers: Informer::new(drop_last_applied),
+            attachments: Informer::new(|_| {}),
         })
     }
 
@@ -116,6 +120,8 @@ impl Shared {
             task!("watch of persistentvolumeclaims", self.claims, Api::all(client()), all()),
             task!("watch of persistentvolumes", self.volumes, Api::all(client()), all()),
             task!("watch of storageclasses", self.classes, Api::all(client()), all()),
+            task!("watch of csidrivers", self.csi_drivers, Api::all(client()), all()),
+            task!("watch of volumeattachments", self.attachments, Api::all(client()), all()),
         ]
     }
 }

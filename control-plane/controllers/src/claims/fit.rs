@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
 use oarlock_machinery::Selector;
 
 pub(super) fn is_bound(claim: &PersistentVolumeClaim) -> bool {
@@ -46,9 +46,14 @@ fn suits(claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> bool {
         && selected
 }
 
-/// A volume that is kept for the claim, or else the smallest free one that suits it.
-pub(super) fn best(claim: &PersistentVolumeClaim, volumes: &[Arc<PersistentVolume>]) -> Option<Arc<PersistentVolume>> {
-    let fitting = volumes.iter().filter(|volume| may_have(claim, volume) && suits(claim, volume));
+/// A volume that is kept for the claim, or else the smallest free one that suits it; with a node, one that can be had there.
+pub(super) fn best(
+    claim: &PersistentVolumeClaim,
+    volumes: &[Arc<PersistentVolume>],
+    node: Option<&Node>,
+) -> Option<Arc<PersistentVolume>> {
+    let there = |volume: &PersistentVolume| node.is_none_or(|node| super::place::reaches(volume, node));
+    let fitting = volumes.iter().filter(|volume| may_have(claim, volume) && suits(claim, volume) && there(volume));
     let order =
         |volume: &&Arc<PersistentVolume>| (!kept_for(claim, volume), capacity(volume), volume.metadata.name.clone());
     fitting.min_by_key(order).cloned()
@@ -95,7 +100,8 @@ mod tests {
             volume("slow", "3Gi", "slow", none),
             volume("taken", "2Gi", "fast", json!({"namespace": "n", "name": "c", "uid": "before"})),
         ];
-        let name = |all: &[Arc<PersistentVolume>]| best(&claim(), all).and_then(|volume| volume.metadata.name.clone());
+        let name =
+            |all: &[Arc<PersistentVolume>]| best(&claim(), all, None).and_then(|volume| volume.metadata.name.clone());
         assert_eq!(name(&all).as_deref(), Some("right"));
         all.push(volume("kept", "9Gi", "fast", json!({"namespace": "n", "name": "c"})));
         assert_eq!(name(&all).as_deref(), Some("kept"));

@@ -1,21 +1,34 @@
-//! Binding PersistentVolumeClaims to PersistentVolumes that exist: those that name each other, and otherwise the smallest that fits.
+//! Binding PersistentVolumeClaims to PersistentVolumes: those that name each other, and otherwise the smallest that fits, where the
+//! claim's class wants it on the node of the first pod that uses it; and what becomes of a volume whose claim is gone.
 //!
-//! Makes no volumes and deletes none. Claims of a class that waits for its first consumer are left alone. The volume is written first:
-//! one that names a claim is found again by whoever goes on after a crash.
+//! Makes no volumes and deletes none: claims are marked for the provisioner of their class, which also deletes what it made. The
+//! volume is written first: one that names a claim is found again by whoever goes on after a crash.
 
 mod fit;
+mod place;
+pub(crate) mod protection;
+mod reclaim;
 
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
 use kube::{Api, ResourceExt};
-use oarlock_machinery::{ApiError, Key, Next, WorkQueue, merge, merge_status, queue};
+use oarlock_machinery::{ApiError, Change, EventType, Key, Next, WorkQueue, call, merge, merge_status, queue};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
+use self::reclaim::Reclaim;
+use crate::pods;
 use crate::shared::{Shared, Task};
 
 const CONCURRENCY: usize = 2;
+/// The node that a scheduler has chosen for the first pod that uses the claim.
+const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
+/// By which of them provisioners know their claims depends on their age.
+const PROVISIONER: &[&str] =
+    &["volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner"];
+/// The name that stands for nobody.
+const NO_PROVISIONER: &str = "kubernetes.io/no-provisioner";
 
 pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
     let claims: Arc<WorkQueue<Key>> = WorkQueue::new();
@@ -28,9 +41,31 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
             claims_volume.add(volume);
         }
     });
+    let (waiting, on_pod) = (shared.claims.clone(), claims.clone());
+    shared.pods.on_change(move |change| {
+        let pod = change.object();
+        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+        if matches!(change, Change::Deleted(_)) || pods::node_name(pod).is_empty() {
+            return;
+        }
+        let open = |claim: &&str| waiting.get(namespace, claim).is_some_and(|claim| !fit::is_bound(&claim));
+        pods::claims(pod).filter(open).for_each(|claim| on_pod.add(Key::new(namespace, claim)));
+    });
+    let (waiting, on_class) = (shared.claims.clone(), claims.clone());
+    shared.classes.on_change(move |change| {
+        let class = change.object().name_any();
+        let of_it = |claim: &Arc<PersistentVolumeClaim>| class_name(claim) == class && !fit::is_bound(claim);
+        waiting.list().into_iter().filter(of_it).for_each(|claim| on_class.add(Key::of(claim.as_ref())));
+    });
     let (waiting, again) = (shared.claims.clone(), claims.clone());
     shared.volumes.on_change(move |change| {
         on_volume.add(change.object().name_any());
+        if let Change::Deleted(volume) = change
+            && let Some(reference) = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref())
+        {
+            let (namespace, name) = (reference.namespace.clone(), reference.name.clone());
+            again.add(Key::new(namespace.unwrap_or_default(), name.unwrap_or_default()));
+        }
         for claim in waiting.list().into_iter().filter(|claim| !fit::is_bound(claim)) {
             again.add(Key::of(claim.as_ref()));
         }
@@ -40,6 +75,8 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
         shared.claims.wait_synced().await;
         shared.volumes.wait_synced().await;
         shared.classes.wait_synced().await;
+        shared.pods.wait_synced().await;
+        shared.nodes.wait_synced().await;
         let claim = |key: Key| reconcile_claim(shared.clone(), key);
         let volume = |name: String| reconcile_volume(shared.clone(), name);
         tokio::join!(
@@ -53,26 +90,112 @@ async fn reconcile_claim(shared: Arc<Shared>, key: Key) -> Result<Next, ApiError
     let Some(claim) = shared.claims.get_key(&key).filter(|claim| claim.metadata.deletion_timestamp.is_none()) else {
         return Ok(Next::Done);
     };
+    let named = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).filter(|name| !name.is_empty());
     if fit::is_bound(&claim) {
+        return lost(&shared, &claim, named.as_deref()).await;
+    }
+    if let Some(name) = named {
+        let found = shared.volumes.get("", &name).filter(|volume| fit::may_have(&claim, volume));
+        return match found {
+            Some(volume) => bind(&shared, &claim, &volume).await.map(|()| Next::Done),
+            None => Ok(Next::Done),
+        };
+    }
+    let node = match waits(&shared, &claim) {
+        false => None,
+        true => match first_consumer(&shared, &claim) {
+            Some(node) => Some(node),
+            None => {
+                let message = "waiting for first consumer to be created before binding";
+                shared.recorder.event(claim.as_ref(), EventType::Normal, "WaitForFirstConsumer", message);
+                return Ok(Next::Done);
+            }
+        },
+    };
+    let object = node.as_ref().and_then(|name| shared.nodes.get("", name));
+    match fit::best(&claim, &shared.volumes.list(), object.as_deref()) {
+        Some(volume) => bind(&shared, &claim, &volume).await.map(|()| Next::Done),
+        None => provision(&shared, &claim, node.as_deref()).await.map(|()| Next::Done),
+    }
+}
+
+/// A bound claim whose volume is gone says so.
+async fn lost(shared: &Shared, claim: &PersistentVolumeClaim, volume: Option<&str>) -> Result<Next, ApiError> {
+    let Some(volume) = volume.filter(|volume| shared.volumes.get("", volume).is_none()) else { return Ok(Next::Done) };
+    let volumes: Api<PersistentVolume> = Api::all(shared.client.clone());
+    if call("get persistentvolume", volumes.get_opt(volume)).await?.is_some() {
         return Ok(Next::Done);
     }
-    let named = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).filter(|name| !name.is_empty());
-    let found = match named {
-        Some(name) => shared.volumes.get("", &name).filter(|volume| fit::may_have(&claim, volume)),
-        None if waits(&shared, &claim) => None,
-        None => fit::best(&claim, &shared.volumes.list()),
-    };
-    match found {
-        Some(volume) => bind(&shared, &claim, &volume).await.map(|()| Next::Done),
-        None => Ok(Next::Done),
-    }
+    let message = "Bound claim has lost its PersistentVolume. Data on the volume is lost!";
+    shared.recorder.event(claim, EventType::Warning, "ClaimLost", message);
+    let claims: Api<PersistentVolumeClaim> =
+        Api::namespaced(shared.client.clone(), &claim.namespace().unwrap_or_default());
+    let status = json!({ "status": { "phase": "Lost" } });
+    merge_status("update persistentvolumeclaim", &claims, &claim.name_any(), &status).await.map(|_| Next::Done)
+}
+
+fn class_name(claim: &PersistentVolumeClaim) -> &str {
+    claim.spec.as_ref().and_then(|spec| spec.storage_class_name.as_deref()).unwrap_or_default()
 }
 
 /// Whether the claim's class wants a pod to be scheduled first.
 fn waits(shared: &Shared, claim: &PersistentVolumeClaim) -> bool {
-    let class = claim.spec.as_ref().and_then(|spec| spec.storage_class_name.as_deref()).unwrap_or_default();
-    let class = shared.classes.get("", class);
+    let class = shared.classes.get("", class_name(claim));
     class.is_some_and(|class| class.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer"))
+}
+
+/// The node that a scheduler has chosen for the claim, or that a pod which uses it has got.
+fn first_consumer(shared: &Shared, claim: &PersistentVolumeClaim) -> Option<String> {
+    if let Some(node) = claim.annotations().get(SELECTED_NODE) {
+        return Some(node.clone());
+    }
+    let (namespace, name) = (claim.namespace().unwrap_or_default(), claim.name_any());
+    let uses = |pod: &Pod| {
+        pods::is_active(pod) && !pods::node_name(pod).is_empty() && pods::claims(pod).any(|used| used == name)
+    };
+    let pods = shared.pods.in_namespace(&namespace).into_iter().filter(|pod| uses(pod));
+    // The one that came first, however often this is asked.
+    pods.min_by_key(|pod| (pod.creation_timestamp(), pod.uid())).map(|pod| pods::node_name(&pod).to_owned())
+}
+
+/// Marks the claim for the provisioner of its class, or says why none will make a volume.
+async fn provision(shared: &Shared, claim: &PersistentVolumeClaim, node: Option<&str>) -> Result<(), ApiError> {
+    let recorder = &shared.recorder;
+    let name = class_name(claim);
+    if name.is_empty() {
+        let message = "no persistent volumes available for this claim and no storage class is set";
+        recorder.event(claim, EventType::Normal, "FailedBinding", message);
+        return Ok(());
+    }
+    let Some(class) = shared.classes.get("", name) else {
+        let message = format!("storageclass.storage.k8s.io {name:?} not found");
+        recorder.event(claim, EventType::Warning, "ProvisioningFailed", message);
+        return Ok(());
+    };
+    let provisioner = class.provisioner.as_str();
+    let marked = |key: &str, value: &str| claim.annotations().get(key).map(String::as_str) == Some(value);
+    let mut marks = serde_json::Map::new();
+    if provisioner != NO_PROVISIONER {
+        marks.extend(PROVISIONER.iter().map(|key| ((*key).to_owned(), json!(provisioner))));
+    }
+    marks.extend(node.map(|node| (SELECTED_NODE.to_owned(), json!(node))));
+    marks.retain(|key, value| !marked(key, value.as_str().unwrap_or_default()));
+    if !marks.is_empty() {
+        let claims: Api<PersistentVolumeClaim> =
+            Api::namespaced(shared.client.clone(), &claim.namespace().unwrap_or_default());
+        let patch = json!({ "metadata": { "annotations": marks } });
+        merge("mark persistentvolumeclaim", &claims, &claim.name_any(), &patch).await?;
+    }
+    if provisioner == NO_PROVISIONER {
+        let message = format!("no volume plugin matched name: {NO_PROVISIONER}");
+        recorder.event(claim, EventType::Warning, "ProvisioningFailed", message);
+    } else {
+        let message = format!(
+            "Waiting for a volume to be created either by the external provisioner '{provisioner}' or manually by the system administrator. If volume creation is delayed, please verify that the provisioner is running and correctly registered."
+        );
+        recorder.event(claim, EventType::Normal, "ExternalProvisioning", message);
+    }
+    Ok(())
 }
 
 async fn bind(shared: &Shared, claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> Result<(), ApiError> {
@@ -97,19 +220,33 @@ async fn bind(shared: &Shared, claim: &PersistentVolumeClaim, volume: &Persisten
     Ok(())
 }
 
-/// The volume's phase: free, taken, or left behind by a claim that is gone.
+/// The volume's phase: free, taken, or left behind by a claim that is gone; then what its reclaim policy says.
 async fn reconcile_volume(shared: Arc<Shared>, name: String) -> Result<Next, ApiError> {
     let Some(volume) = shared.volumes.get("", &name) else { return Ok(Next::Done) };
-    let claim = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref()).and_then(|reference| {
-        let (namespace, name) = (reference.namespace.clone()?, reference.name.clone()?);
-        shared.claims.get(&namespace, &name)
-    });
+    let reference = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref());
+    let claim = match reference.and_then(|reference| reference.namespace.clone().zip(reference.name.clone())) {
+        Some((namespace, name)) => match shared.claims.get(&namespace, &name) {
+            // What is cached may be behind.
+            None => {
+                let claims: Api<PersistentVolumeClaim> = Api::namespaced(shared.client.clone(), &namespace);
+                call("get persistentvolumeclaim", claims.get_opt(&name)).await?.map(Arc::new)
+            }
+            found => found,
+        },
+        None => None,
+    };
     let phase = fit::phase(&volume, claim.as_deref());
     let now = volume.status.as_ref().and_then(|status| status.phase.as_deref());
-    if now == Some(phase) {
-        return Ok(Next::Done);
-    }
+    let status = match (phase, reclaim::of(&volume)) {
+        ("Released", Reclaim::Impossible { .. }) if now == Some("Failed") => return Ok(Next::Done),
+        // First what is so, then what cannot be done about it.
+        ("Released", Reclaim::Impossible { reason, message }) if now == Some("Released") => {
+            shared.recorder.event(volume.as_ref(), EventType::Warning, reason, message.clone());
+            json!({ "status": { "phase": "Failed", "message": message } })
+        }
+        _ if now == Some(phase) => return Ok(Next::Done),
+        _ => json!({ "status": { "phase": phase, "message": null } }),
+    };
     let api: Api<PersistentVolume> = Api::all(shared.client.clone());
-    let status = json!({ "status": { "phase": phase } });
     merge_status("update persistentvolume", &api, &name, &status).await.map(|_| Next::Done)
 }

@@ -27,6 +27,8 @@ pub(super) const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim", true),
     ("", "v1", "persistentvolumes", "PersistentVolume", false),
     ("storage.k8s.io", "v1", "storageclasses", "StorageClass", false),
+    ("storage.k8s.io", "v1", "csidrivers", "CSIDriver", false),
+    ("storage.k8s.io", "v1", "volumeattachments", "VolumeAttachment", false),
     ("certificates.k8s.io", "v1", "certificatesigningrequests", "CertificateSigningRequest", false),
 ];
 

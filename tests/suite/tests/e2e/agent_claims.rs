@@ -6,7 +6,10 @@ use super::Case;
 use super::cluster::Cluster;
 use super::kubectl::pod;
 
-pub(crate) const CASES: &[Case] = &[("a_claim_is_bound_and_its_data_outlives_the_pod", claim)];
+pub(crate) const CASES: &[Case] = &[
+    ("a_claim_is_bound_and_its_data_outlives_the_pod", claim),
+    ("a_claim_waits_for_its_first_pod_and_stays_while_that_uses_it", first_consumer),
+];
 
 fn claim(cluster: &Cluster) {
     let disk = cluster.data_dir().join("claimed");
@@ -30,5 +33,44 @@ fn claim(cluster: &Cluster) {
     cluster.kubectl("delete pvc e2e-data --timeout=60s");
     cluster.kubectl("wait --for=jsonpath={.status.phase}=Released pv/e2e-disk --timeout=60s");
     cluster.kubectl("delete pv e2e-disk --timeout=60s");
+    fs::remove_dir_all(&disk).expect("removed");
+}
+
+fn first_consumer(cluster: &Cluster) {
+    let disk = cluster.data_dir().join("waited-for");
+    fs::create_dir(&disk).expect("a directory");
+    let node = cluster.kubectl("get nodes -o jsonpath={.items[0].metadata.name}");
+    let volume = |name: &str, host: &str| {
+        format!(
+            "apiVersion: v1\nkind: PersistentVolume\nmetadata: {{name: {name}}}\nspec:\n  capacity: {{storage: 1Gi}}\n  \
+             accessModes: [ReadWriteOnce]\n  storageClassName: e2e-local\n  local: {{path: {}}}\n  nodeAffinity: {{required: \
+             {{nodeSelectorTerms: [{{matchExpressions: [{{key: kubernetes.io/hostname, operator: In, values: [\"{host}\"]}}]}}]}}}}\n---\n",
+            disk.display()
+        )
+    };
+    cluster.apply(&format!(
+        "apiVersion: storage.k8s.io/v1\nkind: StorageClass\nmetadata: {{name: e2e-local}}\nprovisioner: \
+         kubernetes.io/no-provisioner\nvolumeBindingMode: WaitForFirstConsumer\n---\n{}{}apiVersion: v1\nkind: \
+         PersistentVolumeClaim\nmetadata: {{name: e2e-waits}}\nspec: {{accessModes: [ReadWriteOnce], storageClassName: e2e-local, \
+         resources: {{requests: {{storage: 1Gi}}}}}}\n",
+        volume("e2e-a-elsewhere", "no-such-node"),
+        volume("e2e-b-here", &node)
+    ));
+    cluster.wait_for_output("describe pvc e2e-waits", "the wait", |text| {
+        text.contains("waiting for first consumer to be created before binding")
+    });
+    let manifest = pod("consumer", &["/bin/sleep"])
+        .replace("name: main,", "name: main, volumeMounts: [{name: v, mountPath: /data}],")
+        .replace("containers:", "volumes: [{name: v, persistentVolumeClaim: {claimName: e2e-waits}}]\n  containers:");
+    cluster.apply(&manifest);
+    cluster.kubectl("wait --for=condition=Ready pod/consumer --timeout=60s");
+    assert_eq!(cluster.kubectl("get pvc e2e-waits -o jsonpath={.spec.volumeName}"), "e2e-b-here");
+    cluster.kubectl("delete pvc e2e-waits --wait=false");
+    assert!(cluster.kubectl("describe pvc e2e-waits").contains("Terminating"));
+    cluster.kubectl("delete pod consumer --timeout=60s");
+    cluster.kubectl("wait --for=delete pvc/e2e-waits --timeout=60s");
+    cluster.kubectl("wait --for=jsonpath={.status.phase}=Released pv/e2e-b-here --timeout=60s");
+    cluster.kubectl("delete pv e2e-a-elsewhere e2e-b-here --timeout=60s");
+    cluster.kubectl("delete storageclass e2e-local");
     fs::remove_dir_all(&disk).expect("removed");
 }

@@ -1,0 +1,242 @@
+//! Persistent volumes, their claims and their attachments against the in-memory API, as users, provisioners, attachers and agents
+//! see them.
+
+use std::sync::Arc;
+
+use oarlock_controllers::{Config, Controllers};
+use oarlock_machinery::fake::FakeApi;
+use serde_json::{Value, json};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+const CLAIMS: &str = "persistentvolumeclaims";
+const VOLUMES: &str = "persistentvolumes";
+const ATTACHMENTS: &str = "volumeattachments";
+
+fn cluster() -> (Arc<FakeApi>, DropGuard) {
+    let api = FakeApi::new();
+    api.create(json!({"kind": "Namespace", "metadata": {"name": "default"}}));
+    for name in ["n1", "n2"] {
+        api.create(json!({"kind": "Node", "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+            "status": {"conditions": [{"type": "Ready", "status": "True"}]}}));
+    }
+    let stop = CancellationToken::new();
+    let config = Config {
+        cluster_cidrs: vec![("10.42.0.0/16".parse().unwrap(), 24)],
+        root_ca_pem: "PEM".to_owned(),
+        balancer_pools: Vec::new(),
+        balancer_class: "ours".to_owned(),
+        signing_ca_dir: None,
+    };
+    let controllers = Controllers::new(api.client(), config);
+    let token = stop.clone();
+    tokio::spawn(async move { controllers.run(token).await.expect("the controllers run until stopped") });
+    (api, stop.drop_guard())
+}
+
+fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
+    object.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn has(api: &FakeApi, resource: &str, namespace: &str, name: &str, pointer: &str, value: &str) -> bool {
+    api.get(resource, namespace, name).is_some_and(|object| text(&object, pointer) == value)
+}
+
+fn protected(object: &Value) -> bool {
+    object["metadata"]["finalizers"].to_string().contains("protection")
+}
+
+fn claim(class: &str) -> Value {
+    json!({"kind": "PersistentVolumeClaim", "metadata": {"name": "data", "namespace": "default"}, "spec": {
+        "accessModes": ["ReadWriteOnce"], "storageClassName": class, "resources": {"requests": {"storage": "1Gi"}}},
+        "status": {"phase": "Pending"}})
+}
+
+fn class(provisioner: &str, mode: &str) -> Value {
+    json!({"kind": "StorageClass", "metadata": {"name": "fast"}, "provisioner": provisioner, "volumeBindingMode": mode})
+}
+
+/// A volume of a driver, to be had on one node only if that is named.
+fn volume(name: &str, class: &str, policy: &str, node: Option<&str>) -> Value {
+    let mut volume = json!({"kind": "PersistentVolume", "metadata": {"name": name}, "spec": {
+        "capacity": {"storage": "1Gi"}, "accessModes": ["ReadWriteOnce"], "storageClassName": class,
+        "persistentVolumeReclaimPolicy": policy, "csi": {"driver": "disks.example.com", "volumeHandle": name}},
+        "status": {"phase": "Pending"}});
+    if let Some(node) = node {
+        let terms =
+            json!([{"matchExpressions": [{"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}]}]);
+        volume["spec"]["nodeAffinity"] = json!({"required": {"nodeSelectorTerms": terms}});
+    }
+    volume
+}
+
+fn pod(name: &str, node: &str) -> Value {
+    json!({"kind": "Pod", "metadata": {"name": name, "namespace": "default"}, "status": {"phase": "Pending"}, "spec": {
+        "nodeName": node, "containers": [{"name": "c", "image": "i"}],
+        "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}]}})
+}
+
+fn event(api: &FakeApi, reason: &str) -> bool {
+    api.list("events").iter().any(|event| text(event, "/reason") == reason)
+}
+
+async fn bound(api: &FakeApi, volume: &str) {
+    api.until_true("the claim to be bound", |api| {
+        has(api, CLAIMS, "default", "data", "/status/phase", "Bound")
+            && has(api, CLAIMS, "default", "data", "/spec/volumeName", volume)
+            && has(api, VOLUMES, "", volume, "/status/phase", "Bound")
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_claim_of_a_waiting_class_is_bound_where_its_first_pod_is() {
+    let (api, _stop) = cluster();
+    api.create(class("kubernetes.io/no-provisioner", "WaitForFirstConsumer"));
+    api.create(volume("a-on-n1", "fast", "Retain", Some("n1")));
+    api.create(volume("b-on-n2", "fast", "Retain", Some("n2")));
+    api.create(claim("fast"));
+    api.until_true("the claim to wait", |api| event(api, "WaitForFirstConsumer")).await;
+    assert!(has(&api, CLAIMS, "default", "data", "/status/phase", "Pending"));
+    api.create(pod("first", "n2"));
+    bound(&api, "b-on-n2").await;
+}
+
+#[tokio::test]
+async fn a_claim_without_a_volume_is_marked_for_the_provisioner_of_its_class() {
+    let (api, _stop) = cluster();
+    api.create(class("disks.example.com", "WaitForFirstConsumer"));
+    api.create(claim("fast"));
+    api.until_true("the claim to wait", |api| event(api, "WaitForFirstConsumer")).await;
+    let marks = api.get(CLAIMS, "default", "data").unwrap()["metadata"]["annotations"].clone();
+    assert!(!marks.to_string().contains("storage-provisioner"), "nobody needs it yet: {marks}");
+    api.edit(CLAIMS, "default", "data", |claim| {
+        claim["metadata"]["annotations"] = json!({"volume.kubernetes.io/selected-node": "n1"});
+    });
+    let marked = |claim: &Value| {
+        let marks = &claim["metadata"]["annotations"];
+        marks["volume.kubernetes.io/storage-provisioner"] == "disks.example.com"
+            && marks["volume.beta.kubernetes.io/storage-provisioner"] == "disks.example.com"
+            && marks["volume.kubernetes.io/selected-node"] == "n1"
+    };
+    api.until_true("the marks", |api| api.get(CLAIMS, "default", "data").is_some_and(|claim| marked(&claim))).await;
+    api.until_true("the event", |api| event(api, "ExternalProvisioning")).await;
+    // The provisioner answers.
+    let uid = api.get(CLAIMS, "default", "data").unwrap()["metadata"]["uid"].clone();
+    let mut made = volume("made", "fast", "Delete", None);
+    made["spec"]["claimRef"] = json!({"namespace": "default", "name": "data", "uid": uid});
+    made["metadata"]["annotations"] = json!({"pv.kubernetes.io/provisioned-by": "disks.example.com"});
+    api.create(made);
+    bound(&api, "made").await;
+    // And it is the one to delete it.
+    api.delete(CLAIMS, "default", "data", json!({}));
+    api.until_true("release", |api| has(api, VOLUMES, "", "made", "/status/phase", "Released")).await;
+    assert!(!event(&api, "VolumeFailedDelete"));
+}
+
+#[tokio::test]
+async fn a_claim_in_use_and_a_bound_volume_do_not_go() {
+    let (api, _stop) = cluster();
+    api.create(volume("disk", "", "Retain", None));
+    api.create(claim(""));
+    bound(&api, "disk").await;
+    api.create(pod("user", "n1"));
+    api.until_true("protection", |api| {
+        api.get(CLAIMS, "default", "data").is_some_and(|claim| protected(&claim))
+            && api.get(VOLUMES, "", "disk").is_some_and(|volume| protected(&volume))
+    })
+    .await;
+    api.delete(CLAIMS, "default", "data", json!({}));
+    api.delete(VOLUMES, "", "disk", json!({}));
+    let going = |api: &FakeApi, resource: &str, namespace: &str, name: &str| {
+        api.get(resource, namespace, name)
+            .is_some_and(|object| !text(&object, "/metadata/deletionTimestamp").is_empty())
+    };
+    assert!(going(&api, CLAIMS, "default", "data") && going(&api, VOLUMES, "", "disk"));
+    api.edit("pods", "default", "user", |pod| pod["status"]["phase"] = json!("Succeeded"));
+    api.until_true("both to go", |api| {
+        api.get(CLAIMS, "default", "data").is_none() && api.get(VOLUMES, "", "disk").is_none()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_volume_that_nobody_can_delete_says_so_and_a_lost_claim_too() {
+    let (api, _stop) = cluster();
+    api.create(volume("disk", "", "Delete", None));
+    api.create(claim(""));
+    bound(&api, "disk").await;
+    api.edit(VOLUMES, "", "disk", |volume| volume["metadata"]["finalizers"] = json!([]));
+    api.delete(CLAIMS, "default", "data", json!({}));
+    api.until_true("the failure", |api| has(api, VOLUMES, "", "disk", "/status/phase", "Failed")).await;
+    let message = text(&api.get(VOLUMES, "", "disk").unwrap(), "/status/message").to_owned();
+    assert!(message.contains("no deletable volume plugin matched"), "{message}");
+    api.until_true("the event", |api| event(api, "VolumeFailedDelete")).await;
+
+    let mut lost = claim("");
+    lost["spec"]["volumeName"] = json!("never-was");
+    lost["status"]["phase"] = json!("Bound");
+    api.create(lost);
+    api.until_true("the loss", |api| has(api, CLAIMS, "default", "data", "/status/phase", "Lost")).await;
+    api.until_true("the event", |api| event(api, "ClaimLost")).await;
+}
+
+#[tokio::test]
+async fn a_volume_follows_its_pod_from_node_to_node() {
+    let (api, _stop) = cluster();
+    api.create(volume("disk", "", "Retain", None));
+    api.create(claim(""));
+    bound(&api, "disk").await;
+    api.create(pod("first", "n1"));
+    let of = |api: &FakeApi, node: &str| {
+        api.list(ATTACHMENTS).into_iter().find(|attachment| text(attachment, "/spec/nodeName") == node)
+    };
+    let first = api.until("an attachment", |api| of(api, "n1")).await;
+    assert_eq!(text(&first, "/spec/attacher"), "disks.example.com");
+    assert_eq!(text(&first, "/spec/source/persistentVolumeName"), "disk");
+    let name = text(&first, "/metadata/name").to_owned();
+    assert_eq!(name.len(), "csi-".len() + 64);
+    api.edit(ATTACHMENTS, "", &name, |attachment| attachment["status"] = json!({"attached": true}));
+    let in_status = "kubernetes.io/csi/disks.example.com^disk";
+    api.until_true("the node's status", |api| has(api, "nodes", "", "n1", "/status/volumesAttached/0/name", in_status))
+        .await;
+    api.until_true("the event", |api| event(api, "SuccessfulAttachVolume")).await;
+    api.edit("nodes", "", "n1", |node| node["status"]["volumesInUse"] = json!([in_status]));
+
+    // The first pod is over, but its node still has the volume mounted; the second one waits.
+    api.edit("pods", "default", "first", |pod| pod["status"]["phase"] = json!("Failed"));
+    api.create(pod("second", "n2"));
+    api.until_true("the wait", |api| event(api, "FailedAttachVolume")).await;
+    assert!(of(&api, "n1").is_some() && of(&api, "n2").is_none());
+    api.edit("nodes", "", "n1", |node| node["status"]["volumesInUse"] = json!([]));
+    api.until_true("the move", |api| of(api, "n1").is_none() && of(api, "n2").is_some()).await;
+}
+
+#[tokio::test]
+async fn a_driver_that_does_not_attach_is_not_asked_to() {
+    let (api, _stop) = cluster();
+    api.create(
+        json!({"kind": "CSIDriver", "metadata": {"name": "disks.example.com"}, "spec": {"attachRequired": false}}),
+    );
+    api.create(
+        json!({"kind": "CSIDriver", "metadata": {"name": "other.example.com"}, "spec": {"attachRequired": true}}),
+    );
+    api.create(volume("disk", "", "Retain", None));
+    api.create(claim(""));
+    bound(&api, "disk").await;
+    let mut other = volume("other", "other", "Retain", None);
+    other["spec"]["csi"]["driver"] = json!("other.example.com");
+    api.create(other);
+    let mut second = claim("other");
+    second["metadata"]["name"] = json!("more");
+    api.create(second);
+    api.until_true("the other claim", |api| has(api, CLAIMS, "default", "more", "/status/phase", "Bound")).await;
+    let mut both = pod("user", "n1");
+    both["spec"]["volumes"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({"name": "w", "persistentVolumeClaim": {"claimName": "more"}}));
+    api.create(both);
+    api.until_true("the other's attachment", |api| !api.list(ATTACHMENTS).is_empty()).await;
+    let attachers: Vec<Value> = api.list(ATTACHMENTS).iter().map(|a| a["spec"]["attacher"].clone()).collect();
+    assert_eq!(attachers, ["other.example.com"]);
+}
