@@ -195,6 +195,46 @@ async fn a_pods_own_volume_is_published_without_staging_and_read_only_where_aske
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_raw_device_reaches_the_container_and_is_taken_down() {
+    let node = Node::start(&["app:1"]).await;
+    describe_driver(&node, json!({"attachRequired": false}));
+    let mut source = csi_source();
+    source["volumeMode"] = json!("Block");
+    bound(&node, source, "1Gi");
+    let driver = driver_of(&node).await;
+    let mut pod = with_claim();
+    // First as it must not be used.
+    node.create(pod.clone());
+    node.wait_for_event("FailedMount").await;
+    let messages: Vec<String> = node.api.all("/events/").iter().map(|event| event["message"].to_string()).collect();
+    let expected = "volume v has volumeMode Block, but is specified in volumeMounts";
+    assert!(messages.iter().any(|message| message.contains(expected)), "{messages:?}");
+    node.api.delete_gracefully(POD, 1);
+    gone(&node).await;
+    pod["metadata"]["uid"] = json!("pod-uid-2");
+    pod["spec"]["containers"][0]["volumeMounts"] = json!(null);
+    pod["spec"]["containers"][0]["volumeDevices"] = json!([{"name": "v", "devicePath": "/dev/xvda"}]);
+    node.create(pod);
+    node.api.wait(POD, "Ready", ready).await;
+    assert_eq!(driver.wait_for("stage"), "stage disk-1 0");
+    assert_eq!(driver.wait_for("publish"), "publish disk-1");
+    let device = {
+        let world = node.runtime.world.lock().unwrap();
+        world.containers.last().expect("a container").config.devices[0].clone()
+    };
+    assert_eq!((device.container_path.as_str(), device.permissions.as_str()), ("/dev/xvda", "mrw"));
+    let published = node.dir.path().join("kubelet/plugins/kubernetes.io/csi/volumeDevices/publish/pv-1/pod-uid-2");
+    assert_eq!(PathBuf::from(&device.host_path), published);
+    assert!(published.exists());
+    node.api.delete_gracefully(POD, 1);
+    gone(&node).await;
+    assert_eq!(driver.wait_for("unpublish"), "unpublish disk-1");
+    assert_eq!(driver.wait_for("unstage"), "unstage disk-1");
+    assert!(!node.dir.path().join("kubelet/pods/pod-uid-2").exists());
+    assert!(!published.parent().unwrap().exists());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_local_volume_is_the_nodes_own_directory() {
     let node = Node::start(&["app:1"]).await;
     let disk = node.dir.path().join("disk");

@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::storage::v1::CSIDriverSpec;
 use oarlock_proto::csi;
 use oarlock_proto::csi::volume_capability::access_mode::Mode;
-use oarlock_proto::csi::volume_capability::{AccessMode, AccessType, MountVolume};
+use oarlock_proto::csi::volume_capability::{AccessMode, AccessType, BlockVolume, MountVolume};
 
 use crate::client::{Abilities, Ability};
 use crate::resolve::DriverVolume;
@@ -32,6 +32,9 @@ pub(crate) fn group(pod: &Pod, volume: &DriverVolume, driver: &CSIDriverSpec, ab
         Some("File") => true,
         _ => !volume.fs_type.is_empty() && volume.access_modes.iter().any(single),
     };
+    if volume.block {
+        return Group::None;
+    }
     if abilities.can(Ability::VolumeMountGroup) {
         return Group::Mounted(gid);
     }
@@ -55,10 +58,11 @@ pub(crate) fn capability(volume: &DriverVolume, abilities: &Abilities, group: Gr
             _ => String::new(),
         },
     };
-    csi::VolumeCapability {
-        access_type: Some(AccessType::Mount(mount)),
-        access_mode: Some(AccessMode { mode: mode as i32 }),
-    }
+    let access = match volume.block {
+        true => AccessType::Block(BlockVolume {}),
+        false => AccessType::Mount(mount),
+    };
+    csi::VolumeCapability { access_type: Some(access), access_mode: Some(AccessMode { mode: mode as i32 }) }
 }
 
 /// The volume's attributes, with those of the pod where the driver asks for them.

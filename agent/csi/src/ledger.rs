@@ -13,6 +13,8 @@ use crate::resolve::{DriverVolume, sha256};
 
 const RECORD: &str = "vol_data.json";
 const PLUGIN: &str = "kubernetes.io~csi";
+/// Where a pod's volumes are, and its devices.
+const KINDS: &[&str] = &["volumes", "volumeDevices"];
 
 /// What must be known to take a volume down.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +73,13 @@ impl Ledger {
         Place { target: dir.join("mount"), dir }
     }
 
+    /// A device has its record with the pod, and its place where drivers may make one.
+    pub(crate) fn published_device(&self, pod: &str, name: &str) -> Place {
+        let dir = self.root.join("pods").join(pod).join("volumeDevices").join(PLUGIN).join(name);
+        let target = self.root.join("plugins/kubernetes.io/csi/volumeDevices/publish").join(name).join(pod);
+        Place { dir, target }
+    }
+
     pub(crate) fn staged(&self, record: &Record) -> Place {
         let dir = self.root.join("plugins/kubernetes.io/csi").join(&record.driver_name);
         let dir = dir.join(sha256(&record.volume_handle));
@@ -80,13 +89,16 @@ impl Ledger {
     /// Pods that have something here.
     pub(crate) fn pods(&self) -> Vec<String> {
         let pods = names(&self.root.join("pods"));
-        pods.into_iter().filter(|pod| self.root.join("pods").join(pod).join("volumes").join(PLUGIN).is_dir()).collect()
+        let has =
+            |pod: &String| KINDS.iter().any(|kind| self.root.join("pods").join(pod).join(kind).join(PLUGIN).is_dir());
+        pods.into_iter().filter(has).collect()
     }
 
     /// The volumes of a pod, with their records; a directory without one was made and never used.
     pub(crate) fn of_pod(&self, pod: &str) -> Vec<(Place, Option<Record>)> {
-        let names = names(&self.root.join("pods").join(pod).join("volumes").join(PLUGIN));
-        let places = names.into_iter().map(|name| self.published(pod, &name));
+        let below = |kind: &str| names(&self.root.join("pods").join(pod).join(kind).join(PLUGIN)).into_iter();
+        let volumes = below("volumes").map(|name| self.published(pod, &name));
+        let places = volumes.chain(below("volumeDevices").map(|name| self.published_device(pod, &name)));
         places.map(|place| (place.clone(), read(&place))).collect()
     }
 
@@ -115,9 +127,11 @@ impl Ledger {
     /// Removes a pod's directories where nothing is left in them.
     pub(crate) fn tidy(&self, pod: &str) {
         let pod = self.root.join("pods").join(pod);
-        for dir in [pod.join("volumes").join(PLUGIN), pod.join("volumes"), pod] {
-            let _ = std::fs::remove_dir(dir);
+        for kind in KINDS {
+            let _ = std::fs::remove_dir(pod.join(kind).join(PLUGIN));
+            let _ = std::fs::remove_dir(pod.join(kind));
         }
+        let _ = std::fs::remove_dir(pod);
     }
 }
 
@@ -140,7 +154,13 @@ pub fn abandon(kubelet_dir: &Path, node: &str) -> Vec<String> {
         if let Err(error) = forget(&place) {
             problems.push(error.to_string());
         }
-        let _ = place.dir.parent().map(std::fs::remove_dir);
+        for above in [place.dir.parent(), place.target.parent()].into_iter().flatten() {
+            let _ = std::fs::remove_dir(above);
+        }
+    }
+    let devices = kubelet_dir.join("plugins/kubernetes.io/csi/volumeDevices");
+    for empty in [devices.join("publish"), devices] {
+        let _ = std::fs::remove_dir(empty);
     }
     pods.iter().for_each(|pod| ledger.tidy(pod));
     problems
@@ -184,7 +204,12 @@ pub(crate) fn forget(place: &Place) -> Result<(), CsiError> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(CsiError::io("remove", path, error)),
         _ => Ok(()),
     };
-    gone(std::fs::remove_dir(&place.target), &place.target)?;
+    // A device's place is an empty file where the driver has made one.
+    let removed = match std::fs::symlink_metadata(&place.target) {
+        Ok(meta) if meta.is_file() && meta.len() == 0 => std::fs::remove_file(&place.target),
+        _ => std::fs::remove_dir(&place.target),
+    };
+    gone(removed, &place.target)?;
     for name in [RECORD, ".vol_data.new"] {
         let path = place.dir.join(name);
         gone(std::fs::remove_file(&path), &path)?;

@@ -20,6 +20,11 @@ pub(crate) enum Origin {
         read_only: bool,
         group: bool,
     },
+    /// A block device of the node itself.
+    Device {
+        path: PathBuf,
+        read_only: bool,
+    },
 }
 
 /// A volume that a driver has.
@@ -30,6 +35,8 @@ pub(crate) struct DriverVolume {
     /// The persistent volume's name, or the pod's for a volume of the pod's own.
     pub name: String,
     pub ephemeral: bool,
+    /// A raw block device rather than a file system.
+    pub block: bool,
     pub read_only: bool,
     pub fs_type: String,
     pub attributes: BTreeMap<String, String>,
@@ -116,18 +123,20 @@ pub(crate) fn of_volume(
     if claimed != claim.metadata.uid.as_deref() {
         return Err(format!("PV {name}'s claimRef points to wrong PVC"));
     }
-    if spec.volume_mode.as_deref() == Some("Block") {
-        return Err(format!("PV {name} is a raw block device, which this node does not support"));
-    }
+    let block = spec.volume_mode.as_deref() == Some("Block");
     let read_only = volume.persistent_volume_claim.as_ref().and_then(|source| source.read_only).unwrap_or(false);
     if let Some(source) = &spec.csi {
         let driver = of_driver(&name, source, &spec, claim, read_only);
         return Ok(Origin::Driver(Box::new(driver)));
     }
     if let Some(local) = &spec.local {
-        return Ok(Origin::Directory { path: local.path.clone().into(), read_only, group: true });
+        let path = local.path.clone().into();
+        return Ok(match block {
+            true => Origin::Device { path, read_only },
+            false => Origin::Directory { path, read_only, group: true },
+        });
     }
-    if let Some(host) = &spec.host_path {
+    if let Some(host) = spec.host_path.as_ref().filter(|_| !block) {
         return Ok(Origin::Directory { path: host.path.clone().into(), read_only, group: false });
     }
     Err(format!("PV {name} is of a kind that this node does not support"))
@@ -149,6 +158,7 @@ fn of_driver(
         handle: source.volume_handle.clone(),
         name: name.to_owned(),
         ephemeral: false,
+        block: spec.volume_mode.as_deref() == Some("Block"),
         read_only: read_only || source.read_only.unwrap_or(false),
         fs_type: source.fs_type.clone().unwrap_or_default(),
         attributes: source.volume_attributes.clone().unwrap_or_default(),
@@ -160,6 +170,36 @@ fn of_driver(
         claim: claim.metadata.namespace.clone().zip(claim.metadata.name.clone()),
         claim_capacity: storage(claim.status.as_ref().and_then(|status| status.capacity.as_ref())),
         volume_capacity: storage(spec.capacity.as_ref()),
+    }
+}
+
+impl Origin {
+    fn is_block(&self) -> bool {
+        match self {
+            Origin::Driver(volume) => volume.block,
+            Origin::Directory { .. } => false,
+            Origin::Device { .. } => true,
+        }
+    }
+
+    /// A device is no file system to mount, and the other way round.
+    pub(crate) fn refuse_wrong_use(&self, pod: &Pod, name: &str) -> Result<(), CsiError> {
+        let spec = pod.spec.iter();
+        let containers = spec.flat_map(|spec| spec.init_containers.iter().flatten().chain(&spec.containers));
+        let (mut mounted, mut as_device) = (false, false);
+        for container in containers {
+            mounted |= container.volume_mounts.iter().flatten().any(|mount| mount.name == name);
+            as_device |= container.volume_devices.iter().flatten().any(|device| device.name == name);
+        }
+        match self.is_block() {
+            true if mounted => {
+                Err(CsiError::Refused(format!("volume {name} has volumeMode Block, but is specified in volumeMounts")))
+            }
+            false if as_device => Err(CsiError::Refused(format!(
+                "volume {name} has volumeMode Filesystem, but is specified in volumeDevices"
+            ))),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -227,6 +267,42 @@ mod tests {
             panic!("a driver's volume")
         };
         assert_eq!((found.handle.as_str(), found.fs_type.as_str(), to_grow(&found)), ("h", "ext4", Some(2 << 30)));
+    }
+
+    #[test]
+    fn a_device_is_not_mounted_and_a_file_system_is_no_device() {
+        let volume: Volume =
+            serde_json::from_value(json!({"name": "v", "persistentVolumeClaim": {"claimName": "c"}})).unwrap();
+        let origin = |mode: &str, source: serde_json::Value| {
+            let mut spec = json!({"claimRef": {"uid": "cu"}, "volumeMode": mode});
+            spec.as_object_mut().unwrap().extend(source.as_object().unwrap().clone());
+            let found = serde_json::from_value(json!({"metadata": {"name": "pv"}, "spec": spec})).unwrap();
+            of_volume(&volume, &claim(json!({})), &found)
+        };
+        let csi = json!({"csi": {"driver": "d.io", "volumeHandle": "h"}});
+        let local = json!({"local": {"path": "/dev/sdx"}});
+        let with = |field: &str| -> Pod {
+            serde_json::from_value(json!({"spec": {"containers": [{"name": "c", field: [
+                {"name": "v", "mountPath": "/x", "devicePath": "/dev/x"}]}]}}))
+            .unwrap()
+        };
+        let used = |origin: &Origin, field: &str| origin.refuse_wrong_use(&with(field), "v").map_err(|e| e.to_string());
+        for (source, device) in [(&csi, false), (&local, true)] {
+            let block = origin("Block", source.clone()).unwrap();
+            assert_eq!(matches!(block, Origin::Device { .. }), device);
+            assert!(used(&block, "volumeDevices").is_ok());
+            assert_eq!(
+                used(&block, "volumeMounts"),
+                Err("volume v has volumeMode Block, but is specified in volumeMounts".to_owned())
+            );
+            let files = origin("Filesystem", source.clone()).unwrap();
+            assert!(used(&files, "volumeMounts").is_ok());
+            assert_eq!(
+                used(&files, "volumeDevices"),
+                Err("volume v has volumeMode Filesystem, but is specified in volumeDevices".to_owned())
+            );
+        }
+        assert!(origin("Block", json!({"hostPath": {"path": "/x"}})).is_err());
     }
 
     #[test]

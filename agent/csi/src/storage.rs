@@ -8,6 +8,7 @@
 //! Every step may be repeated. What runs at one time for one volume waits for each other.
 
 use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -115,7 +116,16 @@ impl Storage {
     async fn bring(&self, pod: &Pod, volume: &Volume, again: bool) -> Result<(), CsiError> {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         let key = (uid.clone(), volume.name.clone());
-        let ready = match self.origin(pod, volume).await? {
+        let origin = self.origin(pod, volume).await?;
+        origin.refuse_wrong_use(pod, &volume.name)?;
+        let ready = match origin {
+            Origin::Device { path, read_only } => {
+                let there = tokio::fs::metadata(&path).await.map_err(|error| CsiError::io("use", &path, error))?;
+                if !there.file_type().is_block_device() {
+                    return Err(CsiError::Refused(format!("{} is not a block device", path.display())));
+                }
+                Ready { path, read_only, volume: None }
+            }
             Origin::Directory { path, read_only, group } => {
                 let there = tokio::fs::metadata(&path).await.map_err(|error| CsiError::io("use", &path, error))?;
                 if !there.is_dir() {
@@ -144,7 +154,10 @@ impl Storage {
         let record = Record::of(&volume, self.cluster.node_name());
         let turn = self.turn(&record);
         let _turn = turn.lock().await;
-        let place = self.ledger.published(uid, &volume.name);
+        let place = match volume.block {
+            true => self.ledger.published_device(uid, &volume.name),
+            false => self.ledger.published(uid, &volume.name),
+        };
         let republish = spec.requires_republish == Some(true);
         let (target, there) = (place.target.clone(), again);
         let mounted = blocking(move || {
@@ -184,7 +197,13 @@ impl Storage {
         }
         // The pod's record comes first: it keeps the staged volume from being taken down meanwhile.
         let (own, kept) = ((*place).clone(), (*record).clone());
-        blocking(move || ledger::note(&own, &kept)).await?;
+        blocking(move || {
+            ledger::note(&own, &kept)?;
+            // The driver makes the last part of the path itself.
+            let above = own.target.parent().unwrap_or(&own.dir).to_owned();
+            std::fs::create_dir_all(&above).map_err(|error| CsiError::io("create", &above, error))
+        })
+        .await?;
         let mut staging = String::new();
         if !volume.ephemeral && abilities.can(Ability::StageUnstageVolume) {
             let staged = self.ledger.staged(record);
@@ -345,7 +364,14 @@ impl Storage {
             _ => {}
         }
         let own = place.clone();
-        blocking(move || ledger::forget(&own)).await?;
+        blocking(move || {
+            ledger::forget(&own)?;
+            // Of a device, the directory that it shared with those of other pods.
+            let above = own.target.parent().filter(|above| **above != own.dir);
+            let _ = above.map(std::fs::remove_dir);
+            Ok(())
+        })
+        .await?;
         if record.volume_lifecycle_mode != "Ephemeral" && abilities.can(Ability::StageUnstageVolume) {
             self.unstage_unused(&driver, record).await?;
         }

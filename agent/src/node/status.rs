@@ -174,7 +174,6 @@ pub(crate) fn node_status(fixed: &Fixed<'_>, health: &Health, last: Option<&Node
             system_uuid: identity.system_uuid.clone(),
             swap: Some(NodeSwapStatus { capacity: Some(identity.swap_bytes).filter(|bytes| *bytes > 0) })
                 .filter(|swap| swap.capacity.is_some()),
-            ..Default::default()
         }),
         ..Default::default()
     }

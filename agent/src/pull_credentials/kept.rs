@@ -28,6 +28,12 @@ pub(super) struct Login {
     pub password: String,
 }
 
+impl std::fmt::Debug for Login {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Login").field("pattern", &self.pattern).finish_non_exhaustive()
+    }
+}
+
 /// Answers and until when.
 #[derive(Default)]
 pub(super) struct Kept {

@@ -17,6 +17,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 const MOST_BYTES: u64 = 1 << 20;
 
 /// What a plugin said.
+#[derive(Debug)]
 pub(super) struct Answer {
     pub scope: Scope,
     /// None leaves it to the configuration.
@@ -130,7 +131,7 @@ mod tests {
         let good = format!(
             r#"{{"kind":"CredentialProviderResponse","apiVersion":"{VERSION}","cacheKeyType":"Registry","cacheDuration":"6h0m0s","auth":{{"r.io":{{"username":"u","password":"p"}}}}}}"#
         );
-        let answer = parse(good.as_bytes(), VERSION).ok().expect("an answer");
+        let answer = parse(good.as_bytes(), VERSION).expect("an answer");
         assert_eq!((answer.scope, answer.keep), (Scope::Registry, Some(Duration::from_secs(21_600))));
         assert_eq!(answer.logins[0].username, "u");
         for (from, to) in
@@ -139,7 +140,7 @@ mod tests {
             assert!(parse(good.replace(from, to).as_bytes(), VERSION).is_err(), "{from}");
         }
         let none = good.split(",\"cacheDuration").next().unwrap().to_owned() + "}";
-        let answer = parse(none.as_bytes(), VERSION).ok().expect("an answer");
+        let answer = parse(none.as_bytes(), VERSION).expect("an answer");
         assert!(answer.keep.is_none() && answer.logins.is_empty());
     }
 }

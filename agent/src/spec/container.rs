@@ -18,6 +18,8 @@ pub(crate) struct ContainerFacts {
     pub image_user: security::ImageUser,
     pub env: Vec<(String, String)>,
     pub mounts: Vec<cri::Mount>,
+    /// Volumes that are block devices.
+    pub devices: Vec<cri::Device>,
     pub node: resources::NodeLimits,
     /// What the container has of the node for itself.
     pub assigned: Assigned,
@@ -64,7 +66,7 @@ pub(crate) fn container_config(
             .map(|(key, value)| cri::KeyValue { key: key.clone(), value: value.clone().into() })
             .collect(),
         mounts: facts.mounts,
-        devices: Vec::new(),
+        devices: facts.devices,
         labels: labels(pod, container),
         annotations: annotations(pod, container, facts.restart_count),
         log_path: format!("{}/{}.log", container.name, facts.restart_count),
@@ -154,6 +156,7 @@ mod tests {
             image_user: Default::default(),
             env: vec![("A".into(), "1".into())],
             mounts: Vec::new(),
+            devices: Vec::new(),
             node: resources::NodeLimits {
                 memory_bytes: 1 << 30,
                 cpu_period_us: Some(100_000),

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Container;
+use k8s_openapi::api::core::v1::{Container, VolumeDevice};
 use oarlock_proto::cri;
 
 use super::actions::{Job, failed};
@@ -61,6 +61,7 @@ impl Job {
             image_user: image_user.map_err(config_error)?,
             env,
             mounts,
+            devices: self.block_devices(container).map_err(config_error)?,
             node: shared.node_limits(),
             assigned,
             seccomp_default: shared.config.seccomp_default,
@@ -221,6 +222,21 @@ impl Job {
             mounts.push(self.message_mount(container, message_path).await?);
         }
         Ok(mounts)
+    }
+
+    /// The container's volumeDevices.
+    fn block_devices(&self, container: &Container) -> Result<Vec<cri::Device>, String> {
+        let wanted = container.volume_devices.iter().flatten();
+        let one = |device: &VolumeDevice| {
+            let found = self.shared.volumes.device(&self.pod, &device.name);
+            let (path, read_only) = found.map_err(|error| error.full_message())?;
+            Ok(cri::Device {
+                container_path: device.device_path.clone(),
+                host_path: text(&path),
+                permissions: if read_only { "r" } else { "mrw" }.to_owned(),
+            })
+        };
+        wanted.map(one).collect()
     }
 
     /// The pod's hosts file, the agent's own, made anew for each container start.

@@ -88,6 +88,12 @@ impl Node for Driver {
         let request = request.into_inner();
         self.called("publish", &request.volume_id)?;
         let target = Path::new(&request.target_path);
+        let capability = request.volume_capability.clone().unwrap_or_default();
+        if matches!(capability.access_type, Some(csi::volume_capability::AccessType::Block(_))) {
+            // Stands for the device; the directory above it has to be there.
+            std::fs::write(target, "").map_err(broken)?;
+            return Ok(Response::new(csi::NodePublishVolumeResponse {}));
+        }
         std::fs::create_dir_all(target).map_err(broken)?;
         let mut context: Vec<_> = request.volume_context.iter().map(|(k, v)| format!("{k}={v}")).collect();
         context.sort();
@@ -103,7 +109,8 @@ impl Node for Driver {
     ) -> Answer<csi::NodeUnpublishVolumeResponse> {
         let request = request.into_inner();
         self.called("unpublish", &request.volume_id)?;
-        let _ = std::fs::remove_dir_all(&request.target_path);
+        let target = Path::new(&request.target_path);
+        let _ = if target.is_file() { std::fs::remove_file(target) } else { std::fs::remove_dir_all(target) };
         Ok(Response::new(csi::NodeUnpublishVolumeResponse {}))
     }
 

@@ -193,6 +193,14 @@ impl VolumeManager {
         blocking("binding a subPath", move || place.bind_sub_path(&base, &sub_path, &target)).await
     }
 
+    /// The block device of the node behind a volume that is one, and whether it may only be read.
+    pub fn device(&self, pod: &Pod, volume: &str) -> Result<(PathBuf, bool), VolumeError> {
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        let missing = || VolumeError::Storage { message: format!("volume {volume:?} is not set up") };
+        let path = self.external.path(uid, volume).ok_or_else(missing)?;
+        Ok((path, self.external.read_only(uid, volume)))
+    }
+
     /// Reads a file that a container may have left in an emptyDir, without following it anywhere else. None when there is none.
     pub async fn read_file(
         &self,

@@ -31,7 +31,9 @@ pub(crate) fn used_volumes(pod: &Pod) -> Result<Vec<&Volume>, VolumeError> {
     let Some(spec) = &pod.spec else { return Ok(Vec::new()) };
     let ephemeral = spec.ephemeral_containers.iter().flatten().flat_map(|c| c.volume_mounts.iter().flatten());
     let mounts = containers(pod).flat_map(|c| c.volume_mounts.iter().flatten()).chain(ephemeral);
-    let names: BTreeSet<&str> = mounts.map(|mount| mount.name.as_str()).collect();
+    let devices = containers(pod).flat_map(|c| c.volume_devices.iter().flatten());
+    let names = mounts.map(|mount| mount.name.as_str()).chain(devices.map(|device| device.name.as_str()));
+    let names: BTreeSet<&str> = names.collect();
     let volumes: Vec<&Volume> =
         spec.volumes.iter().flatten().filter(|volume| names.contains(volume.name.as_str())).collect();
     match names.iter().find(|name| volumes.iter().all(|volume| volume.name != **name)) {
