@@ -1,7 +1,9 @@
 //! The objects every cluster has from its first second: put in place at start, in one transaction.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use oarlock_kinds::Kind;
 use oarlock_store::{Expect, Op, Store};
 use serde_json::{Value, json};
@@ -120,8 +122,32 @@ fn address_objects(config: &Config) -> Vec<Value> {
             "metadata": {"name": "extension-apiserver-authentication", "namespace": "kube-system"},
             "data": {"client-ca-file": authority},
         }));
+        objects.push(cluster_info(config, &authority));
+    }
+    if let Some(text) = &config.node_configuration {
+        objects.push(json!({
+            "apiVersion": "v1", "kind": "ConfigMap",
+            "metadata": {"name": policy::NODE_CONFIGURATION, "namespace": "kube-system"},
+            "data": {"config.yaml": text},
+        }));
     }
     objects
+}
+
+/// Where the cluster is and by which authority it is known, in upstream's form: a kubeconfig that names nobody.
+fn cluster_info(config: &Config, authority: &str) -> Value {
+    let server = SocketAddr::new(config.advertise_address, config.listen.port());
+    let kubeconfig = json!({
+        "apiVersion": "v1", "kind": "Config",
+        "clusters": [{"name": "", "cluster": {
+            "server": format!("https://{server}"), "certificate-authority-data": STANDARD.encode(authority),
+        }}],
+        "contexts": null, "current-context": "", "preferences": {}, "users": null,
+    });
+    json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "cluster-info", "namespace": "kube-public"},
+        "data": {"kubeconfig": kubeconfig.to_string()},
+    })
 }
 
 fn plan(store: &dyn Store, mut object: Value, update: bool, ops: &mut Vec<Op>) {

@@ -42,6 +42,8 @@ pub struct Config {
     pub kubelet_client_key_file: PathBuf,
     /// Kubelet serving certificates must be signed by one of these, PEM.
     pub kubelet_ca_file: PathBuf,
+    /// What every node of the cluster is told alike, for those that join to read; None publishes nothing.
+    pub node_configuration: Option<String>,
     /// How long an Event is kept.
     pub event_ttl_seconds: u32,
 }
@@ -67,6 +69,7 @@ impl Default for Config {
             kubelet_client_cert_file: pki.join("apiserver-kubelet-client.crt"),
             kubelet_client_key_file: pki.join("apiserver-kubelet-client.key"),
             kubelet_ca_file: pki.join("ca.crt"),
+            node_configuration: None,
             event_ttl_seconds: 3600,
             data_dir,
         }

@@ -115,3 +115,20 @@ async fn claims_and_volumes_are_kept_and_a_node_sees_those_of_its_pods() {
     let own = json!({"metadata": {"name": "edge"}, "spec": {"drivers": []}});
     assert_eq!(node.post("/apis/storage.k8s.io/v1/csinodes", &own).await.code, 201);
 }
+
+#[tokio::test]
+async fn whoever_joins_learns_where_the_cluster_is_and_nothing_else() {
+    let fixture = Fixture::new().await;
+    let stranger = fixture.as_user("system:anonymous", &["system:unauthenticated"]);
+    let maps = "/api/v1/namespaces/kube-public/configmaps";
+    let info = stranger.get(&format!("{maps}/cluster-info")).await;
+    assert_eq!(info.code, 200, "{}", info.body);
+    let kubeconfig: Value =
+        serde_json::from_str(info.body["data"]["kubeconfig"].as_str().expect("text")).expect("a kubeconfig");
+    let cluster = &kubeconfig["clusters"][0]["cluster"];
+    assert!(cluster["server"].as_str().is_some_and(|server| server.starts_with("https://")), "{cluster}");
+    let authority = STANDARD.decode(cluster["certificate-authority-data"].as_str().expect("text")).expect("base64");
+    assert!(authority.starts_with(b"-----BEGIN CERTIFICATE-----"));
+    assert_eq!(stranger.get(maps).await.code, 403, "not the others");
+    assert_eq!(stranger.get("/api/v1/namespaces/kube-system/configmaps/oarlock-node-configuration").await.code, 403);
+}

@@ -23,6 +23,7 @@ async fn main() -> anyhow::Result<()> {
         balancer_pools: Vec::new(),
         balancer_class: String::new(),
         signing_ca_dir: None,
+        server_names: Vec::new(),
     };
     oarlock_controllers::Controllers::new(client, config).run(shutdown).await?;
     Ok(())

@@ -22,6 +22,7 @@ mod replicaset;
 mod root_ca;
 mod service_account;
 mod shared;
+mod token_cleaner;
 
 use ipnet::IpNet;
 use oarlock_machinery::Recorder;
@@ -44,6 +45,8 @@ pub struct Config {
     pub balancer_class: String,
     /// The directory of the authority that signs certificate requests; None signs none.
     pub signing_ca_dir: Option<std::path::PathBuf>,
+    /// Names and addresses that the API server is known by: no node gets a certificate to serve under one of them.
+    pub server_names: Vec<String>,
 }
 
 /// Why the controllers stopped.
@@ -105,8 +108,10 @@ impl Controllers {
         start("claims", claims::start(&shared, &stop));
         start("storage-protection", claims::protection::start(&shared, &stop));
         start("attachments", attachments::start(&shared, &stop));
+        start("tokencleaner", token_cleaner::start(&shared, &stop));
         if let Some(directory) = self.config.signing_ca_dir {
-            start("certificates", certificates::start(&shared, &stop, directory));
+            let names = self.config.server_names;
+            start("certificates", certificates::start(&shared, &stop, directory, names));
         }
         // Informers start last: every listener is in place and misses nothing.
         for (name, task) in shared.informer_tasks(&stop) {

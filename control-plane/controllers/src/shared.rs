@@ -8,7 +8,7 @@ use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Endpoints, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, Service, ServiceAccount,
+    ConfigMap, Endpoints, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod, Secret, Service, ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -18,7 +18,7 @@ use kube::{Api, Client};
 use oarlock_machinery::{Informer, Recorder};
 use tokio_util::sync::CancellationToken;
 
-use crate::pods;
+use crate::{pods, token_cleaner};
 
 /// A task of a controller.
 pub(crate) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -27,6 +27,9 @@ pub(crate) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub(crate) const ROOT_CA_NAME: &str = "kube-root-ca.crt";
 /// Where nodes renew their leases.
 pub(crate) const NODE_LEASE_NAMESPACE: &str = "kube-node-lease";
+/// Where bootstrap tokens are.
+pub(crate) const TOKEN_NAMESPACE: &str = "kube-system";
+const TOKEN_TYPE: &str = "bootstrap.kubernetes.io/token";
 
 pub(crate) struct Shared {
     pub client: Client,
@@ -52,6 +55,8 @@ pub(crate) struct Shared {
     pub classes: Arc<Informer<StorageClass>>,
     pub csi_drivers: Arc<Informer<CSIDriver>>,
     pub attachments: Arc<Informer<VolumeAttachment>>,
+    /// Only bootstrap tokens, without what they are.
+    pub tokens: Arc<Informer<Secret>>,
 }
 
 impl Shared {
@@ -87,6 +92,7 @@ impl Shared {
             classes: Informer::new(drop_last_applied),
             csi_drivers: Informer::new(drop_last_applied),
             attachments: Informer::new(|_| {}),
+            tokens: Informer::new(token_cleaner::trim),
         })
     }
 
@@ -94,6 +100,8 @@ impl Shared {
     pub fn informer_tasks(self: &Arc<Self>, stop: &CancellationToken) -> Vec<(&'static str, Task)> {
         let all = watcher::Config::default;
         let named_root_ca = all().fields(&format!("metadata.name={ROOT_CA_NAME}"));
+        let tokens: Api<Secret> = Api::namespaced(self.client.clone(), TOKEN_NAMESPACE);
+        let are_tokens = all().fields(&format!("type={TOKEN_TYPE}"));
         let leases: Api<Lease> = Api::namespaced(self.client.clone(), NODE_LEASE_NAMESPACE);
         macro_rules! task {
             ($name:literal, $informer:expr, $api:expr, $config:expr) => {{
@@ -122,6 +130,7 @@ impl Shared {
             task!("watch of storageclasses", self.classes, Api::all(client()), all()),
             task!("watch of csidrivers", self.csi_drivers, Api::all(client()), all()),
             task!("watch of volumeattachments", self.attachments, Api::all(client()), all()),
+            task!("watch of bootstrap tokens", self.tokens, tokens, are_tokens),
         ]
     }
 }

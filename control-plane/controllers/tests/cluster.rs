@@ -36,6 +36,7 @@ fn cluster() -> Cluster {
         balancer_pools: vec!["192.0.2.0/30".parse().unwrap()],
         balancer_class: "ours".to_owned(),
         signing_ca_dir: None,
+        server_names: Vec::new(),
     };
     let controllers = Controllers::new(api.client(), config);
     let token = stop.clone();

@@ -6,6 +6,9 @@ const READ: &[&str] = &["get", "list", "watch"];
 const WRITE: &[&str] = &["create", "delete", "deletecollection", "patch", "update"];
 const ALL: &[&str] = &["*"];
 
+/// The ConfigMap in `kube-system` with what every node of the cluster is told alike.
+pub(crate) const NODE_CONFIGURATION: &str = "oarlock-node-configuration";
+
 fn rule(verbs: &[&str], groups: &[&str], resources: &[&str]) -> Value {
     json!({"verbs": verbs, "apiGroups": groups, "resources": resources})
 }
@@ -45,7 +48,19 @@ pub(crate) fn namespaced_roles() -> Vec<Value> {
     let announcer = role(NAME, &[], vec![rule(&verbs, &["coordination.k8s.io"], &["leases"])]);
     let mut bound = namespaced(binding(NAME, NAME, &[("User", "system:kube-proxy")]), "RoleBinding", NAMESPACE);
     bound["roleRef"]["kind"] = "Role".into();
-    vec![namespaced(announcer, "Role", NAMESPACE), bound]
+    let one = |map: &str| json!({"verbs": ["get"], "apiGroups": [""], "resources": ["configmaps"], "resourceNames": [map]});
+    let read = |name: &str, namespace: &str, map: &str, groups: &[&str]| {
+        let subjects: Vec<(&str, &str)> = groups.iter().map(|group| ("Group", *group)).collect();
+        let mut bound = namespaced(binding(name, name, &subjects), "RoleBinding", namespace);
+        bound["roleRef"]["kind"] = "Role".into();
+        [namespaced(role(name, &[], vec![one(map)]), "Role", namespace), bound]
+    };
+    // Where the cluster is and by which authority it is known is public: whoever joins knows nothing yet.
+    let everybody = ["system:authenticated", "system:unauthenticated"];
+    let info = read("oarlock:cluster-info", "kube-public", "cluster-info", &everybody);
+    let nodes = ["system:bootstrappers", "system:nodes"];
+    let configuration = read("oarlock:node-configuration", NAMESPACE, NODE_CONFIGURATION, &nodes);
+    [namespaced(announcer, "Role", NAMESPACE), bound].into_iter().chain(info).chain(configuration).collect()
 }
 
 fn binding(name: &str, role: &str, subjects: &[(&str, &str)]) -> Value {
@@ -347,6 +362,12 @@ pub(crate) fn cluster_roles() -> Vec<Value> {
             certificate_rules("selfnodeclient"),
         ),
         role(
+            "system:certificates.k8s.io:certificatesigningrequests:selfnodeserver",
+            &[],
+            certificate_rules("selfnodeserver"),
+        ),
+        role("oarlock:certificatesigningrequests:nodeproxyclient", &[], certificate_rules("nodeproxyclient")),
+        role(
             "system:certificates.k8s.io:kube-apiserver-client-approver",
             &[],
             approver_rules("kubernetes.io/kube-apiserver-client"),
@@ -426,6 +447,16 @@ pub(crate) fn cluster_role_bindings() -> Vec<Value> {
         binding(
             "oarlock:node-autoapprove-certificate-rotation",
             "system:certificates.k8s.io:certificatesigningrequests:selfnodeclient",
+            &[("Group", "system:nodes")],
+        ),
+        binding(
+            "oarlock:node-autoapprove-serving",
+            "system:certificates.k8s.io:certificatesigningrequests:selfnodeserver",
+            &[("Group", "system:nodes")],
+        ),
+        binding(
+            "oarlock:node-autoapprove-proxy",
+            "oarlock:certificatesigningrequests:nodeproxyclient",
             &[("Group", "system:nodes")],
         ),
         binding("system:node-proxier", "system:node-proxier", &[("User", "system:kube-proxy")]),

@@ -1,8 +1,9 @@
-//! CertificateSigningRequests: approving those of kubelets for themselves, signing what is approved, and clearing away old ones.
+//! CertificateSigningRequests: approving those of nodes for themselves, signing what is approved, and clearing away old ones.
 //!
 //! `judge` says (purely) what each signer may sign; this part asks authorization, signs, and reports.
 
 mod judge;
+mod nodes;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,9 +28,23 @@ const CONCURRENCY: usize = 2;
 /// How long a certificate is good for unless it asks for less.
 const LONGEST: Duration = Duration::from_secs(365 * 86_400);
 
-/// Signs with the authority in `directory`.
-pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken, directory: PathBuf) -> Task {
+/// Signs with the authority in `directory`. `server_names` are those that no node serves under.
+pub(crate) fn start(
+    shared: &Arc<Shared>,
+    stop: &CancellationToken,
+    directory: PathBuf,
+    server_names: Vec<String>,
+) -> Task {
     let queue: Arc<WorkQueue<String>> = WorkQueue::new();
+    // What a node may serve under follows from its addresses, which it reports after it has asked.
+    let (on_node, known) = (queue.clone(), shared.clone());
+    shared.nodes.on_change(move |change| {
+        let user = format!("system:node:{}", change.object().name_any());
+        let waiting = known.signing_requests.list().into_iter().filter(|request| {
+            request.spec.username.as_deref() == Some(&user) && judge::decision(request) == Decision::Wanted
+        });
+        waiting.for_each(|request| on_node.add(request.name_any()));
+    });
     let on_request = queue.clone();
     shared.signing_requests.on_change(move |change| on_request.add(change.object().name_any()));
     let (shared, stop) = (shared.clone(), stop.clone());
@@ -44,12 +59,19 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken, directory: P
             Err(_) => return stop.cancelled().await,
         };
         shared.signing_requests.wait_synced().await;
-        let reconcile = |name| reconcile(shared.clone(), authority.clone(), name);
+        shared.nodes.wait_synced().await;
+        let server_names: Arc<[String]> = server_names.into();
+        let reconcile = |name| reconcile(shared.clone(), authority.clone(), server_names.clone(), name);
         queue::work("certificates", queue, CONCURRENCY, stop, reconcile).await;
     })
 }
 
-async fn reconcile(shared: Arc<Shared>, authority: Arc<Authority>, name: String) -> Result<Next, ApiError> {
+async fn reconcile(
+    shared: Arc<Shared>,
+    authority: Arc<Authority>,
+    server_names: Arc<[String]>,
+    name: String,
+) -> Result<Next, ApiError> {
     let Some(request) = shared.signing_requests.get("", &name) else { return Ok(Next::Done) };
     let api: Api<CertificateSigningRequest> = Api::all(shared.client.clone());
     let left = judge::time_left(&request, Timestamp::now());
@@ -64,7 +86,7 @@ async fn reconcile(shared: Arc<Shared>, authority: Arc<Authority>, name: String)
     match judge::decision(&request) {
         Decision::Over => later,
         Decision::Wanted => {
-            approve(&shared, &api, &request, signer).await?;
+            approve(&shared, &api, &request, signer, &server_names).await?;
             later
         }
         Decision::Approved => {
@@ -81,26 +103,33 @@ fn read(request: &CertificateSigningRequest) -> Option<(String, Asked)> {
     Some((pem, asked))
 }
 
-/// Approves a kubelet's request for a client certificate of its own, where authorization lets it.
+/// Approves a node's request for a certificate of its own, where authorization lets it.
 async fn approve(
     shared: &Shared,
     api: &Api<CertificateSigningRequest>,
     request: &CertificateSigningRequest,
     signer: Signer,
+    server_names: &[String],
 ) -> Result<(), ApiError> {
-    if signer != Signer::KubeletClient {
-        return Ok(());
-    }
     let Some((_, asked)) = read(request) else { return Ok(()) };
     if judge::refusal(signer, &asked, request.spec.usages.as_deref().unwrap_or_default()).is_some() {
         return Ok(());
     }
-    let own = request.spec.username.as_deref() == Some(asked.common_name.as_str());
-    let mut ways = vec![("nodeclient", "Auto approving kubelet client certificate after SubjectAccessReview.")];
-    if own {
-        ways.insert(0, ("selfnodeclient", "Auto approving self kubelet client certificate after SubjectAccessReview."));
-    }
-    for (subresource, message) in ways {
+    let user = request.spec.username.as_deref().unwrap_or_default();
+    let ways = match signer {
+        Signer::KubeletClient if user == asked.common_name => vec![nodes::SELF_CLIENT, nodes::CLIENT],
+        Signer::KubeletClient => vec![nodes::CLIENT],
+        Signer::Client if nodes::is_proxy_of_node(user, &asked) => vec![nodes::PROXY],
+        Signer::Client => return Ok(()),
+        Signer::KubeletServing => {
+            if let Some(why) = nodes::doubt_about_names(user, &asked, &shared.nodes.list(), server_names) {
+                tracing::debug!(request = request.name_any(), why, "a node's serving certificate waits for approval");
+                return Ok(());
+            }
+            vec![nodes::SELF_SERVER]
+        }
+    };
+    for nodes::Way { subresource, message } in ways {
         if may(shared, request, subresource).await? {
             let condition = json!({"type": "Approved", "status": "True", "reason": "AutoApproved", "message": message});
             let conditions = judge::with(request, condition);
