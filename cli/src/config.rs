@@ -4,16 +4,19 @@
 //! field is an error that names it.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use oarlock_agent::KubeletConfiguration;
 use serde::Deserialize;
 
+use crate::joined::Joined;
 use crate::layout::Layout;
+use crate::one_or_two::OneOrTwo;
 use crate::runtime_config::{ImageCollectionFile, NriFile, TracingFile};
 
 /// Where the configuration is looked for when no flag names a file.
@@ -62,6 +65,13 @@ pub(crate) struct ConfigFile {
     pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
     /// The port of the API server.
     pub(crate) api_port: Option<u16>,
+    /// Where the API server listens; on every IPv4 address by default, `::` is every address.
+    pub(crate) bind_address: Option<IpAddr>,
+    /// The address that nodes and pods reach the API server at; the node's by default.
+    pub(crate) advertise_address: Option<IpAddr>,
+    /// Further names and addresses that the API server's certificate is good for.
+    #[serde(rename = "tlsSANs")]
+    pub(crate) tls_sans: Vec<String>,
     /// The port of the agent's HTTPS server.
     pub(crate) agent_port: Option<u16>,
     /// The port of netproxy's health server.
@@ -143,6 +153,11 @@ pub(crate) struct Settings {
     pub(crate) node_tunnel: oarlock_netproxy::Tunnel,
     pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
     pub(crate) api_port: u16,
+    pub(crate) bind_address: IpAddr,
+    pub(crate) advertise_address: IpAddr,
+    pub(crate) tls_sans: Vec<String>,
+    /// The API server of the cluster that this machine has joined, as a URL; None where it has one of its own.
+    pub(crate) joined: Option<String>,
     pub(crate) agent_port: u16,
     pub(crate) proxy_health_port: u16,
     pub(crate) static_pod_dir: PathBuf,
@@ -165,26 +180,6 @@ pub(crate) struct Secondary {
     pub(crate) cluster_dns: IpAddr,
     /// The node's address of the family, if it has one.
     pub(crate) node_ip: Option<IpAddr>,
-}
-
-/// One value, or one of each address family with a comma between them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct OneOrTwo<T> {
-    first: T,
-    second: Option<T>,
-}
-
-impl<'de, T: std::str::FromStr<Err: std::fmt::Display>> Deserialize<'de> for OneOrTwo<T> {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let parse = |part: &str| {
-            part.trim().parse::<T>().map_err(|error| serde::de::Error::custom(format!("{part:?}: {error}")))
-        };
-        match text.split_once(',') {
-            Some((first, second)) => Ok(OneOrTwo { first: parse(first)?, second: Some(parse(second)?) }),
-            None => Ok(OneOrTwo { first: parse(&text)?, second: None }),
-        }
-    }
 }
 
 /// A configuration that cannot be used. Every case ends the process with exit code 64.
@@ -213,17 +208,86 @@ pub(crate) struct ConfigFlags {
     /// Keep everything below this directory, sockets included
     #[arg(long, global = true, value_name = "DIR")]
     pub(crate) data_dir: Option<PathBuf>,
+    /// The node's name [default: the host name]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(crate) node_name: Option<String>,
+    /// The node's address; for dual stack one of each family with a comma [default: that of the default route's link]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    pub(crate) node_ip: Option<OneOrTwo<IpAddr>>,
+    /// Where the API server listens [default: every IPv4 address]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    pub(crate) bind_address: Option<IpAddr>,
+    /// The address that nodes and pods reach the API server at [default: the node's]
+    #[arg(long, global = true, value_name = "ADDRESS")]
+    pub(crate) advertise_address: Option<IpAddr>,
+    /// A further name or address that the API server's certificate is good for; may be given several times
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(crate) tls_san: Vec<String>,
+}
+
+impl ConfigFlags {
+    /// What was given wins over what the file says.
+    fn apply(&self, file: &mut ConfigFile) {
+        fn set<T: Clone>(field: &mut Option<T>, flag: &Option<T>) {
+            if flag.is_some() {
+                field.clone_from(flag);
+            }
+        }
+        set(&mut file.node_name, &self.node_name);
+        set(&mut file.node_ip, &self.node_ip);
+        set(&mut file.bind_address, &self.bind_address);
+        set(&mut file.advertise_address, &self.advertise_address);
+        file.tls_sans.extend(self.tls_san.iter().cloned());
+    }
+
+    /// The flags that make a child read the same configuration.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
+        let mut arguments = Vec::new();
+        let mut add = |flag: &str, value: Option<OsString>| {
+            if let Some(value) = value {
+                arguments.extend([OsString::from(flag), value]);
+            }
+        };
+        add("--config", self.config.clone().map(Into::into));
+        add("--data-dir", self.data_dir.clone().map(Into::into));
+        add("--node-name", self.node_name.clone().map(Into::into));
+        add("--node-ip", self.node_ip.as_ref().map(|address| address.to_string().into()));
+        add("--bind-address", self.bind_address.map(|address| address.to_string().into()));
+        add("--advertise-address", self.advertise_address.map(|address| address.to_string().into()));
+        for name in &self.tls_san {
+            add("--tls-san", Some(name.into()));
+        }
+        arguments
+    }
 }
 
 impl Settings {
     /// Reads the file that the flags name, or the default one if it exists, and fills in defaults.
     pub(crate) fn load(flags: &ConfigFlags) -> Result<Settings, ConfigError> {
-        let file = match &flags.config {
+        let mut file = match &flags.config {
             Some(path) => read(path)?,
             None if Path::new(DEFAULT_FILE).exists() => read(Path::new(DEFAULT_FILE))?,
             None => ConfigFile::default(),
         };
-        complete(file, flags.data_dir.clone())
+        if flags.data_dir.is_some() {
+            file.data_dir.clone_from(&flags.data_dir);
+        }
+        let joined = Joined::read(&Layout::new(file.data_dir.clone()))?;
+        if let Some(joined) = &joined {
+            joined.apply(&mut file);
+        }
+        flags.apply(&mut file);
+        complete(file, joined.map(|joined| joined.server))
+    }
+
+    /// The API server as this machine reaches it: its own on loopback where it listens there.
+    pub(crate) fn server_url(&self) -> String {
+        let own = match self.bind_address {
+            IpAddr::V4(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(address) if address.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+            address => address,
+        };
+        self.joined.clone().unwrap_or_else(|| format!("https://{}", SocketAddr::new(own, self.api_port)))
     }
 }
 
@@ -240,8 +304,8 @@ fn read(path: &Path) -> Result<ConfigFile, ConfigError> {
         .map_err(|error| ConfigError::Parse { path: path.to_owned(), message: error.to_string() })
 }
 
-fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings, ConfigError> {
-    let data_dir = data_dir_flag.or(file.data_dir);
+fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, ConfigError> {
+    let data_dir = file.data_dir;
     if let Some(directory) = &data_dir
         && !directory.is_absolute()
     {
@@ -321,6 +385,10 @@ fn complete(file: ConfigFile, data_dir_flag: Option<PathBuf>) -> Result<Settings
         external_ips_allowed: file.external_ips_allowed,
         stub_domains: file.stub_domains,
         api_port: file.api_port.unwrap_or(6443),
+        bind_address: file.bind_address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()),
+        advertise_address: file.advertise_address.unwrap_or(node_ip),
+        tls_sans: checked_names(file.tls_sans)?,
+        joined,
         agent_port: file.agent_port.unwrap_or(10250),
         proxy_health_port: file.proxy_health_port.unwrap_or(10256),
         static_pod_dir: file.static_pod_dir.unwrap_or_else(|| layout.static_pods()),
@@ -379,6 +447,18 @@ fn host_name() -> Result<String, ConfigError> {
     nix::unistd::gethostname()
         .map(|name| name.to_string_lossy().to_lowercase())
         .map_err(|error| field("nodeName", format!("the host name cannot be read: {error}")))
+}
+
+/// Names that a certificate can carry; a wildcard may stand for the first label.
+fn checked_names(names: Vec<String>) -> Result<Vec<String>, ConfigError> {
+    let good = |name: &String| {
+        let plain = name.strip_prefix("*.").unwrap_or(name);
+        name.parse::<IpAddr>().is_ok() || check_node_name(plain).is_ok()
+    };
+    match names.iter().find(|name| !good(name)) {
+        Some(name) => Err(field("tlsSANs", format!("{name:?} is neither an address nor a DNS name"))),
+        None => Ok(names),
+    }
 }
 
 /// A node's name is a DNS subdomain (RFC 1123).
@@ -440,7 +520,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("tempdir");
         let path = directory.path().join("config.yaml");
         fs::write(&path, text).expect("write");
-        Settings::load(&ConfigFlags { config: Some(path), data_dir: None })
+        Settings::load(&ConfigFlags { config: Some(path), ..ConfigFlags::default() })
     }
 
     #[test]
@@ -471,6 +551,8 @@ mod tests {
             ("nodeName: Bad_Name", "nodeName"),
             ("dataDir: relative", "absolute"),
             ("maxPods: many", "maxPods"),
+            ("tlsSANs: [\"https://x\"]", "neither an address nor a DNS name"),
+            ("advertiseAddress: here", "advertiseAddress"),
             ("kubelet: {evictionHrad: {}}", "evictionHrad"),
             ("kubelet: {evictionHard: {memory: 1Gi}}", "kubelet: unknown eviction signal memory"),
             ("kubelet: {staticPodURL: x}", "staticPodURL: this agent does not implement"),
@@ -509,6 +591,32 @@ mod tests {
         for (text, expected) in cases {
             let error = parse(text).expect_err(text);
             assert!(error.to_string().contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn flags_win_and_children_are_told_the_same() {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Command {
+            #[command(flatten)]
+            flags: ConfigFlags,
+        }
+        let directory = tempfile::tempdir().expect("tempdir");
+        let path = directory.path().join("config.yaml");
+        fs::write(&path, "nodeName: file\nnodeIP: 192.0.2.1\ntlsSANs: [one.example]\n").expect("write");
+        let given = ["oarlock", "--config", &path.to_string_lossy(), "--node-name=flag", "--bind-address=192.0.2.9"]
+            .map(str::to_owned)
+            .into_iter()
+            .chain(["--tls-san=192.0.2.7".to_owned(), "--node-ip=192.0.2.2,2001:db8::2".to_owned()]);
+        let flags = Command::parse_from(given).flags;
+        let again = [OsString::from("oarlock")].into_iter().chain(flags.arguments());
+        for flags in [Command::parse_from(again).flags, flags] {
+            let settings = Settings::load(&flags).expect("valid");
+            assert_eq!((settings.node_name.as_str(), settings.node_ip.to_string()), ("flag", "192.0.2.2".to_owned()));
+            assert_eq!(settings.server_url(), "https://192.0.2.9:6443");
+            assert_eq!(settings.advertise_address.to_string(), "192.0.2.2");
+            assert_eq!(settings.tls_sans, ["one.example", "192.0.2.7"]);
         }
     }
 

@@ -87,6 +87,16 @@ impl Layout {
         self.data_dir.join(format!("{component}.kubeconfig"))
     }
 
+    /// What a node that joined was told of its cluster.
+    pub(crate) fn joined_file(&self) -> PathBuf {
+        self.data_dir.join("joined.yaml")
+    }
+
+    /// The authority of the cluster that this node joined.
+    pub(crate) fn joined_authority(&self) -> PathBuf {
+        self.data_dir.join("cluster-ca.crt")
+    }
+
     pub(crate) fn cni_conf_dir(&self) -> PathBuf {
         self.either("cni/net.d", "/etc/cni/net.d")
     }

@@ -5,7 +5,9 @@
 mod commands;
 mod config;
 mod host;
+mod joined;
 mod layout;
+mod one_or_two;
 mod pki;
 mod runtime_config;
 
@@ -31,7 +33,11 @@ struct Arguments {
 enum Command {
     /// Start a whole single-node cluster and keep it running
     Up(commands::up::UpFlags),
-    /// Stop a cluster that `up --detach` started
+    /// Make this machine a node of another machine's cluster and keep it running
+    Join(commands::join::JoinFlags),
+    /// The tokens by which machines join this cluster
+    Token(commands::token::TokenFlags),
+    /// Stop what `up --detach` or `join --detach` started
     Stop(commands::stop::StopFlags),
     /// Stop everything and remove all state: pods, mounts, namespaces, cgroups, links, tables, files
     Reset(commands::reset::ResetFlags),
@@ -89,11 +95,16 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
             clap_complete::generate(shell, &mut command, "oarlock", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Join(flags) => {
+            let _ = rustls::crypto::ring::default_provider().install_default();
+            commands::join::run(&arguments.config, flags)
+        }
         command => {
             let settings = config::Settings::load(&arguments.config)?;
             let _ = rustls::crypto::ring::default_provider().install_default();
             match command {
                 Command::Up(flags) => commands::up::run(settings, &arguments.config, flags),
+                Command::Token(flags) => commands::token::run(&settings, flags),
                 Command::Stop(flags) => commands::stop::run(&settings, flags),
                 Command::Reset(flags) => commands::reset::run(&settings, flags),
                 Command::Demo(flags) => commands::demo::run(&settings, &flags),
@@ -103,7 +114,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 Command::Netproxy => commands::netproxy::run(settings),
                 Command::Images(flags) => commands::images::run(&settings, flags),
                 Command::Doctor => commands::doctor::run(&settings),
-                Command::Version | Command::Completion { .. } => Ok(ExitCode::SUCCESS),
+                Command::Join(_) | Command::Version | Command::Completion { .. } => Ok(ExitCode::SUCCESS),
             }
         }
     }

@@ -20,8 +20,19 @@ pub(crate) struct Credentials {
     pub(crate) service_account_key: PathBuf,
 }
 
+/// Fails on a machine that is a node of another's cluster.
+pub(crate) fn refuse_joined(settings: &Settings) -> anyhow::Result<()> {
+    if let Some(server) = &settings.joined {
+        anyhow::bail!(
+            "this machine is a node of the cluster at {server}, which `oarlock join` keeps running; `oarlock reset` makes it free for a cluster of its own"
+        );
+    }
+    Ok(())
+}
+
 /// Makes what is missing or outdated; keeps what is good.
 pub(crate) fn ensure(settings: &Settings) -> anyhow::Result<Credentials> {
+    refuse_joined(settings)?;
     let directory = settings.layout.pki_dir();
     let authority = Authority::ensure(&directory, "oarlock-ca").context("certificate authority")?;
     let client = |name: &str, common_name: &str, organizations: &[&str]| -> anyhow::Result<Identity> {
@@ -54,12 +65,12 @@ pub(crate) fn ensure(settings: &Settings) -> anyhow::Result<Credentials> {
         (settings.layout.component_kubeconfig("controllers"), "controllers", &controllers),
         (settings.layout.component_kubeconfig("scheduler"), "scheduler", &scheduler),
     ] {
-        let text = kubeconfig(&authority, settings.api_port, name, identity)?;
+        let text = kubeconfig(&authority, settings, name, identity)?;
         write_private(&path, &text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if settings.layout.admin_kubeconfig().parent() != Some(settings.layout.data_dir()) {
         let copy = settings.layout.data_dir().join("admin.kubeconfig");
-        write_private(&copy, &kubeconfig(&authority, settings.api_port, "admin", &admin)?)
+        write_private(&copy, &kubeconfig(&authority, settings, "admin", &admin)?)
             .with_context(|| format!("cannot write {}", copy.display()))?;
     }
     Ok(Credentials {
@@ -72,8 +83,16 @@ pub(crate) fn ensure(settings: &Settings) -> anyhow::Result<Credentials> {
     })
 }
 
+/// The names and addresses that the API server's certificate is good for.
+pub(crate) fn api_names(settings: &Settings) -> anyhow::Result<Vec<String>> {
+    let request = api_request(settings)?;
+    Ok(request.dns_names.into_iter().chain(request.addresses.iter().map(ToString::to_string)).collect())
+}
+
 fn api_request(settings: &Settings) -> anyhow::Result<Request> {
     let mut addresses = vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST), settings.node_ip];
+    addresses.push(settings.advertise_address);
+    addresses.extend(Some(settings.bind_address).filter(|address| !address.is_unspecified()));
     let second = settings.secondary.as_ref();
     for cidr in [Some(settings.service_cidr), second.map(|second| second.service_cidr)].into_iter().flatten() {
         // An IPv6 network counts its own address among its hosts.
@@ -81,19 +100,24 @@ fn api_request(settings: &Settings) -> anyhow::Result<Request> {
         addresses.push(first.context("the service CIDR has no address")?);
     }
     addresses.extend(second.and_then(|second| second.node_ip));
+    addresses.extend(settings.tls_sans.iter().filter_map(|name| name.parse::<IpAddr>().ok()));
     addresses.sort();
     addresses.dedup();
+    let own = settings.tls_sans.iter().filter(|name| name.parse::<IpAddr>().is_err()).cloned();
     Ok(Request {
         common_name: "kube-apiserver".to_owned(),
         organizations: Vec::new(),
-        dns_names: vec![
+        dns_names: [
             "kubernetes".to_owned(),
             "kubernetes.default".to_owned(),
             "kubernetes.default.svc".to_owned(),
             format!("kubernetes.default.svc.{}", settings.cluster_domain),
             "localhost".to_owned(),
             settings.node_name.clone(),
-        ],
+        ]
+        .into_iter()
+        .chain(own)
+        .collect(),
         addresses,
         usage: Usage::Server,
     })
@@ -114,7 +138,7 @@ fn agent_request(settings: &Settings) -> Request {
 }
 
 /// A kubeconfig with everything inline. It is JSON, which is YAML too.
-fn kubeconfig(authority: &Authority, api_port: u16, user: &str, identity: &Identity) -> anyhow::Result<String> {
+fn kubeconfig(authority: &Authority, settings: &Settings, user: &str, identity: &Identity) -> anyhow::Result<String> {
     let encode = |path: &Path| -> anyhow::Result<String> {
         let contents = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
         Ok(base64(&contents))
@@ -125,7 +149,7 @@ fn kubeconfig(authority: &Authority, api_port: u16, user: &str, identity: &Ident
         "clusters": [{
             "name": "oarlock",
             "cluster": {
-                "server": format!("https://127.0.0.1:{api_port}"),
+                "server": settings.server_url(),
                 "certificate-authority-data": base64(authority.certificate_pem().as_bytes()),
             },
         }],
@@ -142,13 +166,13 @@ fn kubeconfig(authority: &Authority, api_port: u16, user: &str, identity: &Ident
     Ok(serde_yaml_ng::to_string(&document)?)
 }
 
-fn base64(bytes: &[u8]) -> String {
+pub(crate) fn base64(bytes: &[u8]) -> String {
     use base64::Engine;
     base64::engine::general_purpose::STANDARD.encode(bytes)
 }
 
 /// Writes a file of mode 0600, whole or not at all; an unchanged one is left alone.
-fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
+pub(crate) fn write_private(path: &Path, text: &str) -> std::io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
     if fs::read_to_string(path).is_ok_and(|old| old == text) {

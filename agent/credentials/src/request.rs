@@ -15,6 +15,8 @@ pub enum Purpose {
     Client,
     /// Serving the node's API under these names.
     Serving { names: Vec<String>, addresses: Vec<IpAddr> },
+    /// Talking to the API server as the service proxy, which may less than the node, and other things.
+    Proxy,
 }
 
 impl Purpose {
@@ -22,12 +24,13 @@ impl Purpose {
         match self {
             Purpose::Client => "kubernetes.io/kube-apiserver-client-kubelet",
             Purpose::Serving { .. } => "kubernetes.io/kubelet-serving",
+            Purpose::Proxy => "kubernetes.io/kube-apiserver-client",
         }
     }
 
     fn usages(&self) -> Vec<String> {
         let auth = match self {
-            Purpose::Client => "client auth",
+            Purpose::Client | Purpose::Proxy => "client auth",
             Purpose::Serving { .. } => "server auth",
         };
         vec!["digital signature".to_owned(), auth.to_owned()]
@@ -37,6 +40,7 @@ impl Purpose {
         match self {
             Purpose::Client => "node-csr",
             Purpose::Serving { .. } => "csr",
+            Purpose::Proxy => "proxy-csr",
         }
     }
 }
@@ -45,8 +49,12 @@ impl Purpose {
 pub(crate) fn object(node: &str, purpose: &Purpose, key: &KeyPair) -> Result<CertificateSigningRequest, rcgen::Error> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
-    params.distinguished_name.push(DnType::CommonName, format!("system:node:{node}"));
+    if *purpose == Purpose::Proxy {
+        params.distinguished_name.push(DnType::CommonName, "system:kube-proxy");
+    } else {
+        params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
+        params.distinguished_name.push(DnType::CommonName, format!("system:node:{node}"));
+    }
     if let Purpose::Serving { names, addresses } = purpose {
         for name in names {
             params.subject_alt_names.push(SanType::DnsName(name.as_str().try_into()?));
@@ -83,6 +91,7 @@ mod tests {
         assert_eq!(name(&key, &Purpose::Client), name(&key, &Purpose::Client));
         assert_ne!(name(&key, &Purpose::Client), name(&other, &Purpose::Client));
         assert!(name(&key, &serving).starts_with("csr-"));
+        assert_ne!(name(&key, &Purpose::Client), name(&key, &Purpose::Proxy));
         let asked = object("edge", &serving, &key).unwrap().spec;
         assert_eq!(asked.usages.unwrap(), ["digital signature", "server auth"]);
     }

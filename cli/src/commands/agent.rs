@@ -14,19 +14,26 @@ use crate::{host, pki};
 pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock agent")?;
     daemon::run(&settings.clone(), 2, |shutdown| async move {
-        let credentials = pki::ensure(&settings)?;
         let layout = &settings.layout;
         let mut config = Config::new(settings.node_name.clone(), settings.node_ip);
         config.kubeconfig = layout.component_kubeconfig("agent");
+        if settings.joined.is_some() {
+            config.bootstrap_kubeconfig = Some(layout.component_kubeconfig("bootstrap"));
+            config.rotate_certificates = true;
+            config.server_tls_bootstrap = true;
+            config.client_ca_file = layout.joined_authority();
+        } else {
+            let credentials = pki::ensure(&settings)?;
+            config.cert_file = credentials.agent_serving.cert_file;
+            config.key_file = credentials.agent_serving.key_file;
+            config.client_ca_file = credentials.ca_file;
+        }
         config.runtime_endpoint = layout.runtime_socket();
         config.data_dir = layout.agent_dir();
         config.kubelet_dir = layout.kubelet_dir();
         config.pod_logs_dir = layout.pod_logs_dir();
         config.container_logs_dir = Some(layout.container_logs_dir());
         config.listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.agent_port));
-        config.cert_file = credentials.agent_serving.cert_file.clone();
-        config.key_file = credentials.agent_serving.key_file.clone();
-        config.client_ca_file = credentials.ca_file.clone();
         config.cluster_dns = vec![settings.cluster_dns];
         if let Some(secondary) = &settings.secondary {
             config.cluster_dns.push(secondary.cluster_dns);

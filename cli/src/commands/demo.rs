@@ -18,7 +18,7 @@ use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::images;
-use super::up::Stages;
+use super::machine::Stages;
 use crate::config::Settings;
 
 /// The demo as ordinary YAML.

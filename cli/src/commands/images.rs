@@ -151,7 +151,7 @@ async fn prune(channel: Channel, unused_for: Duration, dry_run: bool) -> anyhow:
 }
 
 /// A time in seconds, minutes, hours or days.
-fn age(text: &str) -> Result<Duration, String> {
+pub(crate) fn age(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a number with one of s, m, h, d after it");
     let unit = text.chars().last().ok_or_else(wrong)?;
     let seconds = match unit {

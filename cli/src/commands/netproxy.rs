@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use oarlock_netproxy::{Config, Netproxy, Network};
 
-use super::{agent, daemon};
+use super::{agent, daemon, node_identity};
 use crate::config::Settings;
 use crate::host;
 
@@ -58,7 +58,7 @@ pub(crate) fn proxy_config(settings: &Settings) -> Config {
     }
 }
 
-async fn client(path: &Path) -> anyhow::Result<kube::Client> {
+pub(crate) async fn client(path: &Path) -> anyhow::Result<kube::Client> {
     let kubeconfig = kube::config::Kubeconfig::read_from(path)
         .with_context(|| format!("cannot read {}; start `oarlock server` first", path.display()))?;
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default())
@@ -70,13 +70,16 @@ async fn client(path: &Path) -> anyhow::Result<kube::Client> {
 pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock netproxy")?;
     daemon::run(&settings.clone(), 2, |shutdown| async move {
-        let client = client(&settings.layout.component_kubeconfig("netproxy")).await?;
-        let mut proxy = Netproxy::new(proxy_config(&settings), client);
-        // Only the node itself may annotate its Node.
-        let own = settings.layout.component_kubeconfig("agent");
-        if own.exists() {
-            proxy = proxy.with_node_client(self::client(&own).await?);
-        }
+        let proxy = if settings.joined.is_some() {
+            let Some(identities) = node_identity::identities(&settings, &shutdown).await? else { return Ok(()) };
+            Netproxy::new(proxy_config(&settings), identities.proxy).with_node_client(identities.node)
+        } else {
+            let client = client(&settings.layout.component_kubeconfig("netproxy")).await?;
+            let proxy = Netproxy::new(proxy_config(&settings), client);
+            // Only the node itself may annotate its Node.
+            let own = settings.layout.component_kubeconfig("agent");
+            if own.exists() { proxy.with_node_client(self::client(&own).await?) } else { proxy }
+        };
         let ready = proxy.ready();
         tokio::spawn(daemon::announce_when("netproxy", shutdown.clone(), move || {
             let mut ready = ready.clone();

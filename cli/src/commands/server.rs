@@ -1,6 +1,6 @@
 //! `oarlock server`: API server, controllers and scheduler in one process.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -13,14 +13,15 @@ use oarlock_supervise::Tasks;
 use super::daemon;
 use super::netproxy::BALANCER_CLASS;
 use crate::config::Settings;
+use crate::joined::ClusterFile;
 use crate::pki;
 
 pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     daemon::run(&settings.clone(), 2, |shutdown| async move {
         let credentials = pki::ensure(&settings)?;
         let config = oarlock_apiserver::Config {
-            listen: SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.api_port)),
-            advertise_address: settings.node_ip,
+            listen: SocketAddr::new(settings.bind_address, settings.api_port),
+            advertise_address: settings.advertise_address,
             data_dir: settings.layout.server_dir(),
             service_cidr: settings.service_cidr,
             second_service_cidr: settings.secondary.as_ref().map(|second| second.service_cidr),
@@ -36,6 +37,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             kubelet_client_cert_file: credentials.kubelet_client.cert_file.clone(),
             kubelet_client_key_file: credentials.kubelet_client.key_file.clone(),
             kubelet_ca_file: credentials.ca_file.clone(),
+            node_configuration: Some(serde_yaml_ng::to_string(&ClusterFile::of(&settings))?),
             ..oarlock_apiserver::Config::default()
         };
         let server = ApiServer::new(config).await.context("cannot start the API server")?;
@@ -51,6 +53,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
                 balancer_pools: settings.load_balancer_pools.clone(),
                 balancer_class: BALANCER_CLASS.to_owned(),
                 signing_ca_dir: Some(settings.layout.pki_dir()),
+                server_names: pki::api_names(&settings)?,
             },
         );
         let scheduler = Scheduler::new(
@@ -58,7 +61,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             oarlock_scheduler::Config::default(),
         );
         let probe = server.client("kubernetes-admin", &["system:masters"]);
-        let port = settings.api_port;
+        let own = settings.server_url();
 
         let mut tasks = Tasks::new(shutdown);
         let token = tasks.token();
@@ -66,16 +69,16 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         tasks.spawn("controllers", controllers.run(token.clone()));
         tasks.spawn("scheduler", scheduler.run(token.clone()));
         tokio::spawn(daemon::announce_when("server", token, move || {
-            let probe = probe.clone();
-            async move { is_ready(probe, port).await }
+            let (probe, own) = (probe.clone(), own.clone());
+            async move { is_ready(probe, &own).await }
         }));
         tasks.join(Duration::from_secs(5)).await.context("the server ended")
     })
 }
 
 /// Whether the API answers in process and the port is open.
-async fn is_ready(client: kube::Client, port: u16) -> bool {
+async fn is_ready(client: kube::Client, own: &str) -> bool {
     let Ok(request) = http::Request::get("/readyz").body(Vec::new()) else { return false };
     client.request_text(request).await.is_ok()
-        && tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_ok()
+        && tokio::net::TcpStream::connect(own.trim_start_matches("https://")).await.is_ok()
 }

@@ -5,7 +5,9 @@
 
 mod authority;
 mod files;
+mod pin;
 mod signing;
 
 pub use authority::{Authority, Identity, PkiError, Request, Usage, ensure_signing_key};
+pub use pin::{Pin, PinError};
 pub use signing::Asked;

@@ -48,7 +48,8 @@ pub(crate) fn namespaced_roles() -> Vec<Value> {
     let announcer = role(NAME, &[], vec![rule(&verbs, &["coordination.k8s.io"], &["leases"])]);
     let mut bound = namespaced(binding(NAME, NAME, &[("User", "system:kube-proxy")]), "RoleBinding", NAMESPACE);
     bound["roleRef"]["kind"] = "Role".into();
-    let one = |map: &str| json!({"verbs": ["get"], "apiGroups": [""], "resources": ["configmaps"], "resourceNames": [map]});
+    let one =
+        |map: &str| json!({"verbs": ["get"], "apiGroups": [""], "resources": ["configmaps"], "resourceNames": [map]});
     let read = |name: &str, namespace: &str, map: &str, groups: &[&str]| {
         let subjects: Vec<(&str, &str)> = groups.iter().map(|group| ("Group", *group)).collect();
         let mut bound = namespaced(binding(name, name, &subjects), "RoleBinding", namespace);

@@ -17,10 +17,8 @@ pub(super) struct Way {
     pub message: &'static str,
 }
 
-pub(super) const CLIENT: Way = Way {
-    subresource: "nodeclient",
-    message: "Auto approving kubelet client certificate after SubjectAccessReview.",
-};
+pub(super) const CLIENT: Way =
+    Way { subresource: "nodeclient", message: "Auto approving kubelet client certificate after SubjectAccessReview." };
 pub(super) const SELF_CLIENT: Way = Way {
     subresource: "selfnodeclient",
     message: "Auto approving self kubelet client certificate after SubjectAccessReview.",

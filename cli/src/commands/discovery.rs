@@ -1,0 +1,96 @@
+//! How a machine that knows an address, a token and the hash of an authority's key gets to know its cluster.
+//!
+//! The first request is made without knowing whom it reaches, and carries no secret: it fetches what anybody may read. Of the
+//! answer only the authority with the right hash is believed; all that follows, the token first of all, is said to servers that
+//! this authority vouches for.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::Api;
+use oarlock_pki::Pin;
+use serde_json::{Value, json};
+
+use crate::joined::ClusterFile;
+use crate::pki;
+
+const CALL: Duration = Duration::from_secs(15);
+const NODE_CONFIGURATION: &str = "oarlock-node-configuration";
+
+/// What is known of a cluster.
+pub(crate) struct Cluster {
+    /// PEM of its authority.
+    pub(crate) authority: String,
+    pub(crate) settings: ClusterFile,
+    /// A kubeconfig with the token.
+    pub(crate) bootstrap_kubeconfig: String,
+}
+
+fn configuration(server: &str) -> anyhow::Result<kube::Config> {
+    let mut config = kube::Config::new(server.parse().with_context(|| format!("{server} is not a URL"))?);
+    config.connect_timeout = Some(Duration::from_secs(10));
+    config.read_timeout = Some(CALL);
+    Ok(config)
+}
+
+/// Reads a ConfigMap's key.
+async fn read(client: kube::Client, namespace: &str, name: &str, key: &str) -> anyhow::Result<String> {
+    let api: Api<ConfigMap> = Api::namespaced(client, namespace);
+    let map = tokio::time::timeout(CALL, api.get(name)).await.context("no answer in time")??;
+    map.data.and_then(|mut data| data.remove(key)).with_context(|| format!("the ConfigMap {name} has no {key}"))
+}
+
+/// What `cluster-info` says: the server's URL and the authorities, in PEM.
+pub(crate) async fn cluster_info(client: kube::Client) -> anyhow::Result<(String, String)> {
+    let text = read(client, "kube-public", "cluster-info", "kubeconfig").await?;
+    let kubeconfig: Value = serde_yaml_ng::from_str(&text).context("cluster-info holds no kubeconfig")?;
+    let cluster = kubeconfig.pointer("/clusters/0/cluster").context("cluster-info names no cluster")?;
+    let field = |name: &str| cluster.get(name).and_then(Value::as_str).with_context(|| format!("it has no {name}"));
+    let authorities = STANDARD.decode(field("certificate-authority-data")?).context("its authority is not base64")?;
+    Ok((field("server")?.to_owned(), String::from_utf8(authorities).context("its authority is not PEM")?))
+}
+
+/// Gets to know the cluster at `server`.
+pub(crate) async fn discover(server: &str, token: &str, pin: &Pin) -> anyhow::Result<Cluster> {
+    let mut unknown = configuration(server)?;
+    unknown.accept_invalid_certs = true;
+    let (_, offered) = cluster_info(kube::Client::try_from(unknown)?)
+        .await
+        .with_context(|| format!("cannot read who the cluster at {server} is"))?;
+    let authority = pin.only(&offered);
+    anyhow::ensure!(
+        !authority.is_empty(),
+        "the authority of the cluster at {server} is not the one with {pin}: either --ca-hash is of another cluster, or somebody is in between"
+    );
+    let bootstrap_kubeconfig = kubeconfig(server, &authority, token);
+    let read_back = kube::config::Kubeconfig::from_yaml(&bootstrap_kubeconfig)?;
+    let mut known = kube::Config::from_custom_kubeconfig(read_back, &Default::default()).await?;
+    known.connect_timeout = Some(Duration::from_secs(10));
+    known.read_timeout = Some(CALL);
+    let told = read(kube::Client::try_from(known)?, "kube-system", NODE_CONFIGURATION, "config.yaml").await;
+    let text = told.map_err(|error| match error.downcast_ref::<kube::Error>() {
+        Some(kube::Error::Api(status)) if status.code == 401 => {
+            anyhow::anyhow!(
+                "the token is not good, or not any more: `oarlock token create` on the server makes another"
+            )
+        }
+        _ => error.context(format!("cannot read what nodes of the cluster at {server} are told")),
+    })?;
+    let settings = serde_yaml_ng::from_str(&text).context("what nodes are told is of another version")?;
+    Ok(Cluster { authority, settings, bootstrap_kubeconfig })
+}
+
+fn kubeconfig(server: &str, authority: &str, token: &str) -> String {
+    json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "bootstrap",
+        "clusters": [{ "name": "bootstrap", "cluster": {
+            "server": server, "certificate-authority-data": pki::base64(authority.as_bytes()),
+        } }],
+        "users": [{ "name": "bootstrap", "user": { "token": token } }],
+        "contexts": [{ "name": "bootstrap", "context": { "cluster": "bootstrap", "user": "bootstrap" } }],
+    })
+    .to_string()
+}
