@@ -129,6 +129,9 @@ async fn whoever_joins_learns_where_the_cluster_is_and_nothing_else() {
     assert!(cluster["server"].as_str().is_some_and(|server| server.starts_with("https://")), "{cluster}");
     let authority = STANDARD.decode(cluster["certificate-authority-data"].as_str().expect("text")).expect("base64");
     assert!(authority.starts_with(b"-----BEGIN CERTIFICATE-----"));
-    assert_eq!(stranger.get(maps).await.code, 403, "not the others");
-    assert_eq!(stranger.get("/api/v1/namespaces/kube-system/configmaps/oarlock-node-configuration").await.code, 403);
+    assert_eq!(stranger.get(maps).await.code, 401, "not the others");
+    assert_eq!(stranger.get("/api/v1/namespaces/kube-system/configmaps/oarlock-node-configuration").await.code, 401);
+    assert_eq!(stranger.put(&format!("{maps}/cluster-info"), &info.body).await.code, 403);
+    let watch = stranger.get(&format!("{maps}?watch=true&fieldSelector=metadata.name%3Dcluster-info")).await;
+    assert_eq!(watch.code, 401);
 }
