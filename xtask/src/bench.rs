@@ -4,7 +4,7 @@ use crate::{build, packages, step};
 
 #[derive(clap::Args)]
 pub(crate) struct BenchFlags {
-    /// The benchmark and its flags: up, memory, pod, agent, runtime, pull, logs, netproxy, cni, dns
+    /// The benchmark and its flags: up, memory, pod, agent, runtime, pull, logs, netproxy, cni, dns, net
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     bench: Vec<String>,
 }

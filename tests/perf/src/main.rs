@@ -10,6 +10,7 @@ mod dns;
 mod list_server;
 mod logs;
 mod memory;
+mod net;
 mod netproxy;
 mod peer;
 mod pod;
@@ -73,6 +74,17 @@ enum Bench {
         #[arg(long, default_value_t = 0)]
         present: usize,
     },
+    /// Pod to pod: throughput and answers on one node, on one segment, by VXLAN and WireGuard, beside a bare veth pair
+    Net {
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Seconds of each stream
+        #[arg(long, default_value_t = 2.0)]
+        seconds: f64,
+        /// Small questions in each round
+        #[arg(long, default_value_t = 2000)]
+        questions: usize,
+    },
     /// Cluster DNS: questions a second and the time of one
     Dns {
         #[arg(long, default_value_t = 5)]
@@ -96,6 +108,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Logs(flags) => logs::run(&flags),
         Bench::Netproxy { services, rounds } => netproxy::run(&services, rounds),
         Bench::Cni { rounds, present } => cni::run(rounds, present),
+        Bench::Net { rounds, seconds, questions } => net::run(rounds, seconds, questions),
         Bench::Dns { seconds, rounds } => dns::run(seconds, rounds),
     }
 }
