@@ -26,6 +26,7 @@ fn cluster() -> (Arc<FakeApi>, DropGuard) {
         balancer_pools: Vec::new(),
         balancer_class: "ours".to_owned(),
         signing_ca_dir: None,
+        server_names: Vec::new(),
     };
     let controllers = Controllers::new(api.client(), config);
     let token = stop.clone();
