@@ -18,7 +18,7 @@ use anyhow::Context;
 use serde_json::Value;
 
 use crate::test::Counts;
-use crate::{build, packages, step, target_dir};
+use crate::{build, lab_cluster, packages, step, target_dir};
 
 /// The guest's release of Debian.
 const SUITE: &str = "trixie";
@@ -74,10 +74,15 @@ enum LabChore {
         #[arg(long, value_name = "DIR")]
         bin: Option<PathBuf>,
     },
+    /// Start three guests on one segment as a cluster: a server and two machines that join it
+    Up(lab_cluster::UpFlags),
 }
 
 pub(crate) fn run(flags: &LabFlags) -> anyhow::Result<()> {
-    let LabChore::Test { only, kvm, bin } = &flags.chore;
+    let (only, kvm, bin) = match &flags.chore {
+        LabChore::Test { only, kvm, bin } => (only, kvm, bin),
+        LabChore::Up(flags) => return lab_cluster::run(flags),
+    };
     let bin = bin.clone().map_or_else(build::run, Ok)?;
     let only: Vec<&str> = only.iter().map(String::as_str).collect();
     let (counts, succeeded) = test(&bin, if only.is_empty() { DEFAULT_TESTS } else { &only }, *kvm)?;
@@ -101,13 +106,13 @@ pub(crate) fn test(bin: &Path, names: &[&str], kvm: bool) -> anyhow::Result<(Cou
     let tests: Vec<_> = tests.into_iter().filter(|(name, _)| names.contains(&name.as_str())).collect();
     anyhow::ensure!(tests.len() == names.len(), "not all of these are test programs: {}", names.join(" "));
     furnish(&root, bin, &tests)?;
-    let guest = Guest::make(&lab, &root)?;
+    let guest = Guest::make(&lab, &root, "disk.img")?;
     remove(&root)?;
     guest.run(kvm)
 }
 
 /// The minimal system as a tar archive, made once.
-fn system(lab: &Path) -> anyhow::Result<PathBuf> {
+pub(crate) fn system(lab: &Path) -> anyhow::Result<PathBuf> {
     // Another list of packages is another system.
     let mut hasher = DefaultHasher::new();
     PACKAGES.hash(&mut hasher);
@@ -155,42 +160,44 @@ fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
 
 /// Puts programs, tests and what starts them into the guest's system.
 fn furnish(root: &Path, bin: &Path, tests: &[(String, PathBuf)]) -> anyhow::Result<()> {
-    let programs = root.join("opt/oarlock");
     let test_directory = root.join("opt/tests");
-    for directory in [&programs, &test_directory] {
-        fs::create_dir_all(directory)?;
-    }
-    for entry in fs::read_dir(bin)?.flatten() {
-        fs::copy(entry.path(), programs.join(entry.file_name()))?;
-    }
-    fs::copy(packages::KUBECTL.program()?, root.join("usr/local/bin/kubectl"))?;
+    fs::create_dir_all(&test_directory)?;
     for (name, executable) in tests {
         step::output(
             Command::new("strip").arg("--strip-debug").arg("-o").arg(test_directory.join(name)).arg(executable),
         )?;
     }
-    let script = root.join("opt/run-tests");
-    fs::write(&script, guest_script(tests))?;
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let network = "[Match]\nName=en*\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nIPv6AcceptRA=no\n";
+    equip(root, bin, "lab", network, &guest_script(tests))
+}
+
+/// Puts the programs into a guest's system, names it, connects it, and lets `script` run once it is connected.
+pub(crate) fn equip(root: &Path, bin: &Path, name: &str, network: &str, script: &str) -> anyhow::Result<()> {
+    let programs = root.join("opt/oarlock");
+    fs::create_dir_all(&programs)?;
+    for entry in fs::read_dir(bin)?.flatten() {
+        fs::copy(entry.path(), programs.join(entry.file_name()))?;
+    }
+    fs::copy(packages::KUBECTL.program()?, root.join("usr/local/bin/kubectl"))?;
+    let file = root.join("opt/run");
+    fs::write(&file, script)?;
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o755))?;
 
     let etc = root.join("etc");
-    fs::write(etc.join("hostname"), "lab\n")?;
+    fs::write(etc.join("hostname"), format!("{name}\n"))?;
     fs::write(etc.join("fstab"), "/dev/vda / ext4 rw 0 1\n")?;
     fs::create_dir_all(etc.join("systemd/network"))?;
-    fs::write(
-        etc.join("systemd/network/10-lab.network"),
-        "[Match]\nName=en*\n[Network]\nAddress=10.0.2.15/24\nGateway=10.0.2.2\nIPv6AcceptRA=no\n",
-    )?;
+    fs::write(etc.join("systemd/network/10-lab.network"), network)?;
     let units = etc.join("systemd/system");
     fs::write(
-        units.join("run-tests.service"),
-        "[Unit]\nAfter=network-online.target\nWants=network-online.target\n[Service]\nExecStart=/opt/run-tests\n",
+        units.join("run.service"),
+        "[Unit]\nAfter=network-online.target\nWants=network-online.target\n[Service]\nExecStart=/opt/run\nKillMode=process\n",
     )?;
-    // A login prompt on the serial port would hang up on the tests.
+    // A login prompt on the serial port would hang up on the script.
     symlink("/dev/null", units.join("serial-getty@ttyS0.service"))?;
     let own = Path::new("/usr/lib/systemd/system");
     for (target, unit, file) in [
-        ("multi-user.target.wants", "run-tests.service", units.join("run-tests.service")),
+        ("multi-user.target.wants", "run.service", units.join("run.service")),
         ("multi-user.target.wants", "systemd-networkd.service", own.join("systemd-networkd.service")),
         ("network-online.target.wants", "wait-online.service", own.join("systemd-networkd-wait-online.service")),
     ] {
@@ -218,15 +225,15 @@ fn guest_script(tests: &[(String, PathBuf)]) -> String {
 }
 
 /// A disk, a kernel and its initial file system.
-struct Guest {
+pub(crate) struct Guest {
     disk: PathBuf,
     kernel: PathBuf,
     initrd: PathBuf,
 }
 
 impl Guest {
-    fn make(lab: &Path, root: &Path) -> anyhow::Result<Self> {
-        let guest = Self { disk: lab.join("disk.img"), kernel: lab.join("vmlinuz"), initrd: lab.join("initrd") };
+    pub(crate) fn make(lab: &Path, root: &Path, disk: &str) -> anyhow::Result<Self> {
+        let guest = Self { disk: lab.join(disk), kernel: lab.join("vmlinuz"), initrd: lab.join("initrd") };
         let boot = root.join("boot");
         for entry in fs::read_dir(&boot).with_context(|| format!("no {}", boot.display()))?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -248,23 +255,31 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Boots it, shows what it says, and returns once it has powered off. It is ended when it takes too long.
-    fn run(&self, kvm: bool) -> anyhow::Result<(Counts, bool)> {
-        println!("==> tests in the guest");
+    /// The machine, with no network yet.
+    pub(crate) fn command(&self, kvm: bool, memory_megabytes: u32) -> Command {
         let accelerator: &[&str] =
             if kvm { &["-accel", "kvm", "-cpu", "host"] } else { &["-accel", "tcg", "-cpu", "max"] };
-        let child = Command::new("qemu-system-x86_64")
+        let mut command = Command::new("qemu-system-x86_64");
+        command
             .args(["-machine", "q35", "-smp", "2", "-nographic", "-no-reboot"])
-            .args(["-m", &MEMORY_MEGABYTES.to_string()])
+            .args(["-m", &memory_megabytes.to_string()])
             .args(accelerator)
-            .args(["-nic", "user,restrict=on,model=virtio-net-pci"])
             .arg("-kernel")
             .arg(&self.kernel)
             .arg("-initrd")
             .arg(&self.initrd)
             .args(["-append", "console=ttyS0 root=/dev/vda rw quiet loglevel=1 systemd.show_status=0"])
             .arg("-drive")
-            .arg(format!("file={},if=virtio,format=raw,cache=unsafe", self.disk.display()))
+            .arg(format!("file={},if=virtio,format=raw,cache=unsafe", self.disk.display()));
+        command
+    }
+
+    /// Boots it, shows what it says, and returns once it has powered off. It is ended when it takes too long.
+    fn run(&self, kvm: bool) -> anyhow::Result<(Counts, bool)> {
+        println!("==> tests in the guest");
+        let child = self
+            .command(kvm, MEMORY_MEGABYTES)
+            .args(["-nic", "user,restrict=on,model=virtio-net-pci"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -329,7 +344,7 @@ impl Drop for Ended {
 }
 
 /// Removes a file or a tree that may be there.
-fn remove(path: &Path) -> anyhow::Result<()> {
+pub(crate) fn remove(path: &Path) -> anyhow::Result<()> {
     let outcome = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
     match outcome {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod fuzz;
 mod lab;
+mod lab_cluster;
 mod packages;
 mod step;
 mod test;
@@ -32,7 +33,7 @@ enum Chore {
     Test(test::TestFlags),
     /// Check the dependency law, names and licences
     Tidy,
-    /// Run tests on a virtual machine with cgroup version 2
+    /// Virtual machines with cgroup version 2: tests in one, a cluster of three
     Lab(lab::LabFlags),
     /// Look for image layers that break out or crash the unpacking
     Fuzz(fuzz::FuzzFlags),
