@@ -59,6 +59,10 @@ pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<Exit
     step("files", remove_files(settings, &logs));
     if problems.is_empty() {
         println!("reset: nothing of {} is left", settings.layout.data_dir().display());
+        if let Some(server) = &settings.joined {
+            let name = &settings.node_name;
+            println!("the cluster at {server} still lists the node; `kubectl delete node {name}` there takes it out");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     anyhow::bail!(
