@@ -44,7 +44,7 @@ const CASES: &[&str] =
     &["limits_are_enforced", "oom_killed", "logs_in", "exec_piped", "names_resolve", "all_four_killed"];
 /// The test programs that `cargo xtask test` runs in the guest: those that meet cgroups, systemd's mounts or another kernel.
 pub(crate) const DEFAULT_TESTS: &[&str] =
-    &["cni", "cni_chained", "e2e", "netns", "node_routes", "runtime", "runtime_pods", "sctp", "shim"];
+    &["cni", "cni_chained", "e2e", "netns", "node_routes", "runtime", "runtime_inside", "runtime_pods", "sctp", "shim"];
 /// Whether this machine can run the guest.
 pub(crate) const CAN_RUN: bool = cfg!(target_arch = "x86_64");
 const MEMORY_MEGABYTES: u32 = 1536;
