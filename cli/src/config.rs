@@ -264,20 +264,22 @@ impl ConfigFlags {
 impl Settings {
     /// Reads the file that the flags name, or the default one if it exists, and fills in defaults.
     pub(crate) fn load(flags: &ConfigFlags) -> Result<Settings, ConfigError> {
-        let mut file = match &flags.config {
-            Some(path) => read(path)?,
-            None if Path::new(DEFAULT_FILE).exists() => read(Path::new(DEFAULT_FILE))?,
-            None => ConfigFile::default(),
-        };
-        if flags.data_dir.is_some() {
-            file.data_dir.clone_from(&flags.data_dir);
-        }
+        let file = own_file(flags)?;
         let joined = Joined::read(&Layout::new(file.data_dir.clone()))?;
-        if let Some(joined) = &joined {
+        Self::of(file, flags, joined.as_ref())
+    }
+
+    /// What the settings of this machine are once `joined` is kept.
+    pub(crate) fn load_as(flags: &ConfigFlags, joined: &Joined) -> Result<Settings, ConfigError> {
+        Self::of(own_file(flags)?, flags, Some(joined))
+    }
+
+    fn of(mut file: ConfigFile, flags: &ConfigFlags, joined: Option<&Joined>) -> Result<Settings, ConfigError> {
+        if let Some(joined) = joined {
             joined.apply(&mut file);
         }
         flags.apply(&mut file);
-        complete(file, joined.map(|joined| joined.server))
+        complete(file, joined.map(|joined| joined.server.clone()))
     }
 
     /// The API server as this machine reaches it: its own on loopback where it listens there.
@@ -289,6 +291,19 @@ impl Settings {
         };
         self.joined.clone().unwrap_or_else(|| format!("https://{}", SocketAddr::new(own, self.api_port)))
     }
+}
+
+/// The machine's own configuration file, and where its data are.
+fn own_file(flags: &ConfigFlags) -> Result<ConfigFile, ConfigError> {
+    let mut file = match &flags.config {
+        Some(path) => read(path)?,
+        None if Path::new(DEFAULT_FILE).exists() => read(Path::new(DEFAULT_FILE))?,
+        None => ConfigFile::default(),
+    };
+    if flags.data_dir.is_some() {
+        file.data_dir.clone_from(&flags.data_dir);
+    }
+    Ok(file)
 }
 
 fn read(path: &Path) -> Result<ConfigFile, ConfigError> {

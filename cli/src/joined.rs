@@ -145,4 +145,23 @@ mod tests {
         assert_eq!((after.cluster_domain.as_str(), after.node_tunnel), ("sea.example", server.node_tunnel));
         assert_eq!(after.load_balancer_pools, server.load_balancer_pools);
     }
+
+    #[test]
+    fn what_this_machine_cannot_have_is_known_before_it_is_kept() {
+        let directory = tempfile::tempdir().expect("tempdir");
+        let server = load(directory.path(), "nodeIP: 192.0.2.1\n");
+        let flags = ConfigFlags { config: Some(directory.path().join("config.yaml")), ..ConfigFlags::default() };
+        let told = |pools: &[&str]| Joined {
+            server: "https://192.0.2.9:6443".to_owned(),
+            node_name: None,
+            node_ip: None,
+            cluster: ClusterFile {
+                load_balancer_pools: pools.iter().map(|pool| (*pool).to_owned()).collect(),
+                ..ClusterFile::of(&server)
+            },
+        };
+        assert!(Settings::load_as(&flags, &told(&["198.51.100.1/32"])).is_ok());
+        // The node's own address among those of Services.
+        assert!(Settings::load_as(&flags, &told(&["192.0.2.1/32"])).is_err());
+    }
 }

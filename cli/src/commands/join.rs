@@ -108,6 +108,8 @@ async fn get_to_know(settings: &Settings, config: &ConfigFlags, flags: &JoinFlag
         node_ip: config.node_ip.clone(),
         cluster: cluster.settings,
     };
+    // Checked before it is kept, because every later command on this machine reads it.
+    Settings::load_as(config, &joined).context("this machine cannot have what nodes of the cluster are told")?;
     // The agent asks with the token again where its certificate is missing or over, and goes on with it otherwise.
     let agent = layout.component_kubeconfig("agent");
     pki::write_private(&layout.component_kubeconfig("bootstrap"), &cluster.bootstrap_kubeconfig)?;

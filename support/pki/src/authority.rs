@@ -40,6 +40,8 @@ pub enum PkiError {
         #[source]
         source: rcgen::Error,
     },
+    #[error("the certificate request cannot be signed: {0}")]
+    Request(&'static str),
 }
 
 /// What a certificate may be used for.

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use sha2::{Digest, Sha256};
 
 const PREFIX: &str = "sha256:";
+const LABEL: &str = "CERTIFICATE";
 
 /// `sha256:<64 hex digits>`: SHA-256 over the DER of a certificate's SubjectPublicKeyInfo, as `kubeadm` writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,11 +28,14 @@ impl Pin {
         Self(Sha256::digest(certificate.public_key().raw).into())
     }
 
-    /// Those certificates of a PEM text whose key is the pinned one, as PEM; empty where there is none.
-    pub fn only(&self, pem: &str) -> String {
-        const END: &str = "-----END CERTIFICATE-----";
-        let blocks = pem.split_inclusive(END).filter_map(|block| block.find("-----BEGIN").map(|at| &block[at..]));
-        blocks.filter(|block| Self::of(block) == Some(*self)).map(|block| format!("{block}\n")).collect()
+    /// Those certificates of a PEM text whose key is the pinned one, as PEM; empty where there is none. Nothing else of the text
+    /// is handed on, because others read PEM in other ways.
+    pub fn only(&self, text: &str) -> String {
+        let blocks = x509_parser::pem::Pem::iter_from_buffer(text.as_bytes()).map_while(Result::ok);
+        let certificates = blocks.filter(|block| block.label == LABEL);
+        let pinned = certificates.filter(|block| block.parse_x509().is_ok_and(|found| Self::of_key(&found) == *self));
+        let config = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+        pinned.map(|block| pem::encode_config(&pem::Pem::new(LABEL, block.contents), config)).collect()
     }
 }
 
@@ -80,6 +84,16 @@ mod tests {
         for text in ["", "abcdef", "md5:00", &short, &signed] {
             assert_eq!(text.parse::<Pin>(), Err(PinError), "{text}");
         }
+    }
+
+    #[test]
+    fn a_foreign_authority_does_not_get_in_behind_the_pinned_one() {
+        let (own, foreign) = (authority(), authority());
+        let pin = Pin::of(&own).unwrap();
+        let disguised = own.replace("CERTIFICATE", "X");
+        assert_eq!(pin.only(&format!("{disguised}{foreign}")), "");
+        let taken = pin.only(&format!("{disguised}{own} {foreign}"));
+        assert_eq!(taken.trim(), own.trim());
     }
 
     #[test]

@@ -3,13 +3,19 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use rcgen::{CertificateSigningRequestParams, ExtendedKeyUsagePurpose, KeyUsagePurpose};
+use rcgen::{
+    CertificateSigningRequestParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, KeyUsagePurpose, SanType,
+};
 use x509_parser::certification_request::X509CertificationRequest;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
+use x509_parser::oid_registry::{OID_X509_COMMON_NAME, OID_X509_ORGANIZATION_NAME};
 use x509_parser::prelude::FromDer;
 
 use crate::authority::{Authority, PkiError, address_of};
 
+const LABEL: &str = "CERTIFICATE REQUEST";
+/// id-at-organizationName.
+const ORGANIZATION_NAME: [u64; 4] = [2, 5, 4, 10];
 /// Clocks of others may be behind by so much.
 const BACKDATED: Duration = Duration::from_secs(300);
 
@@ -25,30 +31,70 @@ pub struct Asked {
 }
 
 impl Asked {
-    /// Reads a PEM request; None when it is not one that is signed with its own key.
+    /// Reads a PEM request; None when it is not one that is signed with its own key, or when it could be read in two ways: with
+    /// several common names, or with names that are no text.
     pub fn read(pem: &str) -> Option<Self> {
+        Self::decode(pem).map(|(asked, _)| asked)
+    }
+
+    /// What a PEM request asks for, and its DER. Whoever signs takes both from here, so that nothing is signed but what was read.
+    fn decode(pem: &str) -> Option<(Self, Vec<u8>)> {
         let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).ok()?;
-        let (_, request) = X509CertificationRequest::from_der(&pem.contents).ok()?;
+        if pem.label != LABEL {
+            return None;
+        }
+        let (rest, request) = X509CertificationRequest::from_der(&pem.contents).ok()?;
+        if !rest.is_empty() {
+            return None;
+        }
         request.verify_signature().ok()?;
-        let subject = &request.certification_request_info.subject;
-        let text =
-            |attribute: &x509_parser::x509::AttributeTypeAndValue<'_>| attribute.as_str().ok().map(str::to_owned);
-        let mut asked = Self {
-            common_name: subject.iter_common_name().next().and_then(text).unwrap_or_default(),
-            organizations: subject.iter_organization().filter_map(text).collect(),
-            ..Default::default()
-        };
+        let mut asked = Self::default();
+        let mut common_names = Vec::new();
+        for attribute in request.certification_request_info.subject.iter_attributes() {
+            let text = || attribute.as_str().ok().map(str::to_owned);
+            if *attribute.attr_type() == OID_X509_COMMON_NAME {
+                common_names.push(text()?);
+            } else if *attribute.attr_type() == OID_X509_ORGANIZATION_NAME {
+                asked.organizations.push(text()?);
+            }
+        }
+        if common_names.len() > 1 {
+            return None;
+        }
+        asked.common_name = common_names.pop().unwrap_or_default();
         for extension in request.requested_extensions().into_iter().flatten() {
             let ParsedExtension::SubjectAlternativeName(names) = extension else { continue };
             for name in &names.general_names {
                 match name {
                     GeneralName::DNSName(name) => asked.dns_names.push((*name).to_owned()),
-                    GeneralName::IPAddress(octets) => asked.addresses.extend(address_of(octets)),
+                    GeneralName::IPAddress(octets) => asked.addresses.push(address_of(octets)?),
                     _ => asked.other_names += 1,
                 }
             }
         }
-        Some(asked)
+        Some((asked, pem.contents))
+    }
+
+    /// The subject as it is signed: the common name and the organizations, and nothing else.
+    fn subject(&self) -> Option<DistinguishedName> {
+        let mut subject = DistinguishedName::new();
+        if !self.common_name.is_empty() {
+            subject.push(DnType::CommonName, self.common_name.as_str());
+        }
+        // The library keeps one value of a kind, so a second one goes under the kind's number.
+        let kinds = [DnType::OrganizationName, DnType::CustomDnType(ORGANIZATION_NAME.to_vec())];
+        if self.organizations.len() > kinds.len() {
+            return None;
+        }
+        for (kind, organization) in kinds.into_iter().zip(&self.organizations) {
+            subject.push(kind, organization.as_str());
+        }
+        Some(subject)
+    }
+
+    fn alternative_names(&self) -> Result<Vec<SanType>, rcgen::Error> {
+        let names = self.dns_names.iter().map(|name| Ok(SanType::DnsName(name.as_str().try_into()?)));
+        names.chain(self.addresses.iter().map(|address| Ok(SanType::IpAddress(*address)))).collect()
     }
 }
 
@@ -80,11 +126,15 @@ fn extended_usage(name: &str) -> Option<ExtendedKeyUsagePurpose> {
 
 impl Authority {
     /// Signs a PEM request for `life`, with usages by the names of the certificates API; others are left out. Never makes another
-    /// authority. Gives the certificate as PEM.
+    /// authority. Gives the certificate as PEM. It says what [`Asked::read`] gives of the request, without mail addresses and URIs.
     pub fn sign(&self, pem: &str, usages: &[String], life: Duration) -> Result<String, PkiError> {
         let failed = |source| PkiError::Certificate { path: self.certificate_file(), source };
-        let mut request = CertificateSigningRequestParams::from_pem(pem).map_err(failed)?;
+        let (asked, der) = Asked::decode(pem).ok_or(PkiError::Request("it can be read in several ways, or in none"))?;
+        let mut request = CertificateSigningRequestParams::from_der(&der.into()).map_err(failed)?;
         let params = &mut request.params;
+        params.distinguished_name = asked.subject().ok_or(PkiError::Request("it has more than two organizations"))?;
+        params.subject_alt_names = asked.alternative_names().map_err(failed)?;
+        params.custom_extensions = Vec::new();
         params.is_ca = rcgen::IsCa::ExplicitNoCa;
         params.key_usages = usages.iter().filter_map(|name| key_usage(name)).collect();
         params.extended_key_usages = usages.iter().filter_map(|name| extended_usage(name)).collect();
@@ -128,5 +178,54 @@ mod tests {
         let usage = certificate.extended_key_usage().expect("readable").expect("there").value;
         assert!(usage.client_auth && !usage.server_auth);
         assert_eq!(Asked::read("rubbish"), None);
+    }
+
+    fn request(names: &[(DnType, &str)]) -> String {
+        let mut params = CertificateParams::new(Vec::new()).expect("no names");
+        params.distinguished_name = DistinguishedName::new();
+        for (kind, name) in names {
+            params.distinguished_name.push(kind.clone(), *name);
+        }
+        params.serialize_request(&KeyPair::generate().expect("a key")).expect("a request").pem().expect("PEM")
+    }
+
+    /// The subject of a certificate in PEM, as text.
+    fn subject_of(certificate: &str) -> String {
+        let (_, pem) = x509_parser::pem::parse_x509_pem(certificate.as_bytes()).expect("PEM");
+        pem.parse_x509().expect("a certificate").subject().to_string()
+    }
+
+    #[test]
+    fn a_request_with_two_common_names_is_none() {
+        let second = DnType::CustomDnType(vec![2, 5, 4, 3]);
+        let two = request(&[(DnType::CommonName, "system:node:a"), (second, "system:kube-controller-manager")]);
+        assert_eq!(Asked::read(&two), None);
+    }
+
+    #[test]
+    fn what_was_read_is_what_is_signed_whatever_stands_before_it() {
+        let directory = tempfile::tempdir().expect("tempdir");
+        let authority = Authority::ensure(directory.path(), "test-ca").expect("authority");
+        let good = request(&[(DnType::CommonName, "jane"), (DnType::OrganizationName, "dev")]);
+        let evil = request(&[(DnType::CommonName, "root"), (DnType::OrganizationName, "system:masters")]);
+        let both = format!(" {evil}{good}");
+        let asked = Asked::read(&both).expect("it reads");
+        let made = authority.sign(&both, &["client auth".to_owned()], Duration::from_secs(600)).expect("signed");
+        let subject = subject_of(&made);
+        assert!(subject.contains(&asked.common_name) && subject.contains(&asked.organizations[0]), "{subject}");
+        let foreign = good.replace("CERTIFICATE REQUEST", "NEW THING");
+        assert_eq!(Asked::read(&foreign), None);
+    }
+
+    #[test]
+    fn both_organizations_are_signed_and_other_parts_of_the_subject_are_not() {
+        let directory = tempfile::tempdir().expect("tempdir");
+        let authority = Authority::ensure(directory.path(), "test-ca").expect("authority");
+        let second = DnType::CustomDnType(ORGANIZATION_NAME.to_vec());
+        let names = [(DnType::CommonName, "jbeda"), (DnType::OrganizationName, "app1"), (second, "app2")];
+        let pem = request(&[&names[..], &[(DnType::CountryName, "DE")]].concat());
+        let made = authority.sign(&pem, &["client auth".to_owned()], Duration::from_secs(600)).expect("signed");
+        let subject = subject_of(&made);
+        assert!(subject.contains("app1") && subject.contains("app2") && !subject.contains("DE"), "{subject}");
     }
 }

@@ -117,6 +117,15 @@ async fn approve(
     }
     let user = request.spec.username.as_deref().unwrap_or_default();
     let ways = match signer {
+        Signer::KubeletClient if nodes::takes_a_nodes_name(user, &asked, &shared.nodes.list()) => {
+            let name = &asked.common_name;
+            tracing::warn!(
+                request = request.name_any(),
+                name,
+                "a node of this name exists: delete it, or approve the request by hand"
+            );
+            return Ok(());
+        }
         Signer::KubeletClient if user == asked.common_name => vec![nodes::SELF_CLIENT, nodes::CLIENT],
         Signer::KubeletClient => vec![nodes::CLIENT],
         Signer::Client if nodes::is_proxy_of_node(user, &asked) => vec![nodes::PROXY],

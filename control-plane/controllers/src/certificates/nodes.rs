@@ -40,7 +40,22 @@ pub(super) fn is_proxy_of_node(user: &str, asked: &Asked) -> bool {
 
 fn addresses(node: &Node) -> impl Iterator<Item = IpAddr> {
     let all = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-    all.filter_map(|address| address.address.parse().ok())
+    all.filter_map(|address| address.address.parse().ok()).map(|address: IpAddr| address.to_canonical())
+}
+
+/// Whether a request by somebody who is no node yet is for the name of a node that is there: it would make the holder of a
+/// token that node, with all that its pods may read.
+pub(super) fn takes_a_nodes_name(user: &str, asked: &Asked, nodes: &[Arc<Node>]) -> bool {
+    user != asked.common_name
+        && asked.common_name.strip_prefix(NODE).is_some_and(|name| nodes.iter().any(|node| node.name_any() == name))
+}
+
+/// Whether a name of a certificate, which may begin with `*.`, stands for `name`.
+fn stands_for(pattern: &str, name: &str) -> bool {
+    match (pattern.strip_prefix("*."), name.split_once('.')) {
+        (Some(domain), Some((_, rest))) => rest.eq_ignore_ascii_case(domain),
+        _ => pattern.eq_ignore_ascii_case(name),
+    }
 }
 
 /// Why it is not clear that a node serves under the names that it asks for; None where it is: its own name, and addresses
@@ -60,12 +75,16 @@ pub(super) fn doubt_about_names(
     if let Some(other) = asked.dns_names.iter().find(|asked| *asked != name) {
         return Some(format!("{other} is not the node's name"));
     }
-    let wanted = asked.dns_names.iter().cloned().chain(asked.addresses.iter().map(ToString::to_string));
-    if let Some(taken) = wanted.into_iter().find(|name| server_names.contains(name)) {
+    let mut wanted = asked.dns_names.iter().cloned().chain(asked.addresses.iter().map(ToString::to_string));
+    if let Some(taken) = wanted.find(|name| server_names.iter().any(|known| stands_for(known, name))) {
         return Some(format!("{taken} is the API server's"));
     }
     let others = || nodes.iter().filter(|other| other.name_any() != name).flat_map(|other| addresses(other));
     asked.addresses.iter().find_map(|address| {
+        // Other programs take an IPv4 address and the same one in IPv6's clothes for equal.
+        if address.to_canonical() != *address {
+            return Some(format!("{address} is an IPv4 address in disguise"));
+        }
         if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
             return Some(format!("{address} is no address of a node"));
         }
@@ -109,6 +128,8 @@ mod tests {
             ("system:node:c", asked("c", &["192.0.2.4"]), "not registered"),
             ("system:node:a", asked("a", &["192.0.2.4"]), "does not report 192.0.2.4"),
             ("system:node:a", asked("a", &["127.0.0.1"]), "no address of a node"),
+            ("system:node:a", asked("a", &["::ffff:192.0.2.1"]), "in disguise"),
+            ("system:node:a", asked("a", &["::ffff:127.0.0.1"]), "in disguise"),
             ("system:node:kubernetes", asked("kubernetes", &["192.0.2.3"]), "kubernetes is the API server's"),
             ("system:node:a", Asked { dns_names: vec!["b".into()], ..asked("a", &[]) }, "b is not the node's name"),
         ];
@@ -122,6 +143,24 @@ mod tests {
         let lair = [node("a", "192.0.2.9")];
         let said = doubt_about_names("system:node:a", &asked("a", &["192.0.2.9"]), &lair, &server);
         assert_eq!(said.as_deref(), Some("192.0.2.9 is the API server's"));
+    }
+
+    #[test]
+    fn a_wildcard_of_the_api_server_covers_what_it_stands_for() {
+        let nodes = [node("api.example.com", "192.0.2.1")];
+        let server = ["*.Example.com".to_owned()];
+        let asked = asked("api.example.com", &["192.0.2.1"]);
+        let said = doubt_about_names("system:node:api.example.com", &asked, &nodes, &server);
+        assert_eq!(said.as_deref(), Some("api.example.com is the API server's"));
+        assert!(!stands_for("*.example.com", "a.b.example.com") && !stands_for("*.example.com", "example.com"));
+    }
+
+    #[test]
+    fn a_token_does_not_make_its_holder_a_node_that_is_there() {
+        let nodes = [node("a", "192.0.2.1")];
+        assert!(takes_a_nodes_name("system:bootstrap:abcdef", &asked("a", &[]), &nodes));
+        assert!(!takes_a_nodes_name("system:bootstrap:abcdef", &asked("b", &[]), &nodes));
+        assert!(!takes_a_nodes_name("system:node:a", &asked("a", &[]), &nodes));
     }
 
     #[test]
