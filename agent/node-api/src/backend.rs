@@ -1,6 +1,7 @@
 //! What the :10250 server asks of the agent: the [`NodeBackend`] and [`Authorizer`] traits and their plain values.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use k8s_openapi::List;
@@ -120,8 +121,7 @@ pub trait NodeBackend: Send + Sync + 'static {
     async fn healthy(&self) -> Result<(), String> {
         Ok(())
     }
-    /// Paths of the archives made.
-    async fn checkpoint(&self, _target: ContainerRef) -> Result<Vec<String>, NodeError> {
-        Err(NodeError::NotFound("container checkpointing is not enabled on this node".to_string()))
-    }
+    /// Writes a checkpoint of a running container within `timeout`, or the runtime's own limit where that is zero. Gives the paths
+    /// of the archives made.
+    async fn checkpoint(&self, target: ContainerRef, timeout: Duration) -> Result<Vec<String>, NodeError>;
 }

@@ -62,9 +62,7 @@ impl Handlers {
             Route::MetricsProbes => Ok(self.metrics(MetricsPage::Probes).await),
             Route::Logs(target) => self.logs(target, &query).await,
             Route::Run(target) => self.run(target, &query).await,
-            Route::Checkpoint(target) => {
-                self.backend.checkpoint(target).await.map(|items| json(&json!({ "items": items })))
-            }
+            Route::Checkpoint(target) => self.checkpoint(target, &query).await,
             Route::Exec(_) | Route::Attach(_) | Route::PortForward(_) => self.upgrade(route, &query, request).await,
         };
         answered.unwrap_or_else(|refused| error(&refused))
@@ -90,6 +88,11 @@ impl Handlers {
         let request = query::run_request(target, query).map_err(NodeError::BadRequest)?;
         let output = self.backend.run_in_container(request).await?;
         Ok(of_type(StatusCode::OK, "text/plain; charset=utf-8", output))
+    }
+
+    async fn checkpoint(&self, target: ContainerRef, query: &Query) -> Result<Response<Answer>, NodeError> {
+        let timeout = query::checkpoint_timeout(query).map_err(NodeError::BadRequest)?;
+        self.backend.checkpoint(target, timeout).await.map(|items| json(&json!({ "items": items })))
     }
 
     async fn logs(&self, target: ContainerRef, query: &Query) -> Result<Response<Answer>, NodeError> {

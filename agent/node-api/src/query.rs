@@ -1,5 +1,7 @@
 //! Request paths and queries: decoding and the parameters of each endpoint. Pure.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 
 use crate::backend::{ContainerRef, ExecRequest, PortForwardRequest};
@@ -151,6 +153,12 @@ pub(crate) fn run_request(target: ContainerRef, query: &Query) -> Result<ExecReq
         return Err("cmd is required".to_string());
     }
     Ok(ExecRequest { target, command, stdin: false, stdout: true, stderr: true, tty: false })
+}
+
+/// checkpoint: `timeout` in seconds, zero without any.
+pub(crate) fn checkpoint_timeout(query: &Query) -> Result<Duration, String> {
+    let seconds = query.number("timeout")?.unwrap_or(0);
+    u64::try_from(seconds).map(Duration::from_secs).map_err(|_| format!("invalid value \"{seconds}\" for timeout"))
 }
 
 pub(crate) fn port_forward_request(target: ContainerRef, query: &Query) -> Result<PortForwardRequest, String> {

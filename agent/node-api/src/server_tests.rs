@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -19,7 +20,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::*;
-use crate::backend::{ExecRequest, LogFile, MetricsPage, NodeError, PodList, PortForwardRequest};
+use crate::backend::{ContainerRef, ExecRequest, LogFile, MetricsPage, NodeError, PodList, PortForwardRequest};
 
 struct Fake {
     dir: PathBuf,
@@ -63,6 +64,10 @@ impl NodeBackend for Fake {
     }
     async fn configz(&self) -> Value {
         json!({"kubeletconfig": {}})
+    }
+    async fn checkpoint(&self, target: ContainerRef, timeout: Duration) -> Result<Vec<String>, NodeError> {
+        let ContainerRef { namespace, pod, container, .. } = target;
+        Ok(vec![format!("/checkpoints/{namespace}-{pod}-{container}-{}.tar", timeout.as_secs())])
     }
 }
 
@@ -241,7 +246,9 @@ async fn every_page_answers() {
     assert!(bench.get("/configz").await.1.contains("kubeletconfig"));
     assert!(!bench.get("/stats/summary?only_cpu_and_memory=true").await.1.contains("fs"));
     assert_eq!(bench.ask(true, "POST", "/run/a/b/c?cmd=ls%20-l", &[]).await, (200, "ls|-l".into()));
-    assert_eq!(bench.ask(true, "POST", "/checkpoint/a/b/c", &[]).await.0, 404);
+    let made = bench.ask(true, "POST", "/checkpoint/a/b/c?timeout=7", &[]).await;
+    assert_eq!(made, (200, r#"{"items":["/checkpoints/a-b-c-7.tar"]}"#.into()));
+    assert_eq!(bench.ask(true, "POST", "/checkpoint/a/b/c?timeout=-1", &[]).await.0, 400);
     assert_eq!(bench.get("/nope").await.0, 404);
     assert_eq!(bench.get("/run/a/b/c").await.0, 405);
 }

@@ -223,6 +223,17 @@ impl Runtime {
         bounded("ExecSync", slack, self.runtime.clone().exec_sync(request)).await
     }
 
+    /// Writes a checkpoint to `location`. A limit of zero is the runtime's own.
+    pub(crate) async fn checkpoint(&self, id: &str, location: &Path, limit: Duration) -> Result<(), CriError> {
+        let request = cri::CheckpointContainerRequest {
+            container_id: id.to_owned(),
+            location: location.display().to_string(),
+            timeout: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+        };
+        let slack = if limit.is_zero() { SLOW_CALL } else { limit.min(PULL) + Duration::from_secs(5) };
+        bounded("CheckpointContainer", slack, self.runtime.clone().checkpoint_container(request)).await.map(drop)
+    }
+
     pub(crate) async fn exec(&self, request: cri::ExecRequest) -> Result<String, CriError> {
         Ok(bounded("Exec", CALL, self.runtime.clone().exec(request)).await?.url)
     }

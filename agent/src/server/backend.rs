@@ -1,6 +1,10 @@
 //! [`Backend`]: what the :10250 server asks of the agent.
 
 use std::collections::HashMap;
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -180,6 +184,23 @@ impl NodeBackend for Backend {
         Ok(output)
     }
 
+    /// Below the kubelet's directory, under upstream's names.
+    async fn checkpoint(&self, target: ContainerRef, timeout: Duration) -> Result<Vec<String>, NodeError> {
+        let container = self.running(&target)?;
+        let ContainerRef { namespace, pod, container: name, .. } = &target;
+        let failed =
+            |why: String| NodeError::Internal(format!("checkpointing of {namespace}/{pod}/{name} failed ({why})"));
+        let directory = self.shared.config.kubelet_dir.join("checkpoints");
+        make_private(&directory)
+            .await
+            .map_err(|error| failed(format!("cannot make {}: {error}", directory.display())))?;
+        let time = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ");
+        let location = directory.join(format!("checkpoint-{pod}_{namespace}-{name}-{time}.tar"));
+        let made = self.shared.runtime.checkpoint(container.id.as_str(), &location, timeout).await;
+        made.map_err(|error| failed(error.to_string()))?;
+        Ok(vec![location.display().to_string()])
+    }
+
     async fn stats_summary(&self) -> Value {
         let pods = self.shared.runtime.sandbox_stats().await.unwrap_or_default();
         let filesystem = self.shared.runtime.image_fs_info().await.ok();
@@ -322,6 +343,12 @@ fn waiting_reason(entry: &PodEntry, container: &str) -> String {
     let status = lists.into_iter().flatten().flatten().find(|status| status.name == container);
     let waiting = status.and_then(|status| status.state.as_ref()).and_then(|state| state.waiting.as_ref());
     waiting.and_then(|waiting| waiting.reason.clone()).unwrap_or_else(|| "ContainerCreating".to_owned())
+}
+
+/// What is in a checkpoint is what was in the container's memory.
+async fn make_private(directory: &Path) -> io::Result<()> {
+    tokio::fs::create_dir_all(directory).await?;
+    tokio::fs::set_permissions(directory, Permissions::from_mode(0o700)).await
 }
 
 fn internal(error: crate::cri::CriError) -> NodeError {
