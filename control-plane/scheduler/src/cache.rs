@@ -9,6 +9,7 @@ use kube::ResourceExt;
 
 use crate::pod::PodInfo;
 use crate::resources::Resources;
+use crate::storage::Storage;
 use crate::terms::{Labels, Namespaces};
 
 /// A node with what is on it.
@@ -94,6 +95,7 @@ pub(crate) struct Cache {
     /// Pods that were given a node here and that the API has not confirmed.
     assumed: HashMap<String, Arc<PodInfo>>,
     pub namespaces: Namespaces,
+    pub storage: Storage,
 }
 
 impl Cache {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::cache::{Cache, NodeInfo};
-use crate::filter::{Facts, Refusal, check};
+use crate::filter::{Facts, Plugin, Refusal, check};
 use crate::message;
 use crate::pod::PodInfo;
 use crate::score;
@@ -44,7 +44,15 @@ pub(crate) fn decide(pod: &PodInfo, cache: &Cache, nominated: &Nominated, start:
     if nodes.is_empty() {
         return Decision::Nowhere(Vec::new());
     }
-    let facts = Facts::gather(pod, cache.nodes(), &cache.namespaces);
+    let places = match cache.storage.places(pod) {
+        Ok(places) => places,
+        Err(reason) => {
+            let refusal = Refusal { plugin: Plugin::VolumeClaims, reasons: vec![reason], resolvable: false };
+            return Decision::Nowhere(nodes.iter().map(|node| (node.name.clone(), refusal.clone())).collect());
+        }
+    };
+    let mut facts = Facts::gather(pod, cache.nodes(), &cache.namespaces);
+    facts.places = places;
     // Room was made for it there: that node first.
     if let Some((name, _)) = nominated.get(&pod.uid)
         && let Some(node) = cache.node(name).filter(|node| node.known)
@@ -86,6 +94,10 @@ pub(crate) fn explain(refusals: &[(String, Refusal)]) -> String {
     if refusals.is_empty() {
         return message::NO_NODES.to_owned();
     }
+    // What is about the pod itself is said once and not for each node.
+    if let Some((_, Refusal { plugin: Plugin::VolumeClaims, reasons, .. })) = refusals.first() {
+        return format!("0/{} nodes are available: {}.", refusals.len(), reasons.join(", "));
+    }
     let reasons = refusals.iter().flat_map(|(_, refusal)| refusal.reasons.iter().map(String::as_str));
     message::unavailable(refusals.len(), reasons)
 }
@@ -116,6 +128,27 @@ mod tests {
         let nominated = Nominated::from([("important".to_owned(), ("a".to_owned(), important.clone()))]);
         assert!(matches!(decide(&pod("p", cpu("1")), &cache, &nominated, &mut 0), Decision::Nowhere(_)));
         assert!(matches!(decide(&important, &cache, &nominated, &mut 0), Decision::Node(name) if name == "a"));
+    }
+
+    #[test]
+    fn a_pod_goes_where_its_volume_is() {
+        use crate::storage::tests::{claim, user, volume_at};
+        let mut cache = cache(&[node("a", json!({})), node("b", json!({}))], &[]);
+        let pod = user("p", &["data"]);
+        let nowhere = |cache: &Cache| match decide(&pod, cache, &Nominated::new(), &mut 0) {
+            Decision::Nowhere(refusals) => explain(&refusals),
+            Decision::Node(node) => panic!("it was given {node}"),
+        };
+        assert_eq!(nowhere(&cache), "0/2 nodes are available: persistentvolumeclaim \"data\" not found.");
+        cache.storage.put_claim(&claim("data", "local", "v", "Bound"));
+        cache.storage.put_volume("v".to_owned(), volume_at("b"));
+        for _ in 0..20 {
+            let decision = decide(&pod, &cache, &Nominated::new(), &mut 0);
+            assert!(matches!(decision, Decision::Node(name) if name == "b"));
+        }
+        cache.storage.put_volume("v".to_owned(), volume_at("c"));
+        let reason = "0/2 nodes are available: 2 node(s) didn't match PersistentVolume's node affinity.";
+        assert_eq!(nowhere(&cache), reason);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use k8s_openapi::api::core::v1::Taint;
+use k8s_openapi::api::core::v1::{NodeSelector, Taint};
 
 use crate::cache::NodeInfo;
 use crate::pod::PodInfo;
@@ -20,6 +20,10 @@ pub(crate) enum Plugin {
     NodeResourcesFit,
     PodTopologySpread,
     InterPodAffinity,
+    /// The pod's claims can be served nowhere for now.
+    VolumeClaims,
+    /// A volume cannot be had on the node.
+    VolumeBinding,
 }
 
 /// Why a node cannot take the pod.
@@ -65,6 +69,8 @@ pub(crate) struct Facts<'a> {
     unwanted: Vec<Counts<'a>>,
     /// No pod anywhere matches the affinity, and the pod matches it itself: it is the first of its kind.
     is_first: bool,
+    /// Where the pod's volumes can be had.
+    pub places: Vec<&'a NodeSelector>,
 }
 
 fn pairs<'a>(node: &'a NodeInfo, key: &'a str) -> Option<(&'a str, &'a str)> {
@@ -158,7 +164,7 @@ impl<'a> Facts<'a> {
         }
         let matches_itself = pod.affinity.iter().all(|term| term.matches(&pod.key.namespace, &pod.labels, namespaces));
         let is_first = wanted.is_empty() && matches_itself;
-        Self { hard_spread, unwelcome, wanted, unwanted, is_first }
+        Self { hard_spread, unwelcome, wanted, unwanted, is_first, places: Vec::new() }
     }
 }
 
@@ -177,6 +183,9 @@ pub(crate) fn matches_node(pod: &PodInfo, node: &NodeInfo) -> bool {
 /// Whether the pod can run on the node, with `reserved` pods counted as if they were there.
 pub(crate) fn check(pod: &PodInfo, node: &NodeInfo, facts: &Facts<'_>, reserved: &[&PodInfo]) -> Result<(), Refusal> {
     check_node(pod, node)?;
+    if facts.places.iter().any(|place| !node_selector_matches(place, &node.name, &node.labels)) {
+        return refuse(Plugin::VolumeBinding, false, "node(s) didn't match PersistentVolume's node affinity");
+    }
     let taken = node.pods.values().flat_map(|other| &other.host_ports);
     let mut taken = taken.chain(reserved.iter().flat_map(|other| &other.host_ports));
     if taken.any(|port| pod.host_ports.iter().any(|wanted| wanted.conflicts(port))) {

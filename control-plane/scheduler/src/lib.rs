@@ -16,6 +16,7 @@ mod resources;
 mod run;
 mod score;
 mod sources;
+mod storage;
 mod terms;
 
 use tokio_util::sync::CancellationToken;

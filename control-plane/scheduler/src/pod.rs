@@ -50,6 +50,8 @@ pub(crate) struct PodInfo {
     pub preferences: Vec<(i64, PodTerm)>,
     pub spread: Vec<Spread>,
     pub images: Vec<String>,
+    /// The names of its persistent volume claims.
+    pub claims: Vec<String>,
     pub gated: bool,
     pub terminating: bool,
     pub controller_uid: Option<String>,
@@ -113,6 +115,7 @@ impl PodInfo {
             preferences: liked.chain(disliked).collect(),
             spread,
             images: containers.filter_map(|container| container.image.clone()).collect(),
+            claims: claims(pod, spec),
             gated: spec.scheduling_gates.as_ref().is_some_and(|gates| !gates.is_empty()),
             terminating: pod.metadata.deletion_timestamp.is_some(),
             controller_uid,
@@ -121,6 +124,16 @@ impl PodInfo {
             version: pod.resource_version().unwrap_or_default(),
         }))
     }
+}
+
+/// Named by the pod, or made for it as ephemeral volumes.
+fn claims(pod: &Pod, spec: &k8s_openapi::api::core::v1::PodSpec) -> Vec<String> {
+    let volumes = spec.volumes.iter().flatten();
+    let names = volumes.filter_map(|volume| match &volume.persistent_volume_claim {
+        Some(source) => Some(source.claim_name.clone()),
+        None => volume.ephemeral.as_ref().map(|_| format!("{}-{}", pod.name_any(), volume.name)),
+    });
+    names.collect()
 }
 
 fn host_ports(spec: &k8s_openapi::api::core::v1::PodSpec) -> Vec<HostPort> {

@@ -33,6 +33,7 @@ pub(crate) enum Wake {
     NodeAddedOrChanged,
     PodPlaced,
     PodGone,
+    StorageChanged,
 }
 
 impl Wake {
@@ -40,7 +41,8 @@ impl Wake {
         match (self, plugin) {
             (Self::NodeAddedOrChanged, _) | (_, Plugin::PodTopologySpread | Plugin::InterPodAffinity) => true,
             (Self::PodGone, Plugin::NodePorts | Plugin::NodeResourcesFit) => true,
-            (Self::PodGone | Self::PodPlaced, _) => false,
+            (Self::StorageChanged, Plugin::VolumeClaims | Plugin::VolumeBinding) => true,
+            (Self::PodGone | Self::PodPlaced | Self::StorageChanged, _) => false,
         }
     }
 }

@@ -126,7 +126,7 @@ impl Owner {
 
     /// Decisions on half a list would be wrong.
     fn is_ready(&self) -> bool {
-        self.listed.contains(sources::PODS) && self.listed.contains(sources::NODES) && self.queue.has_active()
+        sources::NEEDED.iter().all(|kind| self.listed.contains(kind)) && self.queue.has_active()
     }
 
     fn take_in(&mut self, event: Event) {
@@ -144,6 +144,21 @@ impl Owner {
             Event::NamespaceGone(name) => drop(self.cache.namespaces.remove(&name)),
             Event::Budget(uid, budget) => drop(self.budgets.insert(uid, *budget)),
             Event::BudgetGone(uid) => drop(self.budgets.remove(&uid)),
+            Event::Claim(claim) => {
+                self.cache.storage.put_claim(&claim);
+                self.queue.wake(Wake::StorageChanged, now);
+            }
+            Event::ClaimGone(key) => self.cache.storage.remove_claim(&key),
+            Event::Volume(name, volume) => {
+                self.cache.storage.put_volume(name, *volume);
+                self.queue.wake(Wake::StorageChanged, now);
+            }
+            Event::VolumeGone(name) => self.cache.storage.remove_volume(&name),
+            Event::Class(name, class) => {
+                self.cache.storage.put_class(name, &class);
+                self.queue.wake(Wake::StorageChanged, now);
+            }
+            Event::ClassGone(name) => self.cache.storage.remove_class(&name),
             Event::Listed(kind) => drop(self.listed.insert(kind)),
         }
     }

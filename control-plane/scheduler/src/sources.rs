@@ -5,12 +5,13 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use futures::StreamExt;
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::storage::v1::StorageClass;
 use kube::runtime::watcher;
 use kube::{Api, Client, Resource, ResourceExt};
-use oarlock_machinery::Selector;
 use oarlock_machinery::informer::Backoff;
+use oarlock_machinery::{Key, Selector};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +41,12 @@ pub(crate) enum Event {
     NamespaceGone(String),
     Budget(String, Box<Budget>),
     BudgetGone(String),
+    Claim(Box<PersistentVolumeClaim>),
+    ClaimGone(Key),
+    Volume(String, Box<PersistentVolume>),
+    VolumeGone(String),
+    Class(String, Box<StorageClass>),
+    ClassGone(String),
     /// The first list of a kind is complete.
     Listed(&'static str),
 }
@@ -52,8 +59,13 @@ struct Source<K> {
     gone: fn(String) -> Event,
 }
 
-pub(crate) const PODS: &str = "pods";
-pub(crate) const NODES: &str = "nodes";
+const PODS: &str = "pods";
+const NODES: &str = "nodes";
+const CLAIMS: &str = "persistentvolumeclaims";
+const VOLUMES: &str = "persistentvolumes";
+const CLASSES: &str = "storageclasses";
+/// What must be known whole before anything is decided.
+pub(crate) const NEEDED: [&str; 5] = [PODS, NODES, CLAIMS, VOLUMES, CLASSES];
 
 /// Runs all watches until `stop`; ends earlier only if nobody listens.
 pub(crate) async fn run(client: Client, events: mpsc::Sender<Event>, stop: CancellationToken) {
@@ -81,9 +93,39 @@ pub(crate) async fn run(client: Client, events: mpsc::Sender<Event>, stop: Cance
         seen: |budget| Event::Budget(budget.uid().unwrap_or_default(), Box::new(self::budget(&budget))),
         gone: Event::BudgetGone,
     };
+    let claims = Source::<PersistentVolumeClaim> {
+        kind: CLAIMS,
+        identify: |claim| Key::of(claim).to_string(),
+        seen: |claim| Event::Claim(Box::new(claim)),
+        gone: |id| {
+            let (namespace, name) = id.split_once('/').unwrap_or(("", &id));
+            Event::ClaimGone(Key::new(namespace, name))
+        },
+    };
+    let volumes = Source::<PersistentVolume> {
+        kind: VOLUMES,
+        identify: |volume| volume.name_any(),
+        seen: |volume| Event::Volume(volume.name_any(), Box::new(volume)),
+        gone: Event::VolumeGone,
+    };
+    let classes = Source::<StorageClass> {
+        kind: CLASSES,
+        identify: |class| class.name_any(),
+        seen: |class| Event::Class(class.name_any(), Box::new(class)),
+        gone: Event::ClassGone,
+    };
     let all = || (client.clone(), events.clone(), stop.clone());
     let ((c1, e1, s1), (c2, e2, s2), (c3, e3, s3), (c4, e4, s4)) = (all(), all(), all(), all());
-    tokio::join!(pods.run(c1, e1, s1), nodes.run(c2, e2, s2), namespaces.run(c3, e3, s3), budgets.run(c4, e4, s4));
+    let ((c5, e5, s5), (c6, e6, s6), (c7, e7, s7)) = (all(), all(), all());
+    tokio::join!(
+        pods.run(c1, e1, s1),
+        nodes.run(c2, e2, s2),
+        namespaces.run(c3, e3, s3),
+        budgets.run(c4, e4, s4),
+        claims.run(c5, e5, s5),
+        volumes.run(c6, e6, s6),
+        classes.run(c7, e7, s7),
+    );
 }
 
 fn seen(pod: &Pod) -> SeenPod {
