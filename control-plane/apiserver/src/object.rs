@@ -174,7 +174,8 @@ fn text_map(value: Option<&Value>) -> Vec<(Box<str>, Box<str>)> {
     entries.filter_map(|(key, value)| Some((key.as_str().into(), value.as_str()?.into()))).collect()
 }
 
-fn pod_references(pod: &Value) -> Vec<Box<str>> {
+/// What a pod refers to in its namespace, as `secrets/x`: what its node may read for it.
+pub(crate) fn pod_references(pod: &Value) -> Vec<Box<str>> {
     let mut found: Vec<Box<str>> = Vec::new();
     let mut add = |resource: &str, name: Option<&Value>| {
         if let Some(name) = name.and_then(Value::as_str) {

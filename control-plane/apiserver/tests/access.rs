@@ -132,6 +132,37 @@ async fn a_node_reads_what_its_pods_refer_to_and_writes_only_its_own() {
 }
 
 #[tokio::test]
+async fn a_mirror_pod_opens_nothing_to_its_node() {
+    let fixture = Fixture::new().await;
+    fixture.namespace("work").await;
+    let node = fixture.as_user("system:node:n1", &["system:nodes"]);
+    let pods = "/api/v1/namespaces/work/pods";
+    fixture.admin.post("/api/v1/namespaces/work/secrets", &json!({"metadata": {"name": "s"}})).await.ok();
+    let mirror = |name: &str, volumes: Value, from: Value| {
+        json!({"metadata": {"name": name, "annotations": {"kubernetes.io/config.mirror": "hash"}}, "spec": {
+            "nodeName": "n1", "volumes": volumes, "containers": [{"name": "c", "image": "i", "envFrom": from}]}})
+    };
+    let (none, claim) = (json!([]), json!({"claimName": "s"}));
+    for (what, volumes, from) in [
+        ("secrets", json!([{"name": "v", "secret": {"secretName": "s"}}]), none.clone()),
+        ("configmaps", json!([{"name": "v", "configMap": {"name": "s"}}]), none.clone()),
+        ("secrets", json!([{"name": "v", "projected": {"sources": [{"secret": {"name": "s"}}]}}]), none.clone()),
+        ("persistentvolumeclaims", json!([{"name": "v", "persistentVolumeClaim": claim}]), none.clone()),
+        ("secrets", none.clone(), json!([{"secretRef": {"name": "s"}}])),
+    ] {
+        let refused = node.post(pods, &mirror("p", volumes, from)).await;
+        let why = format!("node \"n1\" can not create pods that reference {what}");
+        assert!(refused.code == 403 && refused.message().ends_with(&why), "{refused:?}");
+    }
+    let mut with_account = mirror("p", none.clone(), none.clone());
+    with_account["spec"]["serviceAccountName"] = "default".into();
+    assert_eq!(node.post(pods, &with_account).await.code, 403);
+    assert_eq!(node.get("/api/v1/namespaces/work/secrets/s").await.code, 403);
+    let plain = json!([{"name": "v", "hostPath": {"path": "/etc"}}]);
+    assert_eq!(node.post(pods, &mirror("plain", plain, none)).await.code, 201);
+}
+
+#[tokio::test]
 async fn a_token_stands_for_its_account_until_what_it_is_bound_to_is_gone() {
     let fixture = Fixture::new().await;
     fixture.namespace("work").await;

@@ -46,7 +46,7 @@ pub(crate) fn on_create(ctx: &Context, target: &Target, object: &Value) -> ApiRe
                     &format!("node \"{node}\" can only create pods with spec.nodeName set to itself"),
                 );
             }
-            Ok(())
+            refers_to_nothing(target, node, object)
         }
         _ => Ok(()),
     }
@@ -91,6 +91,15 @@ pub(crate) fn on_delete(ctx: &Context, target: &Target) -> ApiResult<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// A pod that a node makes up must not open to the node what the pod refers to.
+fn refers_to_nothing(target: &Target, node: &str, pod: &Value) -> ApiResult<()> {
+    let references = object::pod_references(pod);
+    let mut resources = references.iter().filter_map(|one| one.split_once('/')).filter(|(_, name)| !name.is_empty());
+    let Some((resource, _)) = resources.next() else { return Ok(()) };
+    let what = if resource == "serviceaccounts" { "a service account" } else { resource };
+    refuse(target, &format!("node \"{node}\" can not create pods that reference {what}"))
 }
 
 /// Labels under `node-restriction.kubernetes.io/` are for administrators to pin workloads by.
