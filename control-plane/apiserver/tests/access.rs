@@ -163,6 +163,29 @@ async fn a_mirror_pod_opens_nothing_to_its_node() {
 }
 
 #[tokio::test]
+async fn a_node_evicts_only_its_own_pods() {
+    let fixture = Fixture::new().await;
+    fixture.namespace("work").await;
+    let pods = "/api/v1/namespaces/work/pods";
+    let pod =
+        json!({"metadata": {"name": "p"}, "spec": {"nodeName": "n1", "containers": [{"name": "c", "image": "i"}]}});
+    fixture.admin.post(pods, &pod).await.ok();
+    let eviction = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": "p"}});
+    let evict = |node: &str| {
+        let node = fixture.as_user(&format!("system:node:{node}"), &["system:nodes"]);
+        let eviction = eviction.clone();
+        async move { node.post(&format!("{pods}/p/eviction"), &eviction).await }
+    };
+    let refused = evict("n2").await;
+    assert_eq!(refused.code, 403);
+    let why = "node \"n2\" can only evict pods with spec.nodeName set to itself";
+    assert!(refused.message().ends_with(why), "{}", refused.message());
+    let there = fixture.admin.get(&format!("{pods}/p")).await.ok();
+    assert!(there["metadata"]["deletionTimestamp"].is_null(), "it stays");
+    assert_eq!(evict("n1").await.code, 201);
+}
+
+#[tokio::test]
 async fn a_token_stands_for_its_account_until_what_it_is_bound_to_is_gone() {
     let fixture = Fixture::new().await;
     fixture.namespace("work").await;

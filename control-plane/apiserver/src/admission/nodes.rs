@@ -87,7 +87,8 @@ pub(crate) fn on_delete(ctx: &Context, target: &Target) -> ApiResult<()> {
             if object::index(target.kind, &record).field("spec.nodeName") == node {
                 return Ok(());
             }
-            refuse(target, &format!("node \"{node}\" can only delete pods with spec.nodeName set to itself"))
+            let verb = if target.subresource.as_deref() == Some("eviction") { "evict" } else { "delete" };
+            refuse(target, &format!("node \"{node}\" can only {verb} pods with spec.nodeName set to itself"))
         }
         _ => Ok(()),
     }

@@ -6,6 +6,7 @@ use oarlock_schema::Gvk;
 use oarlock_store::Range;
 use serde_json::{Value, json};
 
+use crate::admission;
 use crate::body::{self, FieldValidation};
 use crate::core::{Context, Target};
 use crate::error::{ApiError, ApiResult};
@@ -129,6 +130,7 @@ pub(crate) async fn evict(ctx: &mut Context, target: &Target, request: Body) -> 
     if options.dry_run.iter().flatten().any(|value| value == "All") {
         ctx.dry_run = true;
     }
+    admission::on_delete(ctx, target)?;
     let pod_target = Target { subresource: None, ..target.clone() };
     let record = ctx.core.store.get(&pod_target.key()).ok_or_else(|| target.not_found())?;
     let pod = object::parse(&record);
