@@ -52,6 +52,13 @@ fn claim(class: &str) -> Value {
         "status": {"phase": "Pending"}})
 }
 
+/// The claim is deleted, and another made under its name.
+fn again(api: &FakeApi, class: &str) {
+    api.edit(CLAIMS, "default", "data", |claim| claim["metadata"]["finalizers"] = json!([]));
+    api.delete(CLAIMS, "default", "data", json!({}));
+    api.create(claim(class));
+}
+
 fn class(provisioner: &str, mode: &str) -> Value {
     json!({"kind": "StorageClass", "metadata": {"name": "fast"}, "provisioner": provisioner, "volumeBindingMode": mode})
 }
@@ -100,6 +107,79 @@ async fn a_claim_of_a_waiting_class_is_bound_where_its_first_pod_is() {
     assert!(has(&api, CLAIMS, "default", "data", "/status/phase", "Pending"));
     api.create(pod("first", "n2"));
     bound(&api, "b-on-n2").await;
+}
+
+#[tokio::test]
+async fn a_claim_waits_for_a_node_that_is_not_known_yet() {
+    let (api, _stop) = cluster();
+    api.create(class("kubernetes.io/no-provisioner", "WaitForFirstConsumer"));
+    api.create(volume("a-on-n1", "fast", "Retain", Some("n1")));
+    api.create(volume("b-on-n3", "fast", "Retain", Some("n3")));
+    let mut chosen = claim("fast");
+    chosen["metadata"]["annotations"] = json!({"volume.kubernetes.io/selected-node": "n3"});
+    api.create(chosen);
+    // Claims are looked at in turn: once this one is bound, the first has been looked at.
+    api.create(volume("other", "", "Retain", None));
+    let mut other = claim("");
+    other["metadata"]["name"] = json!("other");
+    api.create(other);
+    api.until_true("the other claim", |api| has(api, CLAIMS, "default", "other", "/status/phase", "Bound")).await;
+    api.create(json!({"kind": "Node", "metadata": {"name": "n3", "labels": {"kubernetes.io/hostname": "n3"}}}));
+    bound(&api, "b-on-n3").await;
+}
+
+#[tokio::test]
+async fn a_volume_is_not_called_left_behind_by_what_is_cached_of_its_claim() {
+    let (api, _stop) = cluster();
+    api.create(claim("none"));
+    api.until_true("the first claim to be seen", |api| event(api, "ProvisioningFailed")).await;
+    api.hold(CLAIMS);
+    again(&api, "none");
+    let uid = api.get(CLAIMS, "default", "data").unwrap()["metadata"]["uid"].clone();
+    let mut made = volume("made", "none", "Delete", None);
+    made["spec"]["claimRef"] = json!({"namespace": "default", "name": "data", "uid": uid});
+    api.create(made);
+    api.until_true("a phase", |api| !has(api, VOLUMES, "", "made", "/status/phase", "Pending")).await;
+    api.release(CLAIMS);
+    bound(&api, "made").await;
+    assert!(!api.ever(VOLUMES, |volume| text(volume, "/status/phase") == "Released"));
+}
+
+#[tokio::test]
+async fn a_phase_is_not_written_over_what_came_after_it() {
+    let (api, _stop) = cluster();
+    api.create(volume("disk", "", "Retain", None));
+    api.create(claim(""));
+    bound(&api, "disk").await;
+    api.interrupt("PATCH", "persistentvolumes/status", |api| {
+        // An administrator gives the volume free.
+        api.edit(VOLUMES, "", "disk", |volume| {
+            volume["spec"]["claimRef"] = Value::Null;
+            volume["status"]["phase"] = json!("Available");
+        });
+    });
+    api.edit(CLAIMS, "default", "data", |claim| claim["metadata"]["finalizers"] = json!([]));
+    api.delete(CLAIMS, "default", "data", json!({}));
+    api.until_true("the volume to be free", |api| has(api, VOLUMES, "", "disk", "/status/phase", "Available")).await;
+    api.create(volume("later", "", "Retain", None));
+    api.until_true("the next volume", |api| has(api, VOLUMES, "", "later", "/status/phase", "Available")).await;
+    assert!(!api.ever(VOLUMES, |volume| text(volume, "/status/phase") == "Released"));
+}
+
+#[tokio::test]
+async fn a_volume_is_not_given_to_another_claim_of_the_same_name() {
+    let (api, _stop) = cluster();
+    api.interrupt("PATCH", CLAIMS, |api| again(api, "other"));
+    let mut first = claim("");
+    // Nothing else is written to it first.
+    first["metadata"]["finalizers"] = json!(["kubernetes.io/pvc-protection"]);
+    api.create(first);
+    api.create(volume("disk", "", "Retain", None));
+    api.until_true("the volume to be left behind", |api| has(api, VOLUMES, "", "disk", "/status/phase", "Released"))
+        .await;
+    api.until_true("the new claim to be looked at", |api| event(api, "ProvisioningFailed")).await;
+    assert!(!api.ever(CLAIMS, |claim| !text(claim, "/spec/volumeName").is_empty()));
+    assert!(has(&api, CLAIMS, "default", "data", "/status/phase", "Pending"));
 }
 
 #[tokio::test]

@@ -57,6 +57,13 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
         let of_it = |claim: &Arc<PersistentVolumeClaim>| class_name(claim) == class && !fit::is_bound(claim);
         waiting.list().into_iter().filter(of_it).for_each(|claim| on_class.add(Key::of(claim.as_ref())));
     });
+    let (waiting, on_node) = (shared.claims.clone(), claims.clone());
+    shared.nodes.on_change(move |change| {
+        if matches!(change, Change::Added(_)) {
+            let open = waiting.list().into_iter().filter(|claim| !fit::is_bound(claim));
+            open.for_each(|claim| on_node.add(Key::of(claim.as_ref())));
+        }
+    });
     let (waiting, again) = (shared.claims.clone(), claims.clone());
     shared.volumes.on_change(move |change| {
         on_volume.add(change.object().name_any());
@@ -113,6 +120,10 @@ async fn reconcile_claim(shared: Arc<Shared>, key: Key) -> Result<Next, ApiError
         },
     };
     let object = node.as_ref().and_then(|name| shared.nodes.get("", name));
+    if node.is_some() && object.is_none() {
+        // Where the volume has to be is known with the node, which brings the claim back here.
+        return Ok(Next::Done);
+    }
     match fit::best(&claim, &shared.volumes.list(), object.as_deref()) {
         Some(volume) => bind(&shared, &claim, &volume).await.map(|()| Next::Done),
         None => provision(&shared, &claim, node.as_deref()).await.map(|()| Next::Done),
@@ -198,6 +209,11 @@ async fn provision(shared: &Shared, claim: &PersistentVolumeClaim, node: Option<
     Ok(())
 }
 
+/// Has a patch refused where the object is not the one that was looked at, as it was then.
+fn version_of(object: &impl ResourceExt) -> serde_json::Value {
+    json!({ "uid": object.uid(), "resourceVersion": object.resource_version() })
+}
+
 async fn bind(shared: &Shared, claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> Result<(), ApiError> {
     let (namespace, name) = (claim.namespace().unwrap_or_default(), claim.name_any());
     let volumes: Api<PersistentVolume> = Api::all(shared.client.clone());
@@ -206,15 +222,18 @@ async fn bind(shared: &Shared, claim: &PersistentVolumeClaim, volume: &Persisten
     let reference = json!({ "kind": "PersistentVolumeClaim", "apiVersion": "v1", "namespace": namespace, "name": name,
         "uid": claim.metadata.uid, "resourceVersion": claim.metadata.resource_version });
     // Refused where another claim took the volume meanwhile.
-    let version = json!({ "resourceVersion": volume.metadata.resource_version });
-    let patch = json!({ "metadata": version, "spec": { "claimRef": reference } });
-    merge("bind persistentvolume", &volumes, &volume_name, &patch).await?;
-    merge_status("bind persistentvolume", &volumes, &volume_name, &json!({ "status": { "phase": "Bound" } })).await?;
+    let patch = json!({ "metadata": version_of(volume), "spec": { "claimRef": reference } });
+    let taken = merge("bind persistentvolume", &volumes, &volume_name, &patch).await?;
+    let patch = json!({ "metadata": version_of(&taken), "status": { "phase": "Bound" } });
+    merge_status("bind persistentvolume", &volumes, &volume_name, &patch).await?;
     let marks = json!({ "pv.kubernetes.io/bind-completed": "yes", "pv.kubernetes.io/bound-by-controller": "yes" });
-    let patch = json!({ "metadata": { "annotations": marks }, "spec": { "volumeName": volume_name } });
-    merge("bind persistentvolumeclaim", &claims, &name, &patch).await?;
+    // Nor is the volume given to another claim that has got the name meanwhile.
+    let mut metadata = version_of(claim);
+    metadata["annotations"] = marks;
+    let patch = json!({ "metadata": metadata, "spec": { "volumeName": volume_name } });
+    let bound = merge("bind persistentvolumeclaim", &claims, &name, &patch).await?;
     let spec = volume.spec.clone().unwrap_or_default();
-    let status = json!({ "status": { "phase": "Bound", "capacity": spec.capacity, "accessModes": spec.access_modes } });
+    let status = json!({ "metadata": version_of(&bound), "status": { "phase": "Bound", "capacity": spec.capacity, "accessModes": spec.access_modes } });
     merge_status("bind persistentvolumeclaim", &claims, &name, &status).await?;
     tracing::info!(claim = %name, claim.namespace = %namespace, volume = volume_name, "claim bound to volume");
     Ok(())
@@ -224,8 +243,10 @@ async fn bind(shared: &Shared, claim: &PersistentVolumeClaim, volume: &Persisten
 async fn reconcile_volume(shared: Arc<Shared>, name: String) -> Result<Next, ApiError> {
     let Some(volume) = shared.volumes.get("", &name) else { return Ok(Next::Done) };
     let reference = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref());
+    let uid = reference.and_then(|reference| reference.uid.as_deref()).unwrap_or_default();
+    let expected = |claim: &Arc<PersistentVolumeClaim>| uid.is_empty() || claim.metadata.uid.as_deref() == Some(uid);
     let claim = match reference.and_then(|reference| reference.namespace.clone().zip(reference.name.clone())) {
-        Some((namespace, name)) => match shared.claims.get(&namespace, &name) {
+        Some((namespace, name)) => match shared.claims.get(&namespace, &name).filter(|claim| expected(claim)) {
             // What is cached may be behind.
             None => {
                 let claims: Api<PersistentVolumeClaim> = Api::namespaced(shared.client.clone(), &namespace);
@@ -242,10 +263,10 @@ async fn reconcile_volume(shared: Arc<Shared>, name: String) -> Result<Next, Api
         // First what is so, then what cannot be done about it.
         ("Released", Reclaim::Impossible { reason, message }) if now == Some("Released") => {
             shared.recorder.event(volume.as_ref(), EventType::Warning, reason, message.clone());
-            json!({ "status": { "phase": "Failed", "message": message } })
+            json!({ "metadata": version_of(volume.as_ref()), "status": { "phase": "Failed", "message": message } })
         }
         _ if now == Some(phase) => return Ok(Next::Done),
-        _ => json!({ "status": { "phase": phase, "message": null } }),
+        _ => json!({ "metadata": version_of(volume.as_ref()), "status": { "phase": phase, "message": null } }),
     };
     let api: Api<PersistentVolume> = Api::all(shared.client.clone());
     merge_status("update persistentvolume", &api, &name, &status).await.map(|_| Next::Done)

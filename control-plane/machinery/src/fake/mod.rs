@@ -5,6 +5,7 @@
 mod serve;
 mod store;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +24,14 @@ pub struct FakeApi {
     store: Mutex<Store>,
     revision: watch::Sender<u64>,
     refusals: Mutex<Vec<Refusal>>,
+    interruptions: Mutex<Vec<Interruption>>,
+    held: Mutex<BTreeSet<String>>,
+}
+
+struct Interruption {
+    method: String,
+    resource: String,
+    act: Box<dyn FnOnce(&FakeApi) + Send>,
 }
 
 struct Refusal {
@@ -53,6 +62,8 @@ impl FakeApi {
             store: Mutex::new(Store::default()),
             revision: watch::Sender::new(0),
             refusals: Mutex::new(Vec::new()),
+            interruptions: Mutex::new(Vec::new()),
+            held: Mutex::new(BTreeSet::new()),
         })
     }
 
@@ -109,6 +120,39 @@ impl FakeApi {
     pub fn refuse(&self, method: &str, resource: &str, times: usize, answer: Refused) {
         let (method, resource) = (method.to_owned(), resource.to_owned());
         self.refusals.lock().push(Refusal { method, resource, left: times, answer });
+    }
+
+    /// Has others act just before the next request with this method on this resource ("pods", "pods/status") is answered.
+    pub fn interrupt(&self, method: &str, resource: &str, act: impl FnOnce(&FakeApi) + Send + 'static) {
+        let (method, resource) = (method.to_owned(), resource.to_owned());
+        self.interruptions.lock().push(Interruption { method, resource, act: Box::new(act) });
+    }
+
+    fn interrupted(&self, method: &str, resource: &str) {
+        let due = {
+            let mut all = self.interruptions.lock();
+            let at = all.iter().position(|one| one.method == method && one.resource == resource);
+            at.map(|at| all.remove(at))
+        };
+        if let Some(due) = due {
+            (due.act)(self);
+        }
+    }
+
+    /// Watches of the resource fall behind until [`FakeApi::release`].
+    pub fn hold(&self, resource: &str) {
+        self.held.lock().insert(resource.to_owned());
+    }
+
+    /// Watches of the resource are told everything again.
+    pub fn release(&self, resource: &str) {
+        self.held.lock().remove(resource);
+        self.revision.send_modify(|_| {});
+    }
+
+    /// Whether some object of the resource was ever so.
+    pub fn ever(&self, resource: &str, check: impl Fn(&Value) -> bool) -> bool {
+        self.store.lock().log.iter().any(|entry| entry.resource == resource && check(&entry.object))
     }
 
     fn refusal(&self, method: &str, resource: &str) -> Option<Refused> {

@@ -138,6 +138,7 @@ impl FakeApi {
             "" => target.resource.clone(),
             subresource => format!("{}/{subresource}", target.resource),
         };
+        self.interrupted(request.method().as_str(), &path);
         if let Some(Refused { code, reason, message }) = self.refusal(request.method().as_str(), &path) {
             return failure(code, reason, &message);
         }
@@ -228,7 +229,10 @@ impl FakeApi {
             async move {
                 loop {
                     changes.borrow_and_update();
-                    let found = {
+                    let held = api.held.lock().contains(&resource);
+                    let found = if held {
+                        None
+                    } else {
                         let store = api.store.lock();
                         let start = store.log.partition_point(|entry| entry.revision <= from);
                         let mut fresh = store.log[start..].iter();
