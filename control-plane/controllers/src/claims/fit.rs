@@ -9,6 +9,12 @@ pub(super) fn is_bound(claim: &PersistentVolumeClaim) -> bool {
     claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound")
 }
 
+/// Whether the volume is kept for a claim of that name.
+pub(super) fn names(volume: &PersistentVolume, claim: &PersistentVolumeClaim) -> bool {
+    let reference = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref());
+    reference.is_some_and(|of| (&of.namespace, &of.name) == (&claim.metadata.namespace, &claim.metadata.name))
+}
+
 /// Whether the volume is free, or kept for this very claim.
 pub(super) fn may_have(claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> bool {
     let Some(reference) = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref()) else { return true };

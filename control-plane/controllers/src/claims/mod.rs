@@ -33,12 +33,18 @@ const NO_PROVISIONER: &str = "kubernetes.io/no-provisioner";
 pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
     let claims: Arc<WorkQueue<Key>> = WorkQueue::new();
     let volumes: Arc<WorkQueue<String>> = WorkQueue::new();
+    let kept = shared.volumes.clone();
     let (on_claim, claims_volume, on_volume) = (claims.clone(), volumes.clone(), volumes.clone());
     shared.claims.on_change(move |change| {
         let claim = change.object();
         on_claim.add(Key::of(claim.as_ref()));
         if let Some(volume) = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()) {
             claims_volume.add(volume);
+        }
+        // A binding that was cut off is known to the volume alone.
+        if matches!(change, Change::Deleted(_)) {
+            let of_it = |volume: &Arc<PersistentVolume>| fit::names(volume, claim);
+            kept.list().into_iter().filter(of_it).for_each(|volume| claims_volume.add(volume.name_any()));
         }
     });
     let (waiting, on_pod) = (shared.claims.clone(), claims.clone());
