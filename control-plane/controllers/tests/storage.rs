@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use oarlock_controllers::{Config, Controllers};
-use oarlock_machinery::fake::FakeApi;
+use oarlock_machinery::fake::{FakeApi, Refused};
 use serde_json::{Value, json};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -81,6 +81,21 @@ fn pod(name: &str, node: &str) -> Value {
     json!({"kind": "Pod", "metadata": {"name": name, "namespace": "default"}, "status": {"phase": "Pending"}, "spec": {
         "nodeName": node, "containers": [{"name": "c", "image": "i"}],
         "volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "data"}}]}})
+}
+
+/// Has another volume attached to the node, after which the controller has seen what was there before.
+async fn attach_another(api: &FakeApi, node: &str) {
+    api.create(volume("more", "more", "Retain", None));
+    let mut second = claim("more");
+    second["metadata"]["name"] = json!("more");
+    api.create(second);
+    let mut user = pod("more", node);
+    user["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] = json!("more");
+    api.create(user);
+    api.until_true("another attachment", |api| {
+        api.list(ATTACHMENTS).iter().any(|attachment| text(attachment, "/spec/source/persistentVolumeName") == "more")
+    })
+    .await;
 }
 
 fn event(api: &FakeApi, reason: &str) -> bool {
@@ -269,7 +284,10 @@ async fn a_volume_follows_its_pod_from_node_to_node() {
     bound(&api, "disk").await;
     api.create(pod("first", "n1"));
     let of = |api: &FakeApi, node: &str| {
-        api.list(ATTACHMENTS).into_iter().find(|attachment| text(attachment, "/spec/nodeName") == node)
+        api.list(ATTACHMENTS).into_iter().find(|attachment| {
+            text(attachment, "/spec/nodeName") == node
+                && text(attachment, "/spec/source/persistentVolumeName") == "disk"
+        })
     };
     let first = api.until("an attachment", |api| of(api, "n1")).await;
     assert_eq!(text(&first, "/spec/attacher"), "disks.example.com");
@@ -281,15 +299,57 @@ async fn a_volume_follows_its_pod_from_node_to_node() {
     api.until_true("the node's status", |api| has(api, "nodes", "", "n1", "/status/volumesAttached/0/name", in_status))
         .await;
     api.until_true("the event", |api| event(api, "SuccessfulAttachVolume")).await;
+    // What is cached of the node is behind that of its pods.
+    api.hold("nodes");
     api.edit("nodes", "", "n1", |node| node["status"]["volumesInUse"] = json!([in_status]));
 
     // The first pod is over, but its node still has the volume mounted; the second one waits.
     api.edit("pods", "default", "first", |pod| pod["status"]["phase"] = json!("Failed"));
     api.create(pod("second", "n2"));
     api.until_true("the wait", |api| event(api, "FailedAttachVolume")).await;
+    api.release("nodes");
+    attach_another(&api, "n1").await;
     assert!(of(&api, "n1").is_some() && of(&api, "n2").is_none());
+    assert_eq!(api.changes(ATTACHMENTS, "DELETED"), 0);
     api.edit("nodes", "", "n1", |node| node["status"]["volumesInUse"] = json!([]));
     api.until_true("the move", |api| of(api, "n1").is_none() && of(api, "n2").is_some()).await;
+}
+
+#[tokio::test]
+async fn a_volume_for_one_node_is_not_attached_to_two_at_once() {
+    let (api, _stop) = cluster();
+    api.create(volume("disk", "", "Retain", None));
+    api.create(claim(""));
+    bound(&api, "disk").await;
+    api.hold(ATTACHMENTS);
+    api.create(pod("first", "n1"));
+    api.until_true("an attachment", |api| !api.list(ATTACHMENTS).is_empty()).await;
+    api.create(pod("second", "n2"));
+    api.until_true("the wait", |api| event(api, "FailedAttachVolume")).await;
+    assert_eq!(api.list(ATTACHMENTS).len(), 1);
+    api.release(ATTACHMENTS);
+    api.delete("pods", "default", "first", json!({"gracePeriodSeconds": 0}));
+    api.until_true("the move", |api| {
+        let all = api.list(ATTACHMENTS);
+        all.len() == 1 && text(&all[0], "/spec/nodeName") == "n2"
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_attachment_that_was_not_made_does_not_keep_others_away() {
+    let (api, _stop) = cluster();
+    api.create(volume("disk", "", "Retain", None));
+    api.create(claim(""));
+    bound(&api, "disk").await;
+    // The pod goes while its volume is being attached, and that fails.
+    api.interrupt("POST", ATTACHMENTS, |api| api.delete("pods", "default", "first", json!({"gracePeriodSeconds": 0})));
+    api.refuse("POST", ATTACHMENTS, 1, Refused::new(500, "InternalError", "no room"));
+    api.create(pod("first", "n1"));
+    api.until_true("the first pod to go", |api| api.get("pods", "default", "first").is_none()).await;
+    api.create(pod("second", "n2"));
+    let attached = api.until("an attachment", |api| api.list(ATTACHMENTS).pop()).await;
+    assert_eq!(text(&attached, "/spec/nodeName"), "n2");
 }
 
 #[tokio::test]

@@ -3,10 +3,12 @@
 //!
 //! A volume is not detached while its node says that it has it mounted.
 
+mod memory;
 mod plan;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, Pod};
 use k8s_openapi::api::storage::v1::{VolumeAttachment, VolumeAttachmentSource, VolumeAttachmentSpec};
@@ -17,7 +19,8 @@ use oarlock_machinery::{ApiError, Change, EventType, Next, WorkQueue, call, merg
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use self::plan::{Volume, plan};
+use self::memory::Memory;
+use self::plan::{Plan, Standing, Volume, plan};
 use crate::pods;
 use crate::shared::{Shared, Task};
 
@@ -42,7 +45,12 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
         })
     };
     let (on_claim, on_volume, on_driver) = (everywhere.clone(), everywhere.clone(), everywhere.clone());
+    let memory = Arc::new(Memory::default());
+    let (seen, others) = (memory.clone(), everywhere.clone());
     shared.attachments.on_change(move |change| {
+        if !matches!(change, Change::Deleted(_)) {
+            seen.settle(&change.object().name_any());
+        }
         on_attachment.add(change.object().spec.node_name.clone());
         // What one node has let go another may wait for.
         if matches!(change, Change::Deleted(_)) {
@@ -62,7 +70,11 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
             shared.csi_drivers.wait_synced(),
             shared.attachments.wait_synced(),
         );
-        queue::work("attachments", queue, CONCURRENCY, stop, |node| reconcile(shared.clone(), node)).await;
+        let work = |node: String| {
+            let (shared, memory, others) = (shared.clone(), memory.clone(), others.clone());
+            async move { reconcile(&shared, &memory, &*others, node).await }
+        };
+        queue::work("attachments", queue, CONCURRENCY, stop, work).await;
     })
 }
 
@@ -85,27 +97,65 @@ fn of_pod(shared: &Shared, pod: &Pod) -> Vec<Volume> {
     pods::claims(pod).filter_map(bound).filter_map(|found| volume(shared, &found)).collect()
 }
 
-async fn reconcile(shared: Arc<Shared>, name: String) -> Result<Next, ApiError> {
-    let users: Vec<(Arc<Pod>, Vec<Volume>)> = shared
-        .pods
-        .indexed(&name)
-        .into_iter()
-        .filter(|pod| !pods::is_terminal(pod))
-        .map(|pod| (pod.clone(), of_pod(&shared, &pod)))
-        .collect();
-    let wanted: BTreeSet<Volume> = users.iter().flat_map(|(_, volumes)| volumes.iter().cloned()).collect();
-    let wanted: Vec<Volume> = wanted.into_iter().collect();
+/// The pods of the node that may want volumes, with what they want.
+fn users(shared: &Shared, node: &str) -> Vec<(Arc<Pod>, Vec<Volume>)> {
+    let pods = shared.pods.indexed(node).into_iter().filter(|pod| !pods::is_terminal(pod));
+    pods.map(|pod| (pod.clone(), of_pod(shared, &pod))).collect()
+}
+
+/// Decides, and promises what is to be attached: nobody else decides from the same caches meanwhile.
+fn decide(shared: &Shared, memory: &Memory, name: &str, node: Standing<'_>, wanted: &[Volume]) -> Plan {
+    let mut promises = memory.promises.lock();
     let all = shared.attachments.list();
     let known = |attachment: &VolumeAttachment| {
         let name = attachment.spec.source.persistent_volume_name.as_deref()?;
-        volume(&shared, shared.volumes.get("", name)?.as_ref())
+        volume(shared, shared.volumes.get("", name)?.as_ref())
     };
     let present: Vec<_> = all.iter().map(|attachment| (attachment.as_ref(), known(attachment))).collect();
-    let node = shared.nodes.get("", &name);
-    if wanted.is_empty() && present.iter().all(|(attachment, _)| attachment.spec.node_name != name) {
-        return note(&shared, node.as_deref(), &[]).await.map(|()| Next::Done);
+    let mut made = plan(name, node, wanted, &present, &promises);
+    match node {
+        Standing::Here(_) => made.attach.iter().for_each(|volume| Memory::promise(&mut promises, volume, name)),
+        Standing::Missing { .. } => made.attach.clear(),
     }
-    let plan = plan(&name, node.as_deref(), &wanted, &present);
+    made
+}
+
+fn standing<'a>(memory: &Memory, name: &str, node: Option<&'a Node>) -> (Standing<'a>, Duration) {
+    match node {
+        Some(node) => {
+            memory.is_here(name);
+            (Standing::Here(node), Duration::ZERO)
+        }
+        None => {
+            let left = memory.wait_for(name);
+            (Standing::Missing { long: left.is_zero() }, left)
+        }
+    }
+}
+
+async fn reconcile(
+    shared: &Shared,
+    memory: &Memory,
+    others: &(dyn Fn() + Sync),
+    name: String,
+) -> Result<Next, ApiError> {
+    let api: Api<VolumeAttachment> = Api::all(shared.client.clone());
+    let users = users(shared, &name);
+    let wanted: BTreeSet<Volume> = users.iter().flat_map(|(_, volumes)| volumes.iter().cloned()).collect();
+    let wanted: Vec<Volume> = wanted.into_iter().collect();
+    for promised in memory.stale(&name, &wanted) {
+        if call("get volumeattachment", api.get_opt(&promised)).await?.is_none() {
+            memory.settle(&promised);
+            others();
+        }
+    }
+    let node = shared.nodes.get("", &name);
+    if wanted.is_empty() && shared.attachments.list().iter().all(|attachment| attachment.spec.node_name != name) {
+        memory.is_here(&name);
+        return note(shared, node.as_deref(), &[]).await.map(|()| Next::Done);
+    }
+    let (standing, left) = standing(memory, &name, node.as_deref());
+    let plan = decide(shared, memory, &name, standing, &wanted);
     let tell = |volume: &Volume, type_: EventType, reason: &str, message: String| {
         for (pod, _) in users.iter().filter(|(_, volumes)| volumes.contains(volume)) {
             shared.recorder.event(pod.as_ref(), type_, reason, message.clone());
@@ -118,20 +168,14 @@ async fn reconcile(shared: Arc<Shared>, name: String) -> Result<Next, ApiError> 
         );
         tell(volume, EventType::Warning, "FailedAttachVolume", message);
     }
-    let api: Api<VolumeAttachment> = Api::all(shared.client.clone());
-    for volume in plan.attach.iter().filter(|_| node.is_some()) {
+    for volume in &plan.attach {
         let object = attachment(volume, &name);
         match call("create volumeattachment", api.create(&PostParams::default(), &object)).await {
             Err(error) if !error.is_already_exists() => return Err(error),
             _ => tracing::info!(volume = volume.name, node.name = name, "a volume is to be attached"),
         }
     }
-    for gone in &plan.detach {
-        match call("delete volumeattachment", api.delete(gone, &DeleteParams::default())).await {
-            Err(error) if !error.is_not_found() => return Err(error),
-            _ => tracing::info!(attachment = gone, node.name = name, "a volume is to be detached"),
-        }
-    }
+    detach(shared, memory, &name, &wanted, &plan).await?;
     let before = node.as_deref().map(attached_by_status).unwrap_or_default();
     for volume in wanted.iter().filter(|volume| !before.contains(&volume.in_status())) {
         if plan.attached.contains(&volume.in_status()) {
@@ -139,8 +183,27 @@ async fn reconcile(shared: Arc<Shared>, name: String) -> Result<Next, ApiError> 
             tell(volume, EventType::Normal, "SuccessfulAttachVolume", message);
         }
     }
-    note(&shared, node.as_deref(), &plan.attached).await?;
-    Ok(Next::Done)
+    note(shared, node.as_deref(), &plan.attached).await?;
+    Ok(if plan.waits && !left.is_zero() { Next::After(left) } else { Next::Done })
+}
+
+/// Detaches what the node does not have mounted by its latest word either: that of pods and that of nodes are cached apart.
+async fn detach(shared: &Shared, memory: &Memory, name: &str, wanted: &[Volume], plan: &Plan) -> Result<(), ApiError> {
+    if plan.detach.is_empty() {
+        return Ok(());
+    }
+    let nodes: Api<Node> = Api::all(shared.client.clone());
+    let latest = call("get node", nodes.get_opt(name)).await?;
+    let (standing, _) = standing(memory, name, latest.as_ref());
+    let sure = decide(shared, memory, name, standing, wanted).detach;
+    let api: Api<VolumeAttachment> = Api::all(shared.client.clone());
+    for gone in plan.detach.iter().filter(|gone| sure.contains(gone)) {
+        match call("delete volumeattachment", api.delete(gone, &DeleteParams::default())).await {
+            Err(error) if !error.is_not_found() => return Err(error),
+            _ => tracing::info!(attachment = gone, node.name = name, "a volume is to be detached"),
+        }
+    }
+    Ok(())
 }
 
 fn attachment(volume: &Volume, node: &str) -> VolumeAttachment {

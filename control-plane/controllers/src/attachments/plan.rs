@@ -4,6 +4,8 @@ use k8s_openapi::api::core::v1::{Node, PersistentVolume};
 use k8s_openapi::api::storage::v1::{CSIDriver, VolumeAttachment};
 use sha2::{Digest, Sha256};
 
+use super::memory::Promises;
+
 /// A driver's volume that a node is to have or has.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Volume {
@@ -66,15 +68,36 @@ pub(super) struct Plan {
     pub attached: Vec<String>,
 }
 
+/// What is known of the node.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Standing<'a> {
+    Here(&'a Node),
+    /// Nobody knows what a node has mounted that is gone.
+    Missing {
+        long: bool,
+    },
+}
+
+impl Standing<'_> {
+    fn has_mounted(self, volume: Option<&Volume>) -> bool {
+        let node = match self {
+            Standing::Here(node) => node,
+            Standing::Missing { long } => return !long,
+        };
+        let in_use = node.status.as_ref().and_then(|status| status.volumes_in_use.as_deref()).unwrap_or_default();
+        // What is not known may be mounted, or be about to be.
+        volume.is_none_or(|volume| in_use.contains(&volume.in_status()))
+    }
+}
+
 /// `present`: every attachment there is, with its volume where that is known.
 pub(super) fn plan(
     node_name: &str,
-    node: Option<&Node>,
+    node: Standing<'_>,
     wanted: &[Volume],
     present: &[(&VolumeAttachment, Option<Volume>)],
+    promises: &Promises,
 ) -> Plan {
-    let in_use = node.and_then(|node| node.status.as_ref()).and_then(|status| status.volumes_in_use.as_deref());
-    let in_use = in_use.unwrap_or_default();
     let mut plan = Plan::default();
     let here: Vec<_> = present.iter().filter(|(attachment, _)| attachment.spec.node_name == node_name).collect();
     for volume in wanted {
@@ -86,7 +109,9 @@ pub(super) fn plan(
             attachment.spec.node_name != node_name
                 && of.as_ref().is_some_and(|of| (&of.driver, &of.handle) == (&volume.driver, &volume.handle))
         };
-        match volume.exclusive && present.iter().any(|other| same(&other)) {
+        let promise = promises.get(&(volume.driver.clone(), volume.handle.clone()));
+        let promised = promise.is_some_and(|promise| promise.node != node_name);
+        match volume.exclusive && (promised || present.iter().any(|other| same(&other))) {
             true => plan.elsewhere.push(volume.clone()),
             false => plan.attach.push(volume.clone()),
         }
@@ -94,14 +119,14 @@ pub(super) fn plan(
     for (attachment, volume) in here {
         let name = attachment.metadata.name.clone().unwrap_or_default();
         let keep = wanted.iter().any(|wanted| wanted.attachment(node_name) == name);
-        let mounted = node.is_some() && volume.as_ref().is_some_and(|volume| in_use.contains(&volume.in_status()));
-        if !keep && is_ours(attachment) && attachment.metadata.deletion_timestamp.is_none() {
-            match mounted {
+        let going = attachment.metadata.deletion_timestamp.is_some();
+        if !keep && is_ours(attachment) && !going {
+            match node.has_mounted(volume.as_ref()) {
                 true => plan.waits = true,
                 false => plan.detach.push(name),
             }
         }
-        let attached = attachment.status.as_ref().is_some_and(|status| status.attached);
+        let attached = !going && attachment.status.as_ref().is_some_and(|status| status.attached);
         plan.attached.extend(volume.as_ref().filter(|_| attached).map(Volume::in_status));
     }
     plan.attached.sort();
@@ -124,6 +149,13 @@ mod tests {
         .unwrap()
     }
 
+    const GONE: Standing<'_> = Standing::Missing { long: true };
+
+    /// As [`super::plan`] where nothing is being made.
+    fn plan(node: Standing<'_>, wanted: &[Volume], present: &[(&VolumeAttachment, Option<Volume>)]) -> Plan {
+        super::plan("n1", node, wanted, present, &Promises::new())
+    }
+
     fn node(in_use: &[String]) -> Node {
         serde_json::from_value(json!({"metadata": {"name": "n1"}, "status": {"volumesInUse": in_use}})).unwrap()
     }
@@ -134,18 +166,24 @@ mod tests {
         let there = attachment(&old, "n1", true);
         let present = [(&there, Some(old.clone()))];
         let mounted = node(&[old.in_status()]);
-        let made = plan("n1", Some(&mounted), std::slice::from_ref(&new), &present);
+        let made = plan(Standing::Here(&mounted), std::slice::from_ref(&new), &present);
         assert_eq!((made.attach, made.detach.len(), made.waits), (vec![new.clone()], 0, true));
         assert_eq!(made.attached, ["kubernetes.io/csi/d.io^disk-old"]);
-        let made = plan("n1", Some(&node(&[])), std::slice::from_ref(&old), &present);
+        let made = plan(Standing::Here(&node(&[])), std::slice::from_ref(&old), &present);
         assert_eq!((made.attach.len(), made.detach.len(), made.waits), (0, 0, false), "it is wanted");
-        let made = plan("n1", Some(&node(&[])), &[], &present);
+        let made = plan(Standing::Here(&node(&[])), &[], &present);
         assert_eq!(made.detach, [old.attachment("n1")]);
-        assert_eq!(plan("n1", None, &[], &present).detach, [old.attachment("n1")], "the node is gone");
+        assert_eq!(plan(GONE, &[], &present).detach, [old.attachment("n1")], "the node is gone");
+        let missing = plan(Standing::Missing { long: false }, &[], &present);
+        assert!(missing.detach.is_empty() && missing.waits, "it may run on without the API");
+        let unknown = plan(Standing::Here(&node(&[])), &[], &[(&there, None)]);
+        assert!(unknown.detach.is_empty() && unknown.waits, "what is not known may be mounted");
         // The attacher is at it.
         let mut going = there.clone();
         going.metadata.deletion_timestamp = serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
-        assert!(plan("n1", None, &[], &[(&going, Some(old))]).detach.is_empty());
+        let made = plan(Standing::Here(&mounted), std::slice::from_ref(&old), &[(&going, Some(old.clone()))]);
+        assert!(made.attached.is_empty() && made.attach.is_empty(), "it is not to be relied upon: {made:?}");
+        assert!(plan(GONE, &[], &[(&going, Some(old))]).detach.is_empty());
     }
 
     #[test]
@@ -153,7 +191,7 @@ mod tests {
         let (own, shared) = (volume("own", true), volume("shared", false));
         let elsewhere = [attachment(&own, "n2", true), attachment(&shared, "n2", true)];
         let present = [(&elsewhere[0], Some(own.clone())), (&elsewhere[1], Some(shared.clone()))];
-        let made = plan("n1", Some(&node(&[])), &[own.clone(), shared.clone()], &present);
+        let made = plan(Standing::Here(&node(&[])), &[own.clone(), shared.clone()], &present);
         assert_eq!((made.attach, made.elsewhere), (vec![shared], vec![own]));
         assert!(made.detach.is_empty() && made.attached.is_empty());
     }
@@ -163,7 +201,7 @@ mod tests {
         let own = volume("own", true);
         let mut foreign = attachment(&own, "n1", true);
         foreign.metadata.name = Some("by-hand".into());
-        assert!(plan("n1", None, &[], &[(&foreign, Some(own))]).detach.is_empty());
+        assert!(plan(GONE, &[], &[(&foreign, Some(own))]).detach.is_empty());
     }
 
     #[test]
