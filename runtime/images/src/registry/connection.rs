@@ -106,7 +106,8 @@ impl Connection {
             url.query_pairs_mut().append_pair("ns", registry);
         }
         let mut response = self.send(&url, accepted, range).await?;
-        if response.status() == StatusCode::UNAUTHORIZED {
+        // Whoever else was asked in between has no claim to what is for the registry.
+        if response.status() == StatusCode::UNAUTHORIZED && response.url().origin() == url.origin() {
             let asked = response.headers().get_all(WWW_AUTHENTICATE).iter();
             let challenge = challenge::best(asked.filter_map(|value| value.to_str().ok()));
             if let Some(shown) = self.answer(challenge).await? {
@@ -334,3 +335,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+#[path = "connection_tests.rs"]
+mod tests;

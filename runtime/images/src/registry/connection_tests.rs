@@ -1,0 +1,88 @@
+//! What a place is shown and told, against servers on loopback that answer as each test has them.
+
+use std::sync::Arc;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::Reference;
+use crate::registry::endpoints::endpoints;
+
+/// A server, and what it was asked.
+struct Server {
+    address: String,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Server {
+    /// `answer` makes the whole answer of a request, given with its head.
+    async fn start(answer: impl Fn(&str) -> String + Send + 'static) -> Server {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+        let seen = asked.clone();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") && stream.read_buf(&mut head).await.is_ok_and(|count| count > 0) {}
+                let head = String::from_utf8(head).unwrap();
+                let answer = answer(&head);
+                seen.lock().push(head);
+                let _ = stream.write_all(answer.as_bytes()).await;
+            }
+        });
+        Server { address, asked }
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.asked.lock().clone()
+    }
+}
+
+fn answer(status: &str, headers: &str, body: &str) -> String {
+    format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n{headers}\r\n{body}", body.len())
+}
+
+fn connection(config: &RegistryConfig, registry: &str) -> Connection {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let auth = Auth::Basic { username: "oar".into(), password: "lock".into() };
+    let reference = Reference::parse(&format!("{registry}/a/b")).unwrap();
+    let endpoint = endpoints(config, &reference, Some(&auth)).unwrap().pop().unwrap();
+    Connection::new(config, endpoint, "a/b").unwrap()
+}
+
+async fn get(registry: &Server) -> Result<Response, Failure> {
+    connection(&RegistryConfig::default(), &registry.address).get("a/b/manifests/1", "*/*", None).await
+}
+
+fn text(failure: Failure) -> String {
+    match failure {
+        Failure::NotFound => "not found".to_owned(),
+        Failure::Denied(message) | Failure::Other(message) => message,
+    }
+}
+
+#[tokio::test]
+async fn a_challenge_of_somebody_else_is_not_answered() {
+    let basic = "www-authenticate: Basic realm=\"x\"\r\n";
+    let stranger = Server::start(move |_| answer("401 Unauthorized", basic, "")).await;
+    let token = Server::start(|_| answer("200 OK", "", r#"{"token": "t"}"#)).await;
+    let realm = format!("www-authenticate: Bearer realm=\"http://{}/token\"\r\n", token.address);
+    let with_realm = Server::start(move |_| answer("401 Unauthorized", &realm, "")).await;
+    for other in [&stranger, &with_realm] {
+        let location = format!("location: http://{}/blob\r\n", other.address);
+        let registry = Server::start(move |_| answer("307 Temporary Redirect", &location, "")).await;
+        assert!(matches!(get(&registry).await, Err(Failure::Denied(_))));
+        assert_eq!((registry.asked().len(), other.asked().len()), (1, 1));
+    }
+    assert!(token.asked().is_empty(), "{:?}", token.asked());
+
+    // The registry's own is.
+    let registry = Server::start(move |head| match head.contains("authorization: Basic b2FyOmxvY2s=") {
+        true => answer("200 OK", "", ""),
+        false => answer("401 Unauthorized", basic, ""),
+    })
+    .await;
+    assert!(get(&registry).await.is_ok());
+}
