@@ -16,6 +16,9 @@ use tonic::{Code, Status};
 use crate::record::RecordError;
 use crate::spec::SpecError;
 
+/// Of a message as it is sent; clients take 16 KiB of headers in all.
+const MESSAGE_BYTES_MAX: usize = 8 << 10;
+
 /// A failure of the daemon or of one call. The text leaves the cause out; [`Error::to_status`] and
 /// [`Error::full_message`] give the whole chain.
 #[derive(Debug, thiserror::Error)]
@@ -168,8 +171,28 @@ impl Error {
 
     /// The gRPC form.
     pub fn to_status(&self) -> Status {
-        Status::new(self.code(), self.full_message())
+        Status::new(self.code(), sendable(self.full_message()))
     }
+}
+
+/// A message travels in a header, and a header that is too large ends the client's whole connection: what is longer than
+/// it may be there, encoded, is cut.
+fn sendable(mut message: String) -> String {
+    // Everything but these may become `%XX` for each byte.
+    let sent_bytes = |c: char| {
+        let plain = c.is_ascii_alphanumeric() || "-_.,:;/()=@".contains(c);
+        if plain { 1 } else { 3 * c.len_utf8() }
+    };
+    let mut sent = 0;
+    let cut = message.char_indices().find(|(_, c)| {
+        sent += sent_bytes(*c);
+        sent > MESSAGE_BYTES_MAX
+    });
+    if let Some((at, _)) = cut {
+        message.truncate(at);
+        message.push('…');
+    }
+    message
 }
 
 impl From<Error> for Status {
@@ -247,5 +270,17 @@ mod tests {
         let error = Error::Io { operation: "mount", path: "/x".into(), source: io::Error::from_raw_os_error(28) };
         assert!(error.to_status().message().starts_with("cannot mount /x: "));
         assert_eq!(error.code(), Code::ResourceExhausted);
+    }
+
+    #[test]
+    fn a_message_of_any_length_fits_into_a_header() {
+        for (part, shown) in [("x", 8192), ("ü", 8192 / 6)] {
+            let status = Error::Invalid(part.repeat(1 << 20)).to_status();
+            assert_eq!(status.message(), format!("{}…", part.repeat(shown)));
+            let sent = status.into_http::<()>().headers()["grpc-message"].len();
+            assert!(sent < 9000, "{sent}");
+        }
+        let fits = "ü".repeat(1000);
+        assert_eq!(Error::Invalid(fits.clone()).to_status().message(), fits);
     }
 }

@@ -31,6 +31,9 @@ const CERTIFICATES_BYTES_MAX: u64 = 4 << 20;
 /// How servers say that they were shown no certificate.
 const WANTS_CERTIFICATE: [&str; 2] =
     ["received fatal alert: BadCertificate", "received fatal alert: CertificateRequired"];
+/// Of what a registry says, so much is passed on: of one message, and of all.
+const MESSAGE_CHARS_MAX: usize = 256;
+const TOLD_BYTES_MAX: usize = 1024;
 /// What a token server is told that we are.
 const CLIENT_ID: &str = "oarlock";
 const USER_AGENT: &str = concat!("oarlock/", env!("CARGO_PKG_VERSION"));
@@ -138,7 +141,7 @@ impl Connection {
                 headers.insert(RANGE, range);
             }
             let response = self.client.get(at.clone()).headers(headers).send().await;
-            let response = response.map_err(|error| self.unreachable(&error))?;
+            let response = response.map_err(|error| self.unreachable(error))?;
             if !response.status().is_redirection() {
                 return Ok(response);
             }
@@ -146,7 +149,7 @@ impl Connection {
             let next = location.and_then(|location| at.join(location).ok());
             at = next.ok_or_else(|| Failure::Other(format!("{} redirects to nowhere", self.endpoint.name)))?;
             if !matches!(at.scheme(), "http" | "https") {
-                return Err(Failure::Other(format!("{} redirects to a {} address", self.endpoint.name, at.scheme())));
+                return Err(Failure::Other(format!("{} redirects to what is no address of HTTP", self.endpoint.name)));
             }
         }
         Err(Failure::Other(format!("{} redirects too often", self.endpoint.name)))
@@ -191,7 +194,7 @@ impl Connection {
             }
             Some(Auth::Bearer(_)) | None => self.client.get(realm).query(&fields),
         };
-        let response = request.send().await.map_err(|error| self.unreachable(&error))?;
+        let response = request.send().await.map_err(|error| self.unreachable(error))?;
         let status = response.status();
         if matches!(status.as_u16(), 400 | 401 | 403) {
             return Err(Failure::Denied(format!("{}'s token server answered {status}", self.endpoint.name)));
@@ -209,7 +212,7 @@ impl Connection {
     /// The whole of a body that is not larger than it may be.
     pub(super) async fn body(&self, mut response: Response, bytes_max: usize) -> Result<Bytes, Failure> {
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.unreachable(&error))? {
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.unreachable(error))? {
             if body.len() + chunk.len() > bytes_max {
                 return Err(Failure::Other(format!("{} sent more than {bytes_max} bytes", self.endpoint.name)));
             }
@@ -223,8 +226,8 @@ impl Connection {
         let body = self.body(response, TOKEN_BYTES_MAX).await.unwrap_or_default();
         let problems = serde_json::from_slice::<Problems>(&body).map(|parsed| parsed.errors).unwrap_or_default();
         let is = |codes: &[&str]| problems.iter().any(|problem| codes.contains(&problem.code.as_str()));
-        let told: Vec<&str> = problems.iter().map(|problem| problem.message.as_str()).collect();
-        let told = if told.is_empty() { String::new() } else { format!(": {}", told.join(", ")) };
+        let told = told(problems.iter().map(|problem| problem.message.as_str()));
+        let told = if told.is_empty() { told } else { format!(": {told}") };
         let message = format!("{} answered {status}{told}", self.endpoint.name);
         if status == StatusCode::NOT_FOUND || is(&["MANIFEST_UNKNOWN", "NAME_UNKNOWN", "BLOB_UNKNOWN", "NOT_FOUND"]) {
             Failure::NotFound
@@ -236,8 +239,10 @@ impl Connection {
         }
     }
 
-    fn unreachable(&self, error: &reqwest::Error) -> Failure {
-        let text = chain(error);
+    /// Of an address only the host is told: the rest may be signed, and so as good as a password.
+    fn unreachable(&self, error: reqwest::Error) -> Failure {
+        let host = error.url().map(|url| format!("{}: ", place(url))).unwrap_or_default();
+        let text = chain(&error.without_url());
         let Endpoint { name, file, tls, .. } = &self.endpoint;
         let place = |field: &str| match file {
             Some(file) => format!("the field {field} in {}", file.display()),
@@ -250,8 +255,13 @@ impl Connection {
         } else {
             String::new()
         };
-        Failure::Other(why + &text)
+        Failure::Other(format!("{why}{host}{text}"))
     }
+}
+
+/// Scheme and host of an address.
+fn place(url: &Url) -> String {
+    url.origin().ascii_serialization()
 }
 
 fn client(config: &RegistryConfig, endpoint: &Endpoint) -> Result<Client, ImageError> {
@@ -314,6 +324,26 @@ fn ensure_roots(endpoint: &Endpoint) -> Result<(), ImageError> {
     }
     let message = "this machine has no certificates of authorities; install the package ca-certificates".to_owned();
     Err(ImageError::Registry { reference: endpoint.name.clone(), message })
+}
+
+/// The messages of a registry, which may say anything at any length: on one line, and cut.
+fn told<'a>(messages: impl Iterator<Item = &'a str>) -> String {
+    let mut told = String::new();
+    for message in messages.filter(|message| !message.is_empty()) {
+        let mut chars = message.chars().map(|c| if c.is_control() { ' ' } else { c });
+        let mut shown: String = chars.by_ref().take(MESSAGE_CHARS_MAX).collect();
+        if chars.next().is_some() {
+            shown.push('…');
+        }
+        let joint = if told.is_empty() { "" } else { ", " };
+        if !told.is_empty() && told.len() + joint.len() + shown.len() > TOLD_BYTES_MAX {
+            told.push_str(", …");
+            break;
+        }
+        told.push_str(joint);
+        told.push_str(&shown);
+    }
+    told
 }
 
 fn secret(text: &str) -> Result<HeaderValue, Failure> {

@@ -86,3 +86,40 @@ async fn a_challenge_of_somebody_else_is_not_answered() {
     .await;
     assert!(get(&registry).await.is_ok());
 }
+
+#[tokio::test]
+async fn what_a_registry_says_is_passed_on_cut_and_on_one_line() {
+    let long = "x".repeat(100_000);
+    let all = std::iter::once("a\u{1b}\nb").chain(std::iter::repeat_n(long.as_str(), 9));
+    let errors: Vec<_> = all.map(|message| serde_json::json!({"code": "DENIED", "message": message})).collect();
+    let body = serde_json::json!({ "errors": errors }).to_string();
+    let registry = Server::start(move |_| answer("500 Internal Server Error", "", &body)).await;
+    let told = text(get(&registry).await.unwrap_err());
+    assert!(told.contains(" answered 500 Internal Server Error: a  b, xxx") && told.contains("x…, x"), "{told}");
+    assert!(told.ends_with(", …") && told.len() < 1200, "{told}");
+}
+
+#[tokio::test]
+async fn of_a_signed_address_only_the_host_is_told() {
+    let signed = |address: &str| format!("location: http://{address}/blob?signature=hidden\r\n");
+    let silent = Server::start(|_| String::new()).await;
+    let location = signed(&silent.address);
+    let registry = Server::start(move |_| answer("307 Temporary Redirect", &location, "")).await;
+    let told = text(get(&registry).await.unwrap_err());
+    assert!(told.contains(&format!("http://{}: ", silent.address)), "{told}");
+    assert!(!told.contains("hidden") && !told.contains("/blob"), "{told}");
+
+    // Nor when it breaks off in the middle.
+    let short = Server::start(|_| answer("200 OK", "", "1234").replace("length: 4", "length: 9")).await;
+    let location = signed(&short.address);
+    let registry = Server::start(move |_| answer("307 Temporary Redirect", &location, "")).await;
+    let reference = Reference::parse(&format!("{}/a/b", registry.address)).unwrap();
+    let source = crate::registry::sources(&RegistryConfig::default(), &reference, None).unwrap().pop().unwrap();
+    let mut stream = source.blob("sha256:0", 9, 0).await.unwrap();
+    let told = loop {
+        if let Err(error) = futures::StreamExt::next(&mut stream).await.unwrap() {
+            break chain(&error);
+        }
+    };
+    assert!(!told.contains("hidden"), "{told}");
+}

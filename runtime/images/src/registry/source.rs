@@ -108,7 +108,10 @@ impl Source {
             Ok(fetched) => fetched.map_err(|failure| self.failed(failure)),
         }?;
         let partial = response.status() == StatusCode::PARTIAL_CONTENT;
-        let stream = response.bytes_stream().map(|item| item.map_err(std::io::Error::other)).boxed();
+        let stream = response
+            .bytes_stream()
+            .map(|item| item.map_err(|error| std::io::Error::other(error.without_url())))
+            .boxed();
         // One that cannot do ranges sends what is there already again; it is passed over.
         Ok(if from > 0 && !partial { skip(stream, from) } else { stream })
     }
