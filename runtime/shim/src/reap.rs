@@ -80,9 +80,11 @@ impl Server {
         let Some(container) = &mut self.containers[slot] else { return };
         let Some(Ended { exit_code, signal, at_nanos, .. }) = container.ended else { return };
         let whole = container.stdio.drain(&self.poller, &mut self.scratch, limit.unwrap_or_default());
+        self.answer_reopened(slot);
         if !whole && limit.is_some() {
             return;
         }
+        let Some(container) = &mut self.containers[slot] else { return };
         container.ended = None;
         let oom_killed = container.oom.as_ref().is_some_and(|watch| watch.kills() > 0);
         let new_oom = container.oom.as_mut().is_some_and(|watch| watch.take() > 0);

@@ -357,13 +357,19 @@ impl Server {
     pub(crate) fn on_log(&mut self, slot: u32) {
         let Some(Some(container)) = self.containers.get_mut(slot as usize) else { return };
         container.stdio.write_log(&self.poller);
+        self.answer_reopened(slot as usize);
+        self.announce_end(slot as usize, Some(Duration::ZERO));
+    }
+
+    /// Tells who asked for it that a log has been opened anew.
+    pub(crate) fn answer_reopened(&mut self, slot: usize) {
+        let Some(Some(container)) = self.containers.get_mut(slot) else { return };
         for result in container.stdio.take_reopened() {
-            let Some(Some(container)) = self.containers.get_mut(slot as usize) else { return };
+            let Some(Some(container)) = self.containers.get_mut(slot) else { return };
             if let Some(to) = container.reopening.pop_front() {
                 self.reply(to, result.map(|()| Reply::Done).map_err(engine::io_failed("reopen the log")), Vec::new());
             }
         }
-        self.announce_end(slot as usize, Some(Duration::ZERO));
     }
 
     pub(crate) fn begin_shutdown(&mut self, to: Option<ReplyTo>) {

@@ -120,6 +120,7 @@ impl Server {
             for item in ready.drain(..) {
                 self.on_ready(item);
             }
+            self.settle_logs();
             self.expire_helpers();
             self.expire_stalls();
             self.expire_ends();
@@ -323,6 +324,16 @@ impl Server {
             let ended = self.containers[slot].as_ref().and_then(|container| container.ended);
             if ended.is_some_and(|ended| ended.deadline <= now) {
                 self.announce_end(slot, None);
+            }
+        }
+    }
+
+    /// What came of the log's writer may be picked up by any event of its container: nobody waits for it longer than that.
+    fn settle_logs(&mut self) {
+        for slot in 0..self.containers.len() {
+            self.answer_reopened(slot);
+            if self.containers[slot].as_ref().is_some_and(|container| container.ended.is_some()) {
+                self.announce_end(slot, Some(Duration::ZERO));
             }
         }
     }
