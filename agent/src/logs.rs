@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use tokio_util::sync::CancellationToken;
 
 use crate::model::RunState;
@@ -37,12 +39,20 @@ async fn rotate_one(shared: &Shared, path: &Path, container_id: &str) -> Result<
     let rotated = PathBuf::from(format!("{}.{stamp}", path.display()));
     tokio::fs::rename(path, &rotated).await.map_err(|error| error.to_string())?;
     if let Err(error) = shared.runtime.reopen_log(container_id).await {
-        // The runtime still writes to the renamed file: give it its name back.
-        let _ = tokio::fs::rename(&rotated, path).await;
-        return Err(error.to_string());
+        // The runtime may still write to the renamed file, and then gets its name back. If it has made a new one, only its
+        // answer was lost.
+        match give_back(&rotated, path) {
+            Err(Errno::EEXIST) => tracing::debug!(container.id = container_id, %error, "a log was rotated after all"),
+            _ => return Err(error.to_string()),
+        }
     }
     remove_oldest(path, shared.config.container_log_max_files.saturating_sub(1)).await;
     Ok(())
+}
+
+/// Renames, but never over another file.
+fn give_back(rotated: &Path, path: &Path) -> nix::Result<()> {
+    renameat2(AT_FDCWD, rotated, AT_FDCWD, path, RenameFlags::RENAME_NOREPLACE)
 }
 
 /// Keeps the newest `keep` rotated parts of a log.
@@ -70,6 +80,19 @@ async fn remove_oldest(path: &Path, keep: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_is_given_back_unless_there_is_a_new_log_already() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (log, rotated) = (dir.path().join("0.log"), dir.path().join("0.log.20260101-000000"));
+        std::fs::write(&rotated, "old").unwrap();
+        std::fs::write(&log, "new").unwrap();
+        assert_eq!(give_back(&rotated, &log), Err(Errno::EEXIST));
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "new");
+        std::fs::remove_file(&log).unwrap();
+        assert_eq!(give_back(&rotated, &log), Ok(()));
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "old");
+    }
 
     #[tokio::test]
     async fn the_oldest_parts_go_first() {
