@@ -1,5 +1,7 @@
 //! Which images a pattern such as `*.registry.example/team` is for. Pure.
 
+use crate::spec::image::is_host;
+
 /// A host with an optional port, and a path: of a pattern, or of an image without tag and digest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Place {
@@ -51,7 +53,7 @@ pub(crate) fn full_name(image: &str) -> String {
     let slash = named.rfind('/').map_or(0, |at| at + 1);
     let path = named[slash..].find(':').map_or(named, |colon| &named[..slash + colon]);
     match path.split_once('/') {
-        Some((first, _)) if first.contains(['.', ':']) || first == "localhost" => path.to_owned(),
+        Some((first, _)) if is_host(first) => path.to_owned(),
         Some(_) => format!("docker.io/{path}"),
         None => format!("docker.io/library/{path}"),
     }
@@ -94,6 +96,7 @@ mod tests {
             ("team/app", "docker.io/team/app"),
             ("registry.io:5000/team/app:1@sha256:0", "registry.io:5000/team/app"),
             ("localhost/app", "localhost/app"),
+            ("Registry/app", "Registry/app"),
         ] {
             assert_eq!(full_name(image), full);
         }

@@ -36,10 +36,7 @@ pub(crate) fn with_default_tag(image: &str) -> Result<String, String> {
 /// Registry host (anything a host may be) and lower-case path components.
 fn path_ok(path: &str) -> bool {
     let mut components = path.split('/').peekable();
-    let first_is_host = path.contains('/')
-        && components
-            .peek()
-            .is_some_and(|c| c.contains(['.', ':']) || *c == "localhost" || c.chars().any(|c| c.is_ascii_uppercase()));
+    let first_is_host = path.contains('/') && components.peek().is_some_and(|first| is_host(first));
     if first_is_host {
         let host = components.next().unwrap_or_default();
         if host.is_empty() || !host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-.:[]".contains(&b)) {
@@ -58,9 +55,15 @@ fn path_ok(path: &str) -> bool {
 /// The registry that Docker's rules give a name.
 pub(crate) fn registry_of(image: &str) -> &str {
     match image.split_once('/') {
-        Some((first, _)) if first.contains(['.', ':']) || first == "localhost" => first,
+        Some((first, _)) if is_host(first) => first,
         _ => "docker.io",
     }
+}
+
+/// Whether the part of a name before its first slash is a registry: it has a dot or a port, or is `localhost`, or has an
+/// upper-case letter, which no repository may.
+pub(crate) fn is_host(first: &str) -> bool {
+    first.contains(['.', ':']) || first == "localhost" || first.bytes().any(|byte| byte.is_ascii_uppercase())
 }
 
 /// When an image is fetched.
@@ -107,7 +110,7 @@ pub(crate) fn credentials(image: &str, secrets: &[Secret]) -> Vec<cri::AuthConfi
         for (server, auth) in entries(secret) {
             let key = normalise_server(&server);
             let fits = full == key || full.starts_with(&format!("{key}/")) || wildcard_fits(&key, registry);
-            if fits && let Some(config) = auth_config(&auth, &server) {
+            if fits && let Some(config) = auth_config(&auth) {
                 found.push((key.len(), config));
             }
         }
@@ -144,14 +147,14 @@ fn entries(secret: &Secret) -> Vec<(String, serde_json::Value)> {
     map.into_iter().collect()
 }
 
-fn auth_config(auth: &serde_json::Value, server: &str) -> Option<cri::AuthConfig> {
+/// It is for whatever the image comes from: named, the server would have runtimes hold it back from the rest.
+fn auth_config(auth: &serde_json::Value) -> Option<cri::AuthConfig> {
     let text = |name: &str| auth[name].as_str().unwrap_or_default().to_owned();
     let mut config = cri::AuthConfig {
         username: text("username"),
         password: text("password"),
         identity_token: text("identitytoken"),
         registry_token: text("registrytoken"),
-        server_address: server.to_owned(),
         ..Default::default()
     };
     if config.username.is_empty() && !text("auth").is_empty() {
@@ -179,6 +182,19 @@ mod tests {
         assert_eq!(with_default_tag(&digest), Ok(digest.clone()));
         for bad in ["", "Bad Name", "UPPER", "a:", "a//b", "a@sha256", "-a", "a:b:c d"] {
             assert!(with_default_tag(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_registry_of_a_name_is_the_one_that_the_runtime_asks() {
+        for (image, registry) in [
+            ("busybox", "docker.io"),
+            ("team/app", "docker.io"),
+            ("localhost/app", "localhost"),
+            ("r.example/app", "r.example"),
+            ("Registry/app", "Registry"),
+        ] {
+            assert_eq!(registry_of(image), registry);
         }
     }
 
@@ -215,5 +231,6 @@ mod tests {
         let found = credentials("registry.example.org/team/app:1", &[secret]);
         let names: Vec<_> = found.iter().map(|config| (config.username.as_str(), config.password.as_str())).collect();
         assert_eq!(names, [("t", "q"), ("u", "p")]);
+        assert!(found.iter().all(|config| config.server_address.is_empty()), "{found:?}");
     }
 }
