@@ -10,7 +10,6 @@ use tokio::sync::broadcast;
 
 use crate::core::Core;
 use crate::error::Error;
-use crate::spec::resources;
 use crate::state::{Container, blocking, new_id};
 
 /// A process that runs in a container. Dropped before it ended, it is killed.
@@ -39,9 +38,8 @@ pub(crate) async fn begin(
     let container_id = container.id();
     let shim = sandbox.living_shim("execute in it")?;
     let mut process = process_for(Process::clone(&*own_process(core, &container).await?), command.to_vec(), terminal);
-    // Not as the container was made, but as it is now.
-    let score = resources::oom_score_adj(Some(&container.record().resources), &core.host);
-    process.set_oom_score_adj(Some(score));
+    // Not as the container was asked for, but as its first process has it now: plugins have a say in it.
+    process.set_oom_score_adj(None);
     let tty = terminal.is_some();
     let exec_id = new_id();
     let events = shim.subscribe();
