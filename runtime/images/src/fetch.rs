@@ -130,7 +130,7 @@ async fn fetch_from(
     manifest::verify(&config_bytes, &id)?;
     let config = manifest::config(&config_bytes)?;
     let wanted = manifest::layers(&image, &config)?;
-    let size_bytes = wanted.iter().map(|layer| layer.size_bytes).sum::<u64>() + config_bytes.len() as u64;
+    let size_bytes = total(wanted.iter().map(|layer| layer.size_bytes).chain([config_bytes.len() as u64]))?;
     let chain_ids: Vec<String> = wanted.iter().map(|layer| layer.chain_id.clone()).collect();
     let mut seen = BTreeSet::new();
     let missing: Vec<Wanted> = wanted
@@ -139,7 +139,7 @@ async fn fetch_from(
         .collect();
     tell(
         progress,
-        Progress::Layers { count: missing.len(), bytes: missing.iter().map(|layer| layer.size_bytes).sum() },
+        Progress::Layers { count: missing.len(), bytes: total(missing.iter().map(|layer| layer.size_bytes))? },
     );
     let pending = parking_lot::Mutex::new(Vec::new());
     let fetched = futures::stream::iter(missing)
@@ -161,6 +161,12 @@ async fn fetch_from(
             Err(error)
         }
     }
+}
+
+/// The manifest says the sizes, and may say anything.
+fn total(mut sizes: impl Iterator<Item = u64>) -> Result<u64, ImageError> {
+    let total = sizes.try_fold(0_u64, u64::checked_add);
+    total.ok_or(ImageError::LimitExceeded { what: "size of all layers" })
 }
 
 /// The manifest for this machine, and the digest of the document the reference names.
