@@ -1,33 +1,27 @@
-//! One place over HTTP: TLS as configured, authentication when asked for, redirections. Knows paths of the registry
+//! One place over HTTP: authentication when asked for, redirections. Knows paths of the registry
 //! protocol only as far as they are given.
 //!
 //! ```text
 //! request ──▶ 401 with a challenge ──▶ token or password ──▶ the same request once more ──▶ answer
 //! ```
 
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use reqwest::header::{ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE, WWW_AUTHENTICATE};
-use reqwest::{Certificate, Client, Identity, Response, StatusCode, Url};
+use reqwest::{Response, StatusCode, Url};
 use serde::Deserialize;
 
 use super::challenge::{self, Challenge};
-use super::endpoints::Endpoint;
-use super::hosts::invalid;
+use super::clients::{Clients, chain, wrong};
+use super::endpoints::{Endpoint, is_plain};
 use crate::{Auth, ImageError, RegistryConfig};
 
-const CONNECT_LIMIT: Duration = Duration::from_secs(15);
-const READ_LIMIT: Duration = Duration::from_secs(60);
 const REDIRECTIONS_MAX: usize = 10;
 const TOKEN_BYTES_MAX: usize = 1 << 20;
-const CERTIFICATES_BYTES_MAX: u64 = 4 << 20;
 /// How servers say that they were shown no certificate.
 const WANTS_CERTIFICATE: [&str; 2] =
     ["received fatal alert: BadCertificate", "received fatal alert: CertificateRequired"];
@@ -36,7 +30,6 @@ const MESSAGE_CHARS_MAX: usize = 256;
 const TOLD_BYTES_MAX: usize = 1024;
 /// What a token server is told that we are.
 const CLIENT_ID: &str = "oarlock";
-const USER_AGENT: &str = concat!("oarlock/", env!("CARGO_PKG_VERSION"));
 
 /// Why a request brought nothing.
 #[derive(Debug)]
@@ -49,8 +42,10 @@ pub(super) enum Failure {
 /// A place that can be asked about one repository.
 #[derive(Clone)]
 pub(super) struct Connection {
-    client: Client,
+    clients: Arc<Clients>,
     endpoint: Endpoint,
+    /// Where plain HTTP will do.
+    plain_http: Arc<[String]>,
     headers: HeaderMap,
     scope: String,
     /// What the registry was shown last and took.
@@ -79,7 +74,7 @@ struct Problem {
 
 impl Connection {
     pub(super) fn new(config: &RegistryConfig, endpoint: Endpoint, repository: &str) -> Result<Connection, ImageError> {
-        let client = client(config, &endpoint)?;
+        let clients = Arc::new(Clients::new(config, &endpoint)?);
         let mut headers = HeaderMap::new();
         for (name, value) in &endpoint.headers {
             let parsed = (HeaderName::try_from(name), HeaderValue::try_from(value));
@@ -94,7 +89,9 @@ impl Connection {
             _ => None,
         };
         let scope = format!("repository:{repository}:pull");
-        Ok(Connection { client, endpoint, headers, scope, authorization: Arc::new(Mutex::new(authorization)) })
+        let plain_http = config.plain_http.as_slice().into();
+        let authorization = Arc::new(Mutex::new(authorization));
+        Ok(Connection { clients, endpoint, plain_http, headers, scope, authorization })
     }
 
     pub(super) fn endpoint(&self) -> &Endpoint {
@@ -140,19 +137,34 @@ impl Connection {
             {
                 headers.insert(RANGE, range);
             }
-            let response = self.client.get(at.clone()).headers(headers).send().await;
+            let client = self.clients.client(&at).map_err(Failure::Other)?;
+            let response = client.get(at.clone()).headers(headers).send().await;
             let response = response.map_err(|error| self.unreachable(error))?;
             if !response.status().is_redirection() {
                 return Ok(response);
             }
             let location = response.headers().get(LOCATION).and_then(|value| value.to_str().ok());
             let next = location.and_then(|location| at.join(location).ok());
-            at = next.ok_or_else(|| Failure::Other(format!("{} redirects to nowhere", self.endpoint.name)))?;
-            if !matches!(at.scheme(), "http" | "https") {
-                return Err(Failure::Other(format!("{} redirects to what is no address of HTTP", self.endpoint.name)));
-            }
+            let next = next.ok_or_else(|| Failure::Other(format!("{} redirects to nowhere", self.endpoint.name)))?;
+            self.check_step(&at, &next)?;
+            at = next;
         }
         Err(Failure::Other(format!("{} redirects too often", self.endpoint.name)))
+    }
+
+    /// What was safe from others so far does not go on in the open.
+    fn check_step(&self, from: &Url, to: &Url) -> Result<(), Failure> {
+        let name = &self.endpoint.name;
+        let open = match to.scheme() {
+            "https" => false,
+            "http" => from.scheme() == "https" && !is_plain(&self.plain_http, &host(to)),
+            _ => return Err(Failure::Other(format!("{name} sends us to what is no address of HTTP"))),
+        };
+        if open {
+            let place = place(to);
+            return Err(Failure::Other(format!("{name} sends us to {place}, which is not safe from others (no TLS)")));
+        }
+        Ok(())
     }
 
     /// What to show for a challenge; None when there is nothing that could be shown.
@@ -176,6 +188,10 @@ impl Connection {
         scope: Option<&str>,
         auth: Option<&Auth>,
     ) -> Result<HeaderValue, Failure> {
+        let nowhere = |_| Failure::Other(format!("{} names no token server", self.endpoint.name));
+        let (own, realm) = (Url::parse(&self.endpoint.base).map_err(nowhere)?, Url::parse(realm).map_err(nowhere)?);
+        self.check_step(&own, &realm)?;
+        let client = self.clients.client(&realm).map_err(Failure::Other)?;
         let mut fields = vec![("scope", scope.unwrap_or(&self.scope))];
         fields.extend(service.map(|service| ("service", service)));
         let request = match auth {
@@ -186,13 +202,13 @@ impl Connection {
                     ("refresh_token", token.as_str()),
                     ("client_id", CLIENT_ID),
                 ]);
-                self.client.post(realm).form(&fields)
+                client.post(realm).form(&fields)
             }
             Some(Auth::Basic { username, password }) => {
                 fields.push(("account", username));
-                self.client.get(realm).query(&fields).basic_auth(username, Some(password))
+                client.get(realm).query(&fields).basic_auth(username, Some(password))
             }
-            Some(Auth::Bearer(_)) | None => self.client.get(realm).query(&fields),
+            Some(Auth::Bearer(_)) | None => client.get(realm).query(&fields),
         };
         let response = request.send().await.map_err(|error| self.unreachable(error))?;
         let status = response.status();
@@ -241,9 +257,12 @@ impl Connection {
 
     /// Of an address only the host is told: the rest may be signed, and so as good as a password.
     fn unreachable(&self, error: reqwest::Error) -> Failure {
-        let host = error.url().map(|url| format!("{}: ", place(url))).unwrap_or_default();
-        let text = chain(&error.without_url());
         let Endpoint { name, file, tls, .. } = &self.endpoint;
+        let (at, name) = match error.url() {
+            Some(url) => (format!("{}: ", place(url)), host(url)),
+            None => (String::new(), name.clone()),
+        };
+        let text = chain(&error.without_url());
         let place = |field: &str| match file {
             Some(file) => format!("the field {field} in {}", file.display()),
             None => format!("the field {field} of a hosts.toml"),
@@ -255,75 +274,19 @@ impl Connection {
         } else {
             String::new()
         };
-        Failure::Other(format!("{why}{host}{text}"))
+        Failure::Other(format!("{why}{at}{text}"))
     }
+}
+
+/// `host[:port]` of an address.
+fn host(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    url.port().map_or_else(|| host.to_owned(), |port| format!("{host}:{port}"))
 }
 
 /// Scheme and host of an address.
 fn place(url: &Url) -> String {
     url.origin().ascii_serialization()
-}
-
-fn client(config: &RegistryConfig, endpoint: &Endpoint) -> Result<Client, ImageError> {
-    let unusable = |error: &reqwest::Error| wrong(endpoint, "tls", &chain(error));
-    if !endpoint.tls.skip_verify {
-        ensure_roots(endpoint)?;
-    }
-    let mut builder = Client::builder()
-        .connect_timeout(endpoint.dial_limit.unwrap_or(CONNECT_LIMIT))
-        .read_timeout(READ_LIMIT)
-        .user_agent(USER_AGENT)
-        .redirect(reqwest::redirect::Policy::none())
-        .tls_danger_accept_invalid_certs(endpoint.tls.skip_verify);
-    let mut authorities = Vec::new();
-    for path in config.ca_files.iter().chain(&endpoint.tls.authorities) {
-        let found = Certificate::from_pem_bundle(&read(endpoint, "ca", path)?).unwrap_or_default();
-        if found.is_empty() {
-            return Err(wrong(endpoint, "ca", &format!("{} has no certificate in PEM form", path.display())));
-        }
-        authorities.extend(found);
-    }
-    builder = builder.tls_certs_merge(authorities);
-    if let Some((certificate, key)) = &endpoint.tls.client {
-        let mut pem = read(endpoint, "client", certificate)?;
-        if let Some(key) = key {
-            pem.push(b'\n');
-            pem.extend(read(endpoint, "client", key)?);
-        }
-        let identity = Identity::from_pem(&pem).map_err(|_| {
-            let problem = format!("{} and its key are not a pair in PEM form", certificate.display());
-            wrong(endpoint, "client", &problem)
-        })?;
-        builder = builder.identity(identity);
-    }
-    builder.build().map_err(|error| unusable(&error))
-}
-
-fn read(endpoint: &Endpoint, field: &str, path: &Path) -> Result<Vec<u8>, ImageError> {
-    let failed = |problem: &str| wrong(endpoint, field, &format!("{}: {problem}", path.display()));
-    let size = std::fs::metadata(path).map_err(|error| failed(&error.to_string()))?.len();
-    if size > CERTIFICATES_BYTES_MAX {
-        return Err(failed("larger than any file of certificates"));
-    }
-    std::fs::read(path).map_err(|error| failed(&error.to_string()))
-}
-
-fn wrong(endpoint: &Endpoint, field: &str, problem: &str) -> ImageError {
-    match &endpoint.file {
-        Some(file) => invalid(file, field, &format!("{}: {problem}", endpoint.name)),
-        None => ImageError::Registry { reference: endpoint.name.clone(), message: format!("{field}: {problem}") },
-    }
-}
-
-/// The client cannot be made at all, not even for plain HTTP, on a machine that knows no certificate authority.
-fn ensure_roots(endpoint: &Endpoint) -> Result<(), ImageError> {
-    static FOUND: AtomicBool = AtomicBool::new(false);
-    if FOUND.load(Ordering::Relaxed) || !rustls_native_certs::load_native_certs().certs.is_empty() {
-        FOUND.store(true, Ordering::Relaxed);
-        return Ok(());
-    }
-    let message = "this machine has no certificates of authorities; install the package ca-certificates".to_owned();
-    Err(ImageError::Registry { reference: endpoint.name.clone(), message })
 }
 
 /// The messages of a registry, which may say anything at any length: on one line, and cut.
@@ -351,19 +314,6 @@ fn secret(text: &str) -> Result<HeaderValue, Failure> {
         .map_err(|_| Failure::Denied("the credentials have characters that cannot be sent".to_owned()))?;
     value.set_sensitive(true);
     Ok(value)
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

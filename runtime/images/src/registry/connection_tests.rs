@@ -123,3 +123,32 @@ async fn of_a_signed_address_only_the_host_is_told() {
     };
     assert!(!told.contains("hidden"), "{told}");
 }
+
+#[tokio::test]
+async fn after_tls_nothing_goes_on_without_it_but_where_it_is_configured() {
+    let config = RegistryConfig { plain_http: vec!["plain.example:8080".into()], ..RegistryConfig::default() };
+    let connection = connection(&config, "r.example");
+    let step = |from: &str, to: &str| connection.check_step(&Url::parse(from).unwrap(), &Url::parse(to).unwrap());
+    for to in ["https://cdn.example/b", "http://localhost:5000/b", "http://[::1]/b", "http://plain.example:8080/b"] {
+        assert!(step("https://r.example/v2/a", to).is_ok(), "{to}");
+    }
+    assert!(step("http://r.example/v2/a", "http://cdn.example/b").is_ok());
+    let told = text(step("https://r.example/v2/a", "http://cdn.example/b?signature=hidden").unwrap_err());
+    assert_eq!(told, "r.example sends us to http://cdn.example, which is not safe from others (no TLS)");
+    assert!(step("http://r.example/v2/a", "ftp://cdn.example/b").is_err());
+
+    // The password stays here.
+    let auth = Some(Auth::Basic { username: "oar".into(), password: "lock".into() });
+    let told = text(connection.token("http://token.example/t?x", None, None, auth.as_ref()).await.unwrap_err());
+    assert!(told.contains("http://token.example, which is not safe"), "{told}");
+}
+
+#[test]
+fn what_is_configured_for_a_place_is_not_for_others() {
+    let connection = connection(&RegistryConfig::default(), "r.example");
+    let client = |url: &str| std::ptr::from_ref(connection.clients.client(&Url::parse(url).unwrap()).unwrap());
+    let own = client("https://r.example/v2/a");
+    let other = client("https://cdn.example/a");
+    assert_eq!((client("https://r.example:443/b"), client("https://token.example/b")), (own, other));
+    assert!(own != other && client("http://r.example/b") == other && client("http://127.0.0.1:1/b") != other);
+}

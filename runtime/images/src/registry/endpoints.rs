@@ -45,7 +45,7 @@ pub(super) fn endpoints(
             for mirror in &rule.endpoints {
                 endpoints.push(Endpoint {
                     auth: known(config, bare(mirror), &reference.repository)?,
-                    ..of_mirror(config, mirror)
+                    ..of_mirror(config, mirror, reference)
                 });
             }
         }
@@ -90,11 +90,17 @@ fn bare(endpoint: &str) -> &str {
 }
 
 /// A mirror of the configuration, which may say how it is spoken to.
-fn of_mirror(config: &RegistryConfig, endpoint: &str) -> Endpoint {
+fn of_mirror(config: &RegistryConfig, endpoint: &str, reference: &Reference) -> Endpoint {
     let host = bare(endpoint).trim_end_matches("/v2");
     let explicit = endpoint.starts_with("http://").then_some(true);
     let explicit = explicit.or_else(|| endpoint.starts_with("https://").then_some(false));
-    plain(host, host, explicit.unwrap_or_else(|| may_be_plain(config, host)))
+    let stands_for = (!is_of(reference, host)).then(|| reference.registry.clone());
+    Endpoint { stands_for, ..plain(host, host, explicit.unwrap_or_else(|| may_be_plain(config, host))) }
+}
+
+/// Whether a host is the registry's own.
+fn is_of(reference: &Reference, host: &str) -> bool {
+    host == reference.registry || (reference.registry.as_str(), host) == NAMED_OTHERWISE
 }
 
 fn of_registry(config: &RegistryConfig, registry: &str) -> Endpoint {
@@ -145,7 +151,7 @@ fn of_host(host: &Host, reference: &Reference) -> Result<Endpoint, ImageError> {
     };
     let path = url.path().trim_end_matches('/');
     let version = if host.override_path || path.ends_with("/v2") { "" } else { "/v2" };
-    let same = name == reference.registry || (reference.registry.as_str(), name.as_str()) == NAMED_OTHERWISE;
+    let same = is_of(reference, &name);
     Ok(Endpoint {
         base: format!("{}://{name}{path}{version}", url.scheme()),
         stands_for: (!same).then(|| reference.registry.clone()),
@@ -155,11 +161,15 @@ fn of_host(host: &Host, reference: &Reference) -> Result<Endpoint, ImageError> {
 }
 
 fn may_be_plain(config: &RegistryConfig, host: &str) -> bool {
-    is_loopback(host) || config.plain_http.iter().any(|known| known == host)
+    is_plain(&config.plain_http, host)
+}
+
+pub(super) fn is_plain(configured: &[String], host: &str) -> bool {
+    is_loopback(host) || configured.iter().any(|known| known == host)
 }
 
 /// Nobody else can listen in or answer there.
-fn is_loopback(host: &str) -> bool {
+pub(super) fn is_loopback(host: &str) -> bool {
     let host = host.split('/').next().unwrap_or(host);
     let bare = match host.strip_prefix('[') {
         Some(rest) => rest.split(']').next().unwrap_or(rest),
@@ -215,12 +225,28 @@ mod tests {
         assert_eq!(bases(&config, "other.example/a"), ["https://other.example/v2"]);
         assert_eq!(bases(&config, "busybox"), ["https://registry-1.docker.io/v2"]);
         let found = endpoints(&config, &Reference::parse("r.example/a").unwrap(), None).unwrap();
-        assert_eq!(found[0].stands_for, None);
+        assert_eq!(found[0].stands_for.as_deref(), Some("r.example"));
         assert_eq!(found[2].stands_for.as_deref(), Some("r.example"));
+
+        assert_eq!(found[4].stands_for.as_deref(), Some("r.example"));
 
         std::fs::write(own.join("hosts.toml"), "server = \"ftp://a\"").unwrap();
         let error = endpoints(&config, &Reference::parse("r.example/a").unwrap(), None).unwrap_err().to_string();
         assert!(error.contains("hosts.toml: \"ftp://a\": must be an http or https address"), "{error}");
+    }
+
+    #[test]
+    fn a_mirror_of_everything_is_told_the_registry_unless_it_is_the_registry() {
+        let endpoints_of = vec!["m.example".into(), "https://r.example/v2".into(), "registry-1.docker.io".into()];
+        let mirrors = vec![MirrorRule { registry: "*".into(), endpoints: endpoints_of }];
+        let config = RegistryConfig { mirrors, ..RegistryConfig::default() };
+        let told = |image: &str| -> Vec<Option<String>> {
+            let found = endpoints(&config, &Reference::parse(image).unwrap(), None).unwrap();
+            found.into_iter().map(|endpoint| endpoint.stands_for).collect()
+        };
+        let of = |registry: &str| Some(registry.to_owned());
+        assert_eq!(told("r.example/a"), [of("r.example"), None, of("r.example"), None]);
+        assert_eq!(told("a"), [of("docker.io"), of("docker.io"), None, None]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! digests.
 
 mod challenge;
+mod clients;
 mod connection;
 mod endpoints;
 mod hosts;
