@@ -18,6 +18,10 @@ const RESUMPTIONS_MAX: u32 = 20;
 const RESUMPTIONS_FREE: u32 = 2;
 const RESUMPTION_PAUSE: Duration = Duration::from_millis(300);
 
+/// A transfer that brings less than this in such a time of waiting is no progress.
+const DRIP_BYTES: u64 = 1 << 20;
+const DRIP_LIMIT: Duration = Duration::from_secs(300);
+
 const DOCUMENTS: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
      application/vnd.docker.distribution.manifest.list.v2+json, application/vnd.docker.distribution.manifest.v2+json";
 const ANYTHING: &str = "*/*";
@@ -92,6 +96,7 @@ impl Source {
             arrived: from,
             arrived_before: from,
             resumptions: 0,
+            pace: Pace::default(),
         };
         Ok(futures::stream::unfold(transfer, |mut transfer| async move {
             transfer.next().await.map(|item| (item, transfer))
@@ -137,28 +142,63 @@ struct Transfer {
     arrived: u64,
     arrived_before: u64,
     resumptions: u32,
+    pace: Pace,
 }
+
+/// How fast a stream comes. Only the time that it was waited for counts, not what was then done with it.
+#[derive(Default)]
+struct Pace {
+    waited: Duration,
+    bytes: u64,
+}
+
+impl Pace {
+    /// The next of the stream; Err if it only drips.
+    async fn next(&mut self, stream: &mut Blob) -> Result<Option<std::io::Result<Bytes>>, Dripping> {
+        let since = tokio::time::Instant::now();
+        let left = DRIP_LIMIT.saturating_sub(self.waited);
+        let item = tokio::time::timeout(left, stream.next()).await.map_err(|_| Dripping)?;
+        self.waited += since.elapsed();
+        if let Some(Ok(chunk)) = &item {
+            self.bytes += chunk.len() as u64;
+        }
+        if self.bytes >= DRIP_BYTES {
+            *self = Pace::default();
+        }
+        Ok(item)
+    }
+}
+
+/// Less than 1 MiB came in five minutes.
+#[derive(Debug)]
+struct Dripping;
 
 impl Transfer {
     async fn next(&mut self) -> Option<std::io::Result<Bytes>> {
         loop {
-            let broken = match self.stream.next().await {
-                Some(Ok(chunk)) => {
+            let mut dripped = false;
+            let broken = match self.pace.next(&mut self.stream).await {
+                Ok(Some(Ok(chunk))) => {
                     self.arrived += chunk.len() as u64;
                     return Some(Ok(chunk));
                 }
-                None if self.arrived >= self.size_bytes => return None,
-                None => std::io::Error::from(std::io::ErrorKind::UnexpectedEof),
-                Some(Err(error)) => error,
+                Ok(None) if self.arrived >= self.size_bytes => return None,
+                Ok(None) => std::io::Error::from(std::io::ErrorKind::UnexpectedEof),
+                Ok(Some(Err(error))) => error,
+                Err(Dripping) => {
+                    dripped = true;
+                    std::io::Error::new(std::io::ErrorKind::TimedOut, "less than 1 MiB came in five minutes")
+                }
             };
             // The first two tries are free; a later one must have brought something.
-            let stuck = self.resumptions >= RESUMPTIONS_FREE && self.arrived == self.arrived_before;
+            let stuck = self.resumptions >= RESUMPTIONS_FREE && (dripped || self.arrived == self.arrived_before);
             if stuck || self.resumptions >= RESUMPTIONS_MAX || self.arrived > self.size_bytes {
                 return Some(Err(broken));
             }
             tracing::debug!(digest = %self.digest, arrived = self.arrived, error = %broken, "transfer broke off and goes on");
             self.arrived_before = self.arrived;
             self.resumptions += 1;
+            self.pace = Pace::default();
             tokio::time::sleep(RESUMPTION_PAUSE).await;
             match self.source.rest_of_blob(&self.digest, self.size_bytes, self.arrived).await {
                 Ok(stream) => self.stream = stream,
@@ -178,4 +218,38 @@ fn skip(stream: Blob, bytes: u64) -> Blob {
         })
     });
     rest.boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Chunks of that size, one every so often, for ever.
+    fn dripping(bytes: usize, every: Duration) -> Blob {
+        let chunks = futures::stream::repeat(()).then(move |()| async move {
+            tokio::time::sleep(every).await;
+            Ok(Bytes::from(vec![0; bytes]))
+        });
+        chunks.boxed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_only_drips_is_broken_off_and_a_slow_reader_breaks_nothing_off() {
+        let (mut pace, mut stream) = (Pace::default(), dripping(1024, Duration::from_secs(40)));
+        let begin = tokio::time::Instant::now();
+        while pace.next(&mut stream).await.is_ok() {
+            assert!(begin.elapsed() < DRIP_LIMIT);
+        }
+        assert_eq!(begin.elapsed(), DRIP_LIMIT);
+
+        let (mut pace, mut stream) = (Pace::default(), dripping(256 << 10, Duration::from_secs(40)));
+        for _ in 0..100 {
+            pace.next(&mut stream).await.unwrap().unwrap().unwrap();
+        }
+        let (mut pace, mut stream) = (Pace::default(), dripping(1024, Duration::from_secs(1)));
+        for _ in 0..100 {
+            pace.next(&mut stream).await.unwrap().unwrap().unwrap();
+            tokio::time::sleep(DRIP_LIMIT).await;
+        }
+    }
 }
