@@ -161,13 +161,26 @@ async fn a_volume_that_must_be_attached_waits_for_it() {
     assert!(messages.iter().any(|message| message.contains("volumeattachments.storage.k8s.io")), "{messages:?}");
     let name =
         messages.iter().find_map(|text| Some(text.split("csi-").nth(1)?.get(..64)?.to_owned())).expect("its name");
-    node.api.put(
-        &format!("/apis/storage.k8s.io/v1/volumeattachments/csi-{name}"),
-        json!({"apiVersion": "storage.k8s.io/v1",
+    let in_use = json!([format!("kubernetes.io/csi/{DRIVER}^disk-1")]);
+    let named = node.api.get(NODE).expect("the node")["status"]["volumesInUse"].clone();
+    assert_eq!(named, in_use, "the node says so before it looks for the attachment");
+    let mut attachment = json!({"apiVersion": "storage.k8s.io/v1",
         "kind": "VolumeAttachment", "metadata": {"name": format!("csi-{name}")},
         "spec": {"attacher": DRIVER, "nodeName": "node-1", "source": {"persistentVolumeName": "pv-1"}},
-        "status": {"attached": true, "attachmentMetadata": {"device": "/dev/sdx"}}}),
-    );
+        "status": {"attached": true, "attachmentMetadata": {"device": "/dev/sdx"}}});
+    let path = format!("/apis/storage.k8s.io/v1/volumeattachments/csi-{name}");
+    attachment["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    node.api.put(&path, attachment.clone());
+    let told =
+        |node: &Node| node.api.all("/events/").iter().any(|e| e["message"].to_string().contains("being deleted"));
+    let refused = tokio::time::timeout(std::time::Duration::from_secs(20), async {
+        while !told(&node) {
+            tokio::task::yield_now().await;
+        }
+    });
+    assert!(refused.await.is_ok(), "it is mounted while it goes: {:#?}", node.events());
+    attachment["metadata"].as_object_mut().expect("metadata").remove("deletionTimestamp");
+    node.api.put(&path, attachment);
     node.api.wait(POD, "Ready", ready).await;
     let told = std::fs::read_to_string(mounted(&node).0.join("told")).expect("what the driver was told");
     assert!(told.starts_with("device=/dev/sdx"), "{told}");

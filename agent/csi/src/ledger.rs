@@ -43,6 +43,11 @@ impl Record {
         }
     }
 
+    /// As node status names it.
+    pub(crate) fn in_status(&self) -> String {
+        format!("kubernetes.io/csi/{}^{}", self.driver_name, self.volume_handle)
+    }
+
     pub(crate) fn same_volume(&self, other: &Record) -> bool {
         (&self.driver_name, &self.volume_handle) == (&other.driver_name, &other.volume_handle)
     }
@@ -122,6 +127,17 @@ impl Ledger {
             }
         }
         found
+    }
+
+    /// Drivers' volumes of this node in the notation of the node's status: those of pods, and those not given back yet.
+    pub(crate) fn in_status(&self) -> Vec<String> {
+        let of_pods = self.pods().into_iter().flat_map(|pod| self.of_pod(&pod)).filter_map(|(_, record)| record);
+        let records = of_pods.chain(self.staged_all().into_iter().map(|(_, record)| record));
+        let mut names: Vec<String> =
+            records.filter(|r| r.volume_lifecycle_mode != "Ephemeral").map(|r| r.in_status()).collect();
+        names.sort();
+        names.dedup();
+        names
     }
 
     /// Removes a pod's directories where nothing is left in them.
@@ -249,6 +265,20 @@ mod tests {
         std::fs::write(staged.target.join("data"), "precious").unwrap();
         assert_eq!(abandon(dir.path(), "node").len(), 1);
         assert!(staged.target.join("data").exists());
+    }
+
+    #[test]
+    fn a_volume_is_in_use_until_it_is_given_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::below(dir.path().to_owned());
+        let (staged, published) = (ledger.staged(&record()), ledger.published("u", "pv"));
+        note(&published, &record()).unwrap();
+        note(&staged, &record()).unwrap();
+        assert_eq!(ledger.in_status(), ["kubernetes.io/csi/d.io^h"]);
+        forget(&published).unwrap();
+        assert_eq!(ledger.in_status(), ["kubernetes.io/csi/d.io^h"], "its driver still has it");
+        forget(&staged).unwrap();
+        assert!(ledger.in_status().is_empty());
     }
 
     #[test]

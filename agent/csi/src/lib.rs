@@ -4,6 +4,7 @@
 //! pure), and mounting and unmounting with a ledger on disk from which a crash is made good ([`Storage`]). Does not attach
 //! volumes to nodes, make them, or bind claims: it waits for those who do. Reads the API through [`Cluster`].
 
+mod announce;
 mod client;
 mod cluster;
 mod context;

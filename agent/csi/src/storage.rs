@@ -20,6 +20,7 @@ use oarlock_volumes::{External, TokenOrder, VolumeError};
 use parking_lot::Mutex;
 use tokio::sync::Mutex as AsyncMutex;
 
+use crate::announce::Announcements;
 use crate::client::{Abilities, Ability, Driver, text};
 use crate::cluster::Cluster;
 use crate::context::{self, Group};
@@ -69,6 +70,7 @@ pub struct Storage {
     ready: Mutex<HashMap<(String, String), Ready>>,
     /// One step at a time for each volume.
     turns: Mutex<HashMap<String, Arc<AsyncMutex<()>>>>,
+    announcements: Announcements,
 }
 
 async fn blocking<T: Send + 'static>(
@@ -82,7 +84,14 @@ impl Storage {
     /// `kubelet_dir` is where drivers expect a kubelet's pods and its staging directories.
     pub fn new(kubelet_dir: PathBuf, cluster: Arc<dyn Cluster>, drivers: Arc<Drivers>) -> Arc<Self> {
         let ledger = Ledger::below(kubelet_dir);
-        Arc::new(Self { cluster, drivers, ledger, ready: Mutex::default(), turns: Mutex::default() })
+        Arc::new(Self {
+            cluster,
+            drivers,
+            ledger,
+            ready: Mutex::default(),
+            turns: Mutex::default(),
+            announcements: Announcements::default(),
+        })
     }
 
     fn turn(&self, record: &Record) -> Arc<AsyncMutex<()>> {
@@ -184,10 +193,6 @@ impl Storage {
         volume.refuse_wrong_lifecycle(spec.volume_lifecycle_modes.as_deref().unwrap_or_default())?;
         let group = context::group(pod, volume, spec, abilities);
         let capability = context::capability(volume, abilities, group);
-        let attached = match !volume.ephemeral && spec.attach_required != Some(false) {
-            true => self.attached(volume).await?,
-            false => HashMap::new(),
-        };
         let mut secrets = self.secrets(volume.publish_secret.as_ref()).await?;
         let mut told = context::context(pod, volume, spec);
         if let Some(tokens) = self.tokens(pod, spec).await? {
@@ -204,6 +209,14 @@ impl Storage {
             std::fs::create_dir_all(&above).map_err(|error| CsiError::io("create", &above, error))
         })
         .await?;
+        let attached = match !volume.ephemeral && spec.attach_required != Some(false) {
+            true => {
+                // First what is said, then a look: it is not detached after both.
+                self.announcements.wait(&record.in_status()).await?;
+                self.attached(volume).await?
+            }
+            false => HashMap::new(),
+        };
         let mut staging = String::new();
         if !volume.ephemeral && abilities.can(Ability::StageUnstageVolume) {
             let staged = self.ledger.staged(record);
@@ -261,6 +274,9 @@ impl Storage {
             let message = format!("volumeattachments.storage.k8s.io {name:?} not found");
             return Err(CsiError::Refused(message));
         };
+        if attachment.metadata.deletion_timestamp.is_some() {
+            return Err(CsiError::Refused("volume attachment is being deleted".to_owned()));
+        }
         let status = attachment.status.unwrap_or_default();
         if status.attached {
             return Ok(status.attachment_metadata.unwrap_or_default().into_iter().collect());
@@ -406,15 +422,19 @@ impl Storage {
         }
     }
 
-    /// Drivers' volumes of this node in the notation of the node's status. Blocks.
+    /// What the node's status is to name as in use. Blocks.
     pub fn volumes_in_use(&self) -> Vec<String> {
-        let pods = self.ledger.pods().into_iter().flat_map(|pod| self.ledger.of_pod(&pod));
-        let records = pods.filter_map(|(_, record)| record).filter(|r| r.volume_lifecycle_mode != "Ephemeral");
-        let mut names: Vec<String> =
-            records.map(|r| format!("kubernetes.io/csi/{}^{}", r.driver_name, r.volume_handle)).collect();
-        names.sort();
-        names.dedup();
-        names
+        self.ledger.in_status()
+    }
+
+    /// The API has taken a status that names these as in use.
+    pub fn in_use_is_known(&self, volumes: &[String]) {
+        self.announcements.said(volumes);
+    }
+
+    /// Returns when a volume waits for being named as in use.
+    pub async fn in_use_has_news(&self) {
+        self.announcements.asked().await;
     }
 
     /// What the pod's volumes take up, where their drivers tell.

@@ -73,7 +73,10 @@ impl NodeSync {
             let health = self.health().await;
             let ready = health.troubles.is_empty();
             match self.report(&health).await {
-                Ok(()) => delays.reset(),
+                Ok(()) => {
+                    self.shared.storage.in_use_is_known(&health.volumes_in_use);
+                    delays.reset();
+                }
                 Err(error) => {
                     tracing::debug!(%error, "the node's status was not taken");
                     delays.wait(&shutdown).await;
@@ -95,6 +98,7 @@ impl NodeSync {
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 () = self.shared.node_changed.notified() => {}
+                () = self.shared.storage.in_use_has_news() => {}
                 () = tokio::time::sleep(pause) => {}
             }
         }
