@@ -237,7 +237,7 @@ fn open_users(config: &Config) -> Result<UserRanges, Error> {
     let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
     let host = users::subordinate(&read("/etc/subuid"), &read("/etc/subgid"))?;
     let pool = users::Pool::new(host, config.ids_per_pod, config.max_pods)?;
-    Ok(UserRanges::open(config.pods_root(), pool))
+    Ok(UserRanges::open(config.pods_root(), pool)?)
 }
 
 /// Whether the kernel swaps anywhere: `/proc/swaps` has a line under its heading.

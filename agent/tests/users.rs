@@ -73,6 +73,35 @@ async fn each_pod_has_its_own_ids_and_volumes_are_mapped_to_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_container_is_not_started_among_the_nodes_users_when_the_pods_ids_are_lost() {
+    let mut node = Node::start(&["app:1"]).await;
+    node.api.put(POD, apart("web"));
+    node.api.wait(POD, "Ready", ready).await;
+    node.kill_agent().await;
+    let mut records = Vec::new();
+    let mut dirs = vec![node.dir.path().to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for path in std::fs::read_dir(dir).expect("a directory").flatten().map(|entry| entry.path()) {
+            match path.is_dir() && !path.is_symlink() {
+                true => dirs.push(path),
+                false if path.ends_with("userns") => records.push(path),
+                false => {}
+            }
+        }
+    }
+    assert_eq!(records.len(), 1);
+    std::fs::remove_file(&records[0]).expect("removed");
+    let before = node.runtime.world.lock().unwrap().containers.len();
+    node.runtime.exit("web", 1);
+    let node = node.with_agent().await;
+    let refused = |pod: &Value| {
+        pod["status"]["containerStatuses"][0]["state"]["waiting"]["reason"] == "CreateContainerConfigError"
+    };
+    node.api.wait(POD, "refusal", refused).await;
+    assert_eq!(node.runtime.world.lock().unwrap().containers.len(), before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_runtime_without_user_namespaces_is_not_asked_for_one() {
     let node = Node::start(&["app:1"]).await;
     node.runtime.world.lock().unwrap().no_user_namespaces = true;

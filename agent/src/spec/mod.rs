@@ -66,6 +66,11 @@ pub(crate) fn is_static(pod: &Pod) -> bool {
     annotation(pod, names::CONFIG_SOURCE).is_some_and(|source| source != "api")
 }
 
+/// Whether the pod is to have a user namespace of its own.
+pub(crate) fn wants_users(pod: &Pod) -> bool {
+    pod.spec.as_ref().and_then(|spec| spec.host_users) == Some(false)
+}
+
 /// Whether the object only mirrors a static pod.
 pub(crate) fn is_mirror(pod: &Pod) -> bool {
     annotation(pod, names::CONFIG_MIRROR).is_some()

@@ -1,6 +1,7 @@
 //! [`Pool`]: the node's ids in equal ranges, one for each pod that asks. Pure.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// Ranges begin and end at multiples of it.
 pub(crate) const UNIT: u32 = 65_536;
@@ -16,6 +17,11 @@ pub enum UsersError {
     Length { total: u64, length: u32 },
     #[error("kubelet user assigned IDs are not enough to support {pods} pods")]
     TooFew { pods: u32 },
+    #[error(
+        "{}: {problem}; a pod's ids are not known any more, and no other pod may get them: end its containers and remove the file",
+        file.display()
+    )]
+    Record { file: PathBuf, problem: String },
     #[error("{file}: {problem}")]
     File { file: &'static str, problem: String },
 }

@@ -59,19 +59,27 @@ pub(crate) struct UserRanges {
 }
 
 impl UserRanges {
-    /// With what pods were given before; their records are below `pods_root`. Blocks.
-    pub(crate) fn open(pods_root: PathBuf, mut pool: Pool) -> Self {
-        for entry in fs::read_dir(&pods_root).into_iter().flatten().flatten() {
+    /// With what pods were given before; their records are below `pods_root`. One that cannot be read is an error: its pod may
+    /// still run with ids that would be given to another. Blocks.
+    pub(crate) fn open(pods_root: PathBuf, mut pool: Pool) -> Result<Self, UsersError> {
+        let unread = |file: &Path, problem: String| UsersError::Record { file: file.to_owned(), problem };
+        let entries = match fs::read_dir(&pods_root) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            entries => Some(entries.map_err(|error| unread(&pods_root, error.to_string()))?),
+        };
+        for entry in entries.into_iter().flatten() {
+            let entry = entry.map_err(|error| unread(&pods_root, error.to_string()))?;
             let (uid, file) = (entry.file_name(), entry.path().join(FILE));
-            let Ok(bytes) = fs::read(&file) else { continue };
-            match Range::from_disk(&bytes) {
-                Ok(range) => pool.restore(&uid.to_string_lossy(), range),
-                Err(problem) => {
-                    tracing::error!(file = %file.display(), problem, "a pod's ids are not known any more");
+            let bytes = match fs::read(&file) {
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                    continue;
                 }
-            }
+                bytes => bytes.map_err(|error| unread(&file, error.to_string()))?,
+            };
+            let range = Range::from_disk(&bytes).map_err(|problem| unread(&file, problem))?;
+            pool.restore(&uid.to_string_lossy(), range);
         }
-        Self { pods_root, pool: Mutex::new(pool) }
+        Ok(Self { pods_root, pool: Mutex::new(pool) })
     }
 
     pub(crate) fn of(&self, uid: &str) -> Option<Range> {
@@ -145,7 +153,7 @@ mod tests {
     use super::*;
 
     fn ranges(root: &Path) -> UserRanges {
-        UserRanges::open(root.to_owned(), Pool::new(None, UNIT, 4).unwrap())
+        UserRanges::open(root.to_owned(), Pool::new(None, UNIT, 4).unwrap()).unwrap()
     }
 
     #[test]
@@ -165,14 +173,31 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_cannot_be_read_is_not_replaced() {
+    fn a_record_that_cannot_be_read_keeps_everybody_from_its_ids() {
         let dir = tempfile::tempdir().unwrap();
+        let opened = || UserRanges::open(dir.path().to_owned(), Pool::new(None, UNIT, 4).unwrap()).map(drop);
         fs::create_dir(dir.path().join("a")).unwrap();
+        fs::write(dir.path().join("stray"), "").unwrap();
+        opened().unwrap();
+        let file = dir.path().join("a/userns");
         for bad in ["{", r#"{"uidMappings":[],"gidMappings":[]}"#] {
-            fs::write(dir.path().join("a/userns"), bad).unwrap();
-            let refused = ranges(dir.path()).take("a").unwrap_err();
-            assert!(refused.contains("invalid user namespace mappings file"), "{refused}");
+            fs::write(&file, bad).unwrap();
+            let refused = opened().unwrap_err().to_string();
+            assert!(refused.starts_with(&file.display().to_string()), "{refused}");
         }
+        fs::remove_file(&file).unwrap();
+        fs::create_dir(&file).unwrap();
+        assert!(matches!(opened(), Err(UsersError::Record { .. })), "it is there, but cannot be read");
+    }
+
+    #[test]
+    fn a_record_that_came_up_meanwhile_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = ranges(dir.path());
+        fs::create_dir(dir.path().join("a")).unwrap();
+        fs::write(dir.path().join("a/userns"), "{").unwrap();
+        let refused = open.take("a").unwrap_err();
+        assert!(refused.contains("invalid user namespace mappings file"), "{refused}");
     }
 
     #[test]

@@ -174,7 +174,7 @@ impl Job {
 
     /// The pod's ids on the node, if it is to have a user namespace of its own.
     pub(super) async fn users(&self, handler: &str) -> Result<Option<Range>, String> {
-        if self.pod.spec.as_ref().and_then(|spec| spec.host_users) != Some(false) {
+        if !spec::wants_users(&self.pod) {
             return Ok(None);
         }
         let (users, uid) = (self.shared.users.clone(), self.uid.clone());

@@ -47,6 +47,9 @@ impl Job {
         let config_error = |message: String| ("CreateContainerConfigError", message);
         let assigned = shared.assignments.prepare(self.uid.as_str(), &container.name).await.map_err(config_error)?;
         let users = shared.users.of(self.uid.as_str());
+        if users.is_none() && spec::wants_users(&self.pod) {
+            return Err(config_error("the pod's user namespace is not known any more".to_owned()));
+        }
         let (env, image_user, sandbox_config, handler) = tokio::join!(
             self.environment(container),
             self.image_user(&image_ref),
