@@ -18,7 +18,12 @@ enum Key {
     Image(String),
     Registry(String),
     Global,
+    /// The plugin failed for this image.
+    Failure(String),
 }
+
+/// A plugin that fails is left alone for so long: pulls go on without it meanwhile.
+const FAILURE_TIME: Duration = Duration::from_secs(10);
 
 /// A user name and a password for the images of a pattern.
 #[derive(Clone, PartialEq, Eq)]
@@ -47,8 +52,13 @@ fn registry(image: &str) -> String {
 impl Kept {
     pub(super) fn find(&mut self, image: &str, now: Instant) -> Option<Vec<Login>> {
         self.answers.retain(|_, (until, _)| *until > now);
-        let keys = [Key::Image(image.to_owned()), Key::Registry(registry(image)), Key::Global];
+        let keys =
+            [Key::Image(image.to_owned()), Key::Registry(registry(image)), Key::Global, Key::Failure(image.to_owned())];
         keys.iter().find_map(|key| self.answers.get(key)).map(|(_, logins)| logins.clone())
+    }
+
+    pub(super) fn keep_failure(&mut self, image: &str, now: Instant) {
+        self.answers.insert(Key::Failure(image.to_owned()), (now + FAILURE_TIME, Vec::new()));
     }
 
     pub(super) fn keep(&mut self, image: &str, scope: Scope, logins: Vec<Login>, time: Duration, now: Instant) {
@@ -92,5 +102,17 @@ mod tests {
         kept.keep("z.io/b", Scope::Image, login("never"), Duration::ZERO, now);
         assert_eq!(found(&mut kept, "z.io/b", 0).as_deref(), Some("global"));
         assert_eq!(found(&mut kept, "y.io/c", 30), None);
+    }
+
+    #[test]
+    fn a_failure_is_good_for_a_short_time_and_until_there_is_an_answer() {
+        let now = Instant::now();
+        let mut kept = Kept::default();
+        kept.keep_failure("r.io/a", now);
+        assert_eq!(kept.find("r.io/a", now), Some(Vec::new()));
+        assert_eq!(kept.find("r.io/b", now), None);
+        kept.keep("r.io/b", Scope::Registry, login("registry"), Duration::from_secs(5), now);
+        assert_eq!(kept.find("r.io/a", now), Some(login("registry")));
+        assert_eq!(kept.find("r.io/a", now + FAILURE_TIME), None);
     }
 }

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
@@ -85,6 +87,18 @@ pub(super) fn parse(bytes: &[u8], api_version: &str) -> Result<Answer, PluginErr
     Ok(Answer { scope, keep, logins: auth.map(login).collect() })
 }
 
+/// A plugin and what it started, killed when nobody waits for it any longer. Not after it has been waited for: its number
+/// may be another's then.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(leader) = self.0 {
+            let _ = killpg(leader, Signal::SIGKILL);
+        }
+    }
+}
+
 /// Asks for credentials for the image, by its full name.
 pub(super) async fn ask(bin_dir: &Path, provider: &Provider, image: &str) -> Result<Answer, PluginError> {
     let request = serde_json::json!({
@@ -93,7 +107,9 @@ pub(super) async fn ask(bin_dir: &Path, provider: &Provider, image: &str) -> Res
     let mut command = Command::new(bin_dir.join(&provider.name));
     command.args(&provider.args).envs(provider.env.iter().map(|variable| (&variable.name, &variable.value)));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+    command.process_group(0);
     let mut child = command.spawn().map_err(PluginError::Start)?;
+    let mut group = Group(child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw));
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
     let talk = async {
         let said = async {
@@ -115,6 +131,7 @@ pub(super) async fn ask(bin_dir: &Path, provider: &Provider, image: &str) -> Res
             return Err(PluginError::TooLong);
         }
         let status = child.wait().await.map_err(PluginError::Talk)?;
+        group.0 = None;
         if status.success() { parse(&heard, &provider.api_version) } else { Err(PluginError::Failed(status)) }
     };
     tokio::time::timeout(LIMIT, talk).await.unwrap_or(Err(PluginError::Timeout))

@@ -1,6 +1,8 @@
-//! [`Providers`]: all plugins; each is asked once at a time, and its answer kept.
+//! [`Providers`]: all plugins; each is asked once at a time for one image, and its answer kept.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 
 use oarlock_proto::cri;
 use tokio::sync::Mutex;
@@ -14,8 +16,27 @@ use crate::error::chain;
 
 struct Known {
     provider: Provider,
-    /// Held while the plugin is asked: whoever comes then takes its answer.
-    kept: Mutex<Kept>,
+    kept: parking_lot::Mutex<Kept>,
+    /// Held while the plugin is asked for an image: whoever comes then takes its answer. A plugin that hangs for one image
+    /// holds nobody up who wants another.
+    turns: parking_lot::Mutex<HashMap<String, Weak<Mutex<()>>>>,
+}
+
+impl Known {
+    fn new(provider: Provider) -> Known {
+        Known { provider, kept: parking_lot::Mutex::default(), turns: parking_lot::Mutex::default() }
+    }
+
+    fn turn(&self, image: &str) -> Arc<Mutex<()>> {
+        let mut turns = self.turns.lock();
+        if let Some(turn) = turns.get(image).and_then(Weak::upgrade) {
+            return turn;
+        }
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        let turn = Arc::default();
+        turns.insert(image.to_owned(), Arc::downgrade(&turn));
+        turn
+    }
 }
 
 /// The plugins of the node; none by default.
@@ -28,8 +49,7 @@ pub(crate) struct Providers {
 impl Providers {
     /// Blocks.
     pub(crate) fn open(file: &Path, bin_dir: PathBuf) -> Result<Self, ProvidersConfigError> {
-        let known = config::read(file)?.into_iter().map(|provider| Known { provider, kept: Mutex::default() });
-        Ok(Self { bin_dir, known: known.collect() })
+        Ok(Self { bin_dir, known: config::read(file)?.into_iter().map(Known::new).collect() })
     }
 
     /// What the plugins have for the image, the closest pattern first. A plugin that fails has nothing.
@@ -50,19 +70,22 @@ impl Providers {
     }
 
     async fn ask(&self, known: &Known, image: &str) -> Vec<Login> {
-        let mut kept = known.kept.lock().await;
-        if let Some(logins) = kept.find(image, Instant::now()) {
+        let turn = known.turn(image);
+        let _turn = turn.lock().await;
+        let kept = known.kept.lock().find(image, Instant::now());
+        if let Some(logins) = kept {
             return logins;
         }
         match plugin::ask(&self.bin_dir, &known.provider, image).await {
             Ok(answer) => {
                 let time = answer.keep.unwrap_or(known.provider.keep);
-                kept.keep(image, answer.scope, answer.logins.clone(), time, Instant::now());
+                known.kept.lock().keep(image, answer.scope, answer.logins.clone(), time, Instant::now());
                 answer.logins
             }
             Err(error) => {
                 let (plugin, error) = (&known.provider.name, chain(&error));
                 tracing::warn!(plugin, image, error, "a credential provider plugin failed");
+                known.kept.lock().keep_failure(image, Instant::now());
                 Vec::new()
             }
         }
@@ -112,12 +135,13 @@ echo '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kube
         let names = |auths: Vec<cri::AuthConfig>| auths.into_iter().map(|auth| auth.username).collect::<Vec<_>>();
         let (first, second) = tokio::join!(
             providers.credentials("eu.registry.io/team/app:1"),
-            providers.credentials("eu.registry.io/team/tool"),
+            providers.credentials("eu.registry.io/team/app:2"),
         );
         assert_eq!(
             (names(first), names(second)),
             (vec!["team".into(), "all".into()], vec!["team".into(), "all".into()])
         );
+        assert_eq!(names(providers.credentials("eu.registry.io/team/tool").await), ["team", "all"]);
         assert_eq!(names(providers.credentials("eu.registry.io/x").await), ["all"]);
         let (request, argument) = asked(&dir)[0].rsplit_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
         let expected = serde_json::json!({"kind": "CredentialProviderRequest", "image": "eu.registry.io/team/app",
@@ -128,6 +152,30 @@ echo '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kube
         assert_eq!(asked(&dir).len(), 2, "another registry");
         assert!(providers.credentials("busybox").await.is_empty());
         assert_eq!(asked(&dir).len(), 2, "not an image of the plugin's");
+    }
+
+    #[tokio::test]
+    async fn a_plugin_that_hangs_for_one_image_holds_up_no_other_and_leaves_no_process() {
+        let script = r#"case $(cat) in */hangs*) echo $$ >>"$ASKED"; sleep 100 & echo $! >>"$ASKED"; wait;; esac
+echo '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kubelet.k8s.io/v1","cacheKeyType":"Image",
+"auth":{"*.registry.io":{"username":"u","password":"p"}}}'"#;
+        let (dir, providers) = with_plugin(script, "1h");
+        {
+            let mut hanging = std::pin::pin!(providers.credentials("eu.registry.io/hangs"));
+            while asked(&dir).len() < 2 {
+                tokio::select! {
+                    _ = &mut hanging => panic!("it hangs"),
+                    () = tokio::time::sleep(std::time::Duration::from_millis(5)) => {}
+                }
+            }
+            assert_eq!(providers.credentials("eu.registry.io/a").await.len(), 1);
+        }
+        for pid in asked(&dir) {
+            let gone = || fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "));
+            while !gone() {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        }
     }
 
     #[tokio::test]
@@ -144,6 +192,10 @@ echo '{"kind":"CredentialProviderResponse","apiVersion":"credentialprovider.kube
             let (_dir, providers) = with_plugin(script, "1h");
             assert!(providers.credentials("eu.registry.io/a").await.is_empty(), "{script}");
         }
+        let (dir, providers) = with_plugin(r#"echo x >>"$ASKED"; exit 3"#, "1h");
+        providers.credentials("eu.registry.io/a").await;
+        providers.credentials("eu.registry.io/a").await;
+        assert_eq!(asked(&dir).len(), 1, "a failure is good for a while");
         let (dir, providers) = with_plugin("true", "1h");
         fs::remove_file(dir.path().join("giver")).unwrap();
         assert!(providers.credentials("eu.registry.io/a").await.is_empty());
