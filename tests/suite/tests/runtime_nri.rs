@@ -190,6 +190,7 @@ fn what_a_plugin_adjusts_the_process_sees() {
         let files = proc("limits").lines().find(|line| line.starts_with("Max open files")).unwrap().to_owned();
         assert_eq!(files.split_whitespace().skip(3).take(2).collect::<Vec<_>>(), ["222", "333"]);
         assert_eq!(proc("oom_score_adj").trim(), "321");
+        assert_eq!(daemon.output(&id, &["cat", "/proc/self/oom_score_adj"]).await, "321\n");
         assert_eq!(daemon.output(&id, &["cat", "/proc/sys/net/ipv4/ip_default_ttl"]).await.trim(), "77");
         let stat = proc("stat");
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
