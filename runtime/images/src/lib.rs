@@ -39,7 +39,7 @@ mod unpack;
 
 pub use collect::{Pruned, Thresholds};
 pub use error::ImageError;
-pub use model::{Auth, Image, MirrorRule, Progress, ProgressSink, RegistryConfig, Rootfs, Usage};
+pub use model::{Auth, Credential, Image, MirrorRule, Progress, ProgressSink, RegistryConfig, Rootfs, Usage};
 pub use reference::{Reference, ReferenceError};
 pub use store::ImageStore;
 

@@ -48,6 +48,20 @@ impl std::fmt::Debug for Auth {
     }
 }
 
+/// Credentials for one pull.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Credential {
+    pub auth: Auth,
+    /// The only host (an address or `host[:port]`) that may be shown them; None leaves it to the configuration.
+    pub server: Option<String>,
+}
+
+impl From<Auth> for Credential {
+    fn from(auth: Auth) -> Credential {
+        Credential { auth, server: None }
+    }
+}
+
 /// How registries are reached.
 #[derive(Debug, Clone, Default)]
 pub struct RegistryConfig {

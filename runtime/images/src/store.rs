@@ -19,7 +19,8 @@ use crate::record::{self, Index, Named, Record};
 use crate::rootfs::Containers;
 use crate::unfinished::STALE_AFTER;
 use crate::{
-    Auth, Image, ImageError, Progress, ProgressSink, Reference, RegistryConfig, Rootfs, Usage, files, registry,
+    Auth, Credential, Image, ImageError, Progress, ProgressSink, Reference, RegistryConfig, Rootfs, Usage, files,
+    registry,
 };
 
 /// All images of a node. Cheap to clone.
@@ -43,7 +44,7 @@ struct Inner {
     /// Read: adding content. Write: collecting garbage.
     content: tokio::sync::RwLock<()>,
     garbage: AtomicBool,
-    pulls: Mutex<HashMap<(String, Option<Auth>), SharedPull>>,
+    pulls: Mutex<HashMap<(String, Option<Credential>), SharedPull>>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -70,7 +71,7 @@ impl ImageStore {
 
     /// Fetches an image unless the store already has just that; calls for the same image at the same time share the work.
     pub async fn pull(&self, reference: &str, auth: Option<Auth>) -> Result<Image, ImageError> {
-        self.pull_with_progress(reference, auth, None).await
+        self.pull_with_progress(reference, auth.map(Credential::from), None).await
     }
 
     /// As [`ImageStore::pull`], telling how far it is (to the caller that began the pull).
@@ -79,12 +80,12 @@ impl ImageStore {
     pub async fn pull_with_progress(
         &self,
         reference: &str,
-        auth: Option<Auth>,
+        credential: Option<Credential>,
         progress: Option<ProgressSink>,
     ) -> Result<Image, ImageError> {
         let parsed = Reference::parse(reference)
             .map_err(|source| ImageError::Reference { reference: reference.to_owned(), source })?;
-        let key = (parsed.to_string(), auth.clone());
+        let key = (parsed.to_string(), credential.clone());
         let pull = {
             let mut pulls = self.inner.pulls.lock();
             match pulls.get(&key) {
@@ -94,7 +95,7 @@ impl ImageStore {
                     let task = tokio::spawn({
                         let key = key.clone();
                         async move {
-                            let pulled = inner.pull(parsed, auth, progress).await;
+                            let pulled = inner.pull(parsed, credential, progress).await;
                             inner.pulls.lock().remove(&key);
                             pulled
                         }
@@ -351,12 +352,12 @@ impl Inner {
     async fn pull(
         &self,
         reference: Reference,
-        auth: Option<Auth>,
+        credential: Option<Credential>,
         progress: Option<ProgressSink>,
     ) -> Result<Image, ImageError> {
         let image = {
             let _adding = self.content.read().await;
-            let sources = registry::sources(&self.registries, &reference, auth.as_ref())?;
+            let sources = registry::sources(&self.registries, &reference, credential.as_ref())?;
             let fetched = fetch::fetch(&sources, &reference, &self.layers, progress.as_ref()).await?;
             let digest = reference.with_digest(&fetched.digest);
             self.store(fetched, std::slice::from_ref(&reference), vec![digest], false).await?

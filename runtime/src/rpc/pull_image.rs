@@ -8,7 +8,7 @@ use tonic::Status;
 use crate::core::Core;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use oarlock_images::Auth;
+use oarlock_images::{Auth, Credential};
 
 use super::image_status::reference;
 use crate::error::Error;
@@ -18,11 +18,16 @@ pub(super) async fn pull_image(
     request: cri::PullImageRequest,
 ) -> Result<cri::PullImageResponse, Status> {
     let reference = reference(request.image.as_ref())?.to_owned();
-    let auth = request.auth.map(auth_of).transpose()?.flatten();
+    let credential = request.auth.map(credential_of).transpose()?.flatten();
     tracing::info!(image = %reference, "pulling image");
-    let image = core.images.pull(&reference, auth).await.map_err(Error::from)?;
+    let image = core.images.pull_with_progress(&reference, credential, None).await.map_err(Error::from)?;
     tracing::info!(image = %reference, image.id = %image.id, "image pulled");
     Ok(cri::PullImageResponse { image_ref: image.id })
+}
+
+fn credential_of(mut auth: cri::AuthConfig) -> Result<Option<Credential>, Error> {
+    let server = Some(std::mem::take(&mut auth.server_address)).filter(|server| !server.is_empty());
+    Ok(auth_of(auth)?.map(|auth| Credential { auth, server }))
 }
 
 /// Credentials in any of the forms that clients send.

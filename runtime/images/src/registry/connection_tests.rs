@@ -48,7 +48,7 @@ fn connection(config: &RegistryConfig, registry: &str) -> Connection {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let auth = Auth::Basic { username: "oar".into(), password: "lock".into() };
     let reference = Reference::parse(&format!("{registry}/a/b")).unwrap();
-    let endpoint = endpoints(config, &reference, Some(&auth)).unwrap().pop().unwrap();
+    let endpoint = endpoints(config, &reference, Some(&auth.into())).unwrap().pop().unwrap();
     Connection::new(config, endpoint, "a/b").unwrap()
 }
 

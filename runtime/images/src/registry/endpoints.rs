@@ -6,7 +6,7 @@ use std::time::Duration;
 use reqwest::Url;
 
 use super::hosts::{self, Host, Tls};
-use crate::{Auth, ImageError, Reference, RegistryConfig, credentials};
+use crate::{Auth, Credential, ImageError, Reference, RegistryConfig, credentials};
 
 /// What clients call this registry is not the name of its host.
 const NAMED_OTHERWISE: (&str, &str) = ("docker.io", "registry-1.docker.io");
@@ -37,7 +37,7 @@ pub(super) struct Endpoint {
 pub(super) fn endpoints(
     config: &RegistryConfig,
     reference: &Reference,
-    auth: Option<&Auth>,
+    credential: Option<&Credential>,
 ) -> Result<Vec<Endpoint>, ImageError> {
     let mut endpoints = Vec::new();
     for rule in &config.mirrors {
@@ -50,20 +50,20 @@ pub(super) fn endpoints(
             }
         }
     }
-    let own = || match auth {
-        Some(auth) => Ok(Some(auth.clone())),
+    let own = |host: &str| match credential {
+        Some(credential) => Ok(is_for(credential, host).then(|| credential.auth.clone())),
         None => known(config, &reference.registry, &reference.repository),
     };
     let mut hosts = hosts::find(&config.hosts_dirs, &reference.registry)?;
     let Some(server) = hosts.pop() else {
-        endpoints.push(Endpoint { auth: own()?, ..of_registry(config, &reference.registry) });
+        endpoints.push(Endpoint { auth: own(&reference.registry)?, ..of_registry(config, &reference.registry) });
         return Ok(endpoints);
     };
     for host in hosts {
         let endpoint = of_host(&host, reference)?;
         // Whoever stands for a registry by the administrator's word is shown its password; a token is for one alone.
         let auth = match known(config, &endpoint.name, &reference.repository)? {
-            None => own()?.filter(|auth| !matches!(auth, Auth::Bearer(_))),
+            None => own(&endpoint.name)?.filter(|auth| !matches!(auth, Auth::Bearer(_))),
             known => known,
         };
         endpoints.push(Endpoint { auth, ..endpoint });
@@ -76,8 +76,19 @@ pub(super) fn endpoints(
             Endpoint { base, name: plain.name, stands_for: None, ..laid_over(&server) }
         }
     };
-    endpoints.push(Endpoint { auth: own()?, ..server });
+    endpoints.push(Endpoint { auth: own(&server.name)?, ..server });
     Ok(endpoints)
+}
+
+/// Whether a credential may be shown to a host: whoever brings it may have named the only one.
+fn is_for(credential: &Credential, host: &str) -> bool {
+    let Some(server) = &credential.server else { return true };
+    let same = |host: &str| match host {
+        "docker.io" | "index.docker.io" | "registry-1.docker.io" => NAMED_OTHERWISE.0.to_owned(),
+        other => other.to_ascii_lowercase(),
+    };
+    let server = bare(server).split('/').next().unwrap_or_default();
+    same(server) == same(host)
 }
 
 fn known(config: &RegistryConfig, registry: &str, repository: &str) -> Result<Option<Auth>, ImageError> {
@@ -247,6 +258,26 @@ mod tests {
         let of = |registry: &str| Some(registry.to_owned());
         assert_eq!(told("r.example/a"), [of("r.example"), None, of("r.example"), None]);
         assert_eq!(told("a"), [of("docker.io"), of("docker.io"), None, None]);
+    }
+
+    #[test]
+    fn a_credential_for_a_named_server_is_shown_to_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let own = directory.path().join("r.example");
+        std::fs::create_dir(&own).unwrap();
+        std::fs::write(own.join("hosts.toml"), "[host.\"https://m.example\"]\n").unwrap();
+        let config = RegistryConfig { hosts_dirs: vec![directory.path().into()], ..RegistryConfig::default() };
+        let shown = |image: &str, server: Option<&str>| -> Vec<bool> {
+            let auth = Auth::Basic { username: "u".into(), password: "p".into() };
+            let credential = Credential { auth, server: server.map(str::to_owned) };
+            let found = endpoints(&config, &Reference::parse(image).unwrap(), Some(&credential)).unwrap();
+            found.iter().map(|endpoint| endpoint.auth.is_some()).collect()
+        };
+        assert_eq!(shown("r.example/a", None), [true, true]);
+        assert_eq!(shown("r.example/a", Some("https://r.example/v1/")), [false, true]);
+        assert_eq!(shown("r.example/a", Some("M.example")), [true, false]);
+        assert_eq!(shown("r.example/a", Some("r.example:444")), [false, false]);
+        assert_eq!(shown("busybox", Some("https://index.docker.io/v1/")), [true]);
     }
 
     #[test]

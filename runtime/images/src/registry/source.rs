@@ -10,7 +10,7 @@ use reqwest::StatusCode;
 use super::connection::{Connection, Failure};
 use super::endpoints::endpoints;
 use crate::manifest::DOCUMENT_BYTES_MAX;
-use crate::{Auth, ImageError, Reference, RegistryConfig};
+use crate::{Credential, ImageError, Reference, RegistryConfig};
 
 const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 /// How often one transfer goes on after it broke off; the first few times even without progress.
@@ -37,13 +37,13 @@ pub(crate) struct Source {
 pub(crate) fn sources(
     config: &RegistryConfig,
     reference: &Reference,
-    auth: Option<&Auth>,
+    credential: Option<&Credential>,
 ) -> Result<Vec<Source>, ImageError> {
     let source = |endpoint| {
         let connection = Connection::new(config, endpoint, &reference.repository)?;
         Ok(Source { connection, repository: reference.repository.clone() })
     };
-    endpoints(config, reference, auth)?.into_iter().map(source).collect()
+    endpoints(config, reference, credential)?.into_iter().map(source).collect()
 }
 
 impl Source {
