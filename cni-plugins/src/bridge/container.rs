@@ -8,7 +8,7 @@ use std::path::Path;
 use ipnet::IpNet;
 use oarlock_cni::types::{CniResult, IpConfig, Route as CniRoute};
 use oarlock_netlink::{Connection, NetlinkError, Protocol, Route};
-use oarlock_netns::run_in_fd;
+use oarlock_netns::{NetnsError, visit_network};
 
 use crate::error::{Context, PluginError, Result};
 use crate::{linger, sysctl};
@@ -29,7 +29,7 @@ pub fn prepare(netns: &Path, ifname: &str) -> Result<Inside> {
         sysctl::ensure("net/ipv6/conf/default/accept_ra", "0")?;
         Connection::open(Protocol::Route).context(|| format!("set up {ifname}"))
     };
-    let mut connection = run_in_fd(file.as_fd(), visit)??;
+    let mut connection = visit_network(file.as_fd(), visit)??;
     if connection.link(ifname).context(|| format!("look up {ifname}"))?.is_some() {
         return Err(PluginError::LinkExists { name: ifname.to_owned() });
     }
@@ -97,7 +97,11 @@ fn route_of(route: &CniRoute, ips: &[IpConfig], link: u32) -> Route {
 pub fn remove_link(netns: &Path, ifname: &str) -> Result<()> {
     let failed = || format!("delete {ifname} of the container");
     let open = || Ok([Connection::open(Protocol::Route)?, Connection::open(Protocol::Route)?]);
-    let mut sockets = match oarlock_netns::run_in(netns, open) {
+    let visited = match File::open(netns) {
+        Ok(file) => visit_network(file.as_fd(), open),
+        Err(source) => Err(NetnsError::Open { path: netns.to_owned(), source }),
+    };
+    let mut sockets = match visited {
         Ok(sockets) => sockets.context(failed)?,
         // The runtime took it away between the look and the visit, or the path is no namespace any more.
         Err(_) if !oarlock_netns::is_pinned(netns) => return Ok(()),

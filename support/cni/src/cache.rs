@@ -109,7 +109,9 @@ impl Cache {
 
     /// The record of a container's interface, whatever the network.
     pub fn find(&self, container_id: &str, ifname: &str) -> Result<Option<Entry>, CniError> {
-        Ok(self.all()?.into_iter().find(|entry| entry.container_id == container_id && entry.if_name == ifname))
+        let ending = format!("-{container_id}-{ifname}");
+        let entries = self.entries(|name| name.ends_with(&ending))?;
+        Ok(entries.into_iter().find(|entry| entry.container_id == container_id && entry.if_name == ifname))
     }
 
     pub fn load(&self, network: &str, container_id: &str, ifname: &str) -> Option<Entry> {
@@ -118,6 +120,11 @@ impl Cache {
 
     /// Every readable record. A file that cannot be read is left alone: it may be another version's.
     pub fn all(&self) -> Result<Vec<Entry>, CniError> {
+        self.entries(|_| true)
+    }
+
+    /// Reads only the files whose names are wanted.
+    fn entries(&self, is_wanted: impl Fn(&str) -> bool) -> Result<Vec<Entry>, CniError> {
         let failed = |source| CniError::Cache { path: self.directory.clone(), source };
         let entries = match fs::read_dir(&self.directory) {
             Ok(entries) => entries,
@@ -126,7 +133,10 @@ impl Cache {
         };
         let mut found = Vec::new();
         for entry in entries {
-            found.extend(read(&entry.map_err(failed)?.path()));
+            let entry = entry.map_err(failed)?;
+            if entry.file_name().to_str().is_some_and(&is_wanted) {
+                found.extend(read(&entry.path()));
+            }
         }
         Ok(found)
     }

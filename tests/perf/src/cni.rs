@@ -1,7 +1,7 @@
 //! `bench cni`: ADD and DEL of the CNI plugins by exec, ours beside the distribution's reference plugins where installed.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use oarlock_cni::{Attachment, CniClient};
 use oarlock_testkit::binary;
@@ -12,27 +12,43 @@ use crate::table::{self, Row};
 /// Where Debian's containernetworking-plugins are.
 const REFERENCE: &str = "/usr/lib/cni";
 
-pub(crate) fn run(rounds: usize, present: usize) -> anyhow::Result<()> {
+/// How many rounds, beside how many pods, and how long the kernel may tidy up before the next pod.
+#[derive(Clone, Copy)]
+pub(crate) struct Plan {
+    pub rounds: usize,
+    pub present: usize,
+    pub pause: Duration,
+}
+
+pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     oarlock_netns::bring_loopback_up()?;
+    for chained in [None, Some("portmap")] {
+        compare(plan, chained)?;
+    }
+    Ok(())
+}
+
+fn compare(plan: Plan, chained: Option<&str>) -> anyhow::Result<()> {
     let directory = tempfile::Builder::new().prefix("oarlock-perf-").tempdir()?;
     let own = directory.path().join("bin");
     std::fs::create_dir(&own)?;
     for plugin in ["bridge", "host-local", "portmap", "loopback"] {
         std::os::unix::fs::symlink(binary("oarlock-cni-plugins"), own.join(plugin))?;
     }
-    let mut rows = measure(&directory.path().join("own"), "oarlock", &own, rounds, present)?;
+    let mut rows = measure(&directory.path().join("own"), "oarlock", &own, plan, chained)?;
     if Path::new(REFERENCE).join("bridge").exists() {
-        rows.extend(measure(&directory.path().join("reference"), "reference", Path::new(REFERENCE), rounds, present)?);
+        rows.extend(measure(&directory.path().join("reference"), "reference", Path::new(REFERENCE), plan, chained)?);
     } else {
         println!(
             "{REFERENCE} has no plugins, so there is nothing to compare with (Debian: containernetworking-plugins)"
         );
     }
-    table::print(&format!("CNI bridge with masquerade and portmap, {present} pods present"), &rows);
+    let and_chained = chained.map(|name| format!(" and {name}")).unwrap_or_default();
+    table::print(&format!("CNI bridge with masquerade{and_chained}, {} pods present", plan.present), &rows);
     Ok(())
 }
 
-fn list(name: &str, own: bool, state: &Path) -> Value {
+fn list(name: &str, own: bool, state: &Path, chained: Option<&str>) -> Value {
     let (bridge, subnet) = if own { ("oar0", "10.42.0.0/16") } else { ("ref0", "10.44.0.0/16") };
     let mut plugin = json!({
         "type": "bridge", "bridge": bridge, "isGateway": true, "ipMasq": true, "hairpinMode": true,
@@ -41,20 +57,29 @@ fn list(name: &str, own: bool, state: &Path) -> Value {
     if own {
         plugin["ipMasqExclude"] = json!(["10.42.0.0/16"]);
     }
-    let portmap = json!({"type": "portmap", "capabilities": {"portMappings": true}, "snat": true});
-    json!({"cniVersion": "1.0.0", "name": name, "plugins": [plugin, portmap]})
+    let chained = chained.map(|kind| json!({"type": kind, "capabilities": {"portMappings": true}, "snat": true}));
+    let plugins: Vec<Value> = std::iter::once(plugin).chain(chained).collect();
+    json!({"cniVersion": "1.0.0", "name": name, "plugins": plugins})
 }
 
-fn measure(directory: &Path, name: &str, plugins: &Path, rounds: usize, present: usize) -> anyhow::Result<Vec<Row>> {
+fn measure(
+    directory: &Path,
+    name: &str,
+    plugins: &Path,
+    plan: Plan,
+    chained: Option<&str>,
+) -> anyhow::Result<Vec<Row>> {
+    let Plan { rounds, present, pause } = plan;
+    let network = format!("{name}-{}", chained.unwrap_or("bridge"));
     let path = |part: &str| directory.join(part);
     std::fs::create_dir_all(path("net.d"))?;
-    std::fs::write(path("net.d/10-bench.conflist"), list(name, name == "oarlock", &path("ipam")).to_string())?;
+    std::fs::write(path("net.d/10-bench.conflist"), list(&network, name == "oarlock", &path("ipam"), chained).to_string())?;
     let client = CniClient::new(path("net.d"), vec![plugins.to_owned()], path("cache"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let pod = |number: usize| -> anyhow::Result<(Attachment, PathBuf)> {
         let netns = path(&format!("netns-{number}"));
         oarlock_netns::create_pinned(&netns)?;
-        Ok((Attachment::for_pod(&format!("{name}-{number}"), &netns, "default", "bench", "uid"), netns))
+        Ok((Attachment::for_pod(&format!("{network}-{number}"), &netns, "default", "bench", "uid"), netns))
     };
     for number in 0..present {
         let (attachment, _) = pod(number)?;
@@ -65,6 +90,7 @@ fn measure(directory: &Path, name: &str, plugins: &Path, rounds: usize, present:
     for round in 0..rounds {
         for (is_gone, row) in [(false, &mut del), (true, &mut gone)] {
             let (attachment, netns) = pod(present + round)?;
+            std::thread::sleep(pause);
             let begin = Instant::now();
             runtime.block_on(client.add(&attachment))?;
             add.samples.push(begin.elapsed().as_secs_f64() * 1000.0);

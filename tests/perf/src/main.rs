@@ -20,6 +20,8 @@ mod spans;
 mod table;
 mod up;
 
+use std::time::Duration;
+
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -73,6 +75,9 @@ enum Bench {
         /// Pods that are attached before
         #[arg(long, default_value_t = 0)]
         present: usize,
+        /// Milliseconds before each ADD, in which the kernel ends the namespace before
+        #[arg(long, default_value_t = 100)]
+        pause: u64,
     },
     /// Pod to pod: throughput and answers on one node, on one segment, by VXLAN and WireGuard, beside a bare veth pair
     Net {
@@ -107,7 +112,9 @@ fn main() -> anyhow::Result<()> {
         Bench::Pull(flags) => pull::run(&flags),
         Bench::Logs(flags) => logs::run(&flags),
         Bench::Netproxy { services, rounds } => netproxy::run(&services, rounds),
-        Bench::Cni { rounds, present } => cni::run(rounds, present),
+        Bench::Cni { rounds, present, pause } => {
+            cni::run(cni::Plan { rounds, present, pause: Duration::from_millis(pause) })
+        }
         Bench::Net { rounds, seconds, questions } => net::run(rounds, seconds, questions),
         Bench::Dns { seconds, rounds } => dns::run(seconds, rounds),
     }
