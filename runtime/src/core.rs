@@ -28,6 +28,8 @@ use crate::state::Index;
 pub(crate) struct Core {
     pub config: Config,
     pub paths: Paths,
+    /// The run directory where it is a mount of its own, for [`SpawnOptions::mounts_below`].
+    pub mounts_below: Option<std::path::PathBuf>,
     pub host: HostFacts,
     pub boot_id: String,
     pub records: Arc<Store>,
@@ -74,6 +76,7 @@ impl Core {
             sandbox_id: sandbox_id.to_owned(),
             state_dir: paths.shim(),
             container_root: self.paths.engine(),
+            mounts_below: self.mounts_below.clone(),
             shared_pid_namespace: modes.shared_pid.then(|| paths.pid_namespace()),
             user_namespace: modes.user.map(|_| paths.namespaces().join("user")),
             cgroup: Some(self.shim_group()),

@@ -1,6 +1,6 @@
 //! Id-mapped mounts: a second view of a directory or file in which every owner is another one.
 //!
-//! Such a view is made without a place and then moved to one (open_tree, mount_setattr, move_mount). Which kernels and file
+//! The other raw calls about mounts are here too. Such a view is made without a place and then moved to one (open_tree, mount_setattr, move_mount). Which kernels and file
 //! systems can do it is found out by trying. Owns no decision about what is mapped.
 #![allow(unsafe_code, reason = "the mount calls that have no wrapper")]
 
@@ -113,6 +113,22 @@ fn set(tree: &OwnedFd, set: u64, user_namespace: u64) -> io::Result<()> {
         )
     };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether something is mounted on `path`, which may be a link: it is not followed. Since Linux 5.8.
+pub(crate) fn is_mount_point(path: &Path) -> io::Result<bool> {
+    let path = CString::new(path.as_os_str().as_encoded_bytes())?;
+    let flags = libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+    // SAFETY: an all-zero value is a valid one of this plain C struct.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a C string, and both it and the structure live over the call.
+    let done = unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), flags, libc::STATX_TYPE, &mut status) };
+    let mount_root = libc::STATX_ATTR_MOUNT_ROOT as u64;
+    match done {
+        0 if status.stx_attributes_mask & mount_root == 0 => Err(io::ErrorKind::Unsupported.into()),
+        0 => Ok(status.stx_attributes & mount_root != 0),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Gives a view its place, which exists and is of the same kind.

@@ -108,6 +108,46 @@ fn mounting(target: &Path) -> impl FnOnce(Errno) -> Error {
     move |errno| Error::Io { operation: "mount", path, source: errno.into() }
 }
 
+/// Makes `directory` a mount point that shows itself, with peers of its own, so that all that is mounted below it later can be
+/// detached at once. Returns its path without links; None when there already are mounts below it and nothing may begin.
+pub(crate) fn set_apart(directory: &Path, may_begin: bool) -> Result<Option<PathBuf>, Error> {
+    let point = fs::canonicalize(directory).map_err(Error::io("look at", directory))?;
+    let table = fs::read("/proc/thread-self/mountinfo").map_err(Error::io("read", "/proc/thread-self/mountinfo"))?;
+    if shows_itself(&table, &point) {
+        return Ok(Some(point));
+    }
+    if !may_begin {
+        return Ok(None);
+    }
+    let failed = mounting(&point);
+    let change = |flags| mount(None::<&str>, &point, None::<&str>, flags, None::<&str>);
+    let made = mount(Some(&point), &point, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        // Two steps: as a peer of what it lies on, each mount below it would be there twice.
+        .and_then(|()| change(MsFlags::MS_PRIVATE))
+        .and_then(|()| change(MsFlags::MS_SHARED));
+    made.map(|()| Some(point.clone())).map_err(failed)
+}
+
+/// Ends what [`set_apart`] began, if nothing is mounted below.
+pub(crate) fn give_up_apart(point: &Path) -> Result<(), Error> {
+    if mount_points(point)?.iter().all(|mounted| mounted == point) { unmount(point) } else { Ok(()) }
+}
+
+/// Whether `point` is a mount of a directory that has the same path in the file system of the mount around it.
+fn shows_itself(table: &[u8], point: &Path) -> bool {
+    let field = |line: &[u8], index| line.split(|byte| *byte == b' ').nth(index).map(unescape);
+    let lines = || table.split(|byte| *byte == b'\n');
+    let Some(own) = lines().rfind(|line| field(line, 4).as_deref() == Some(point)) else { return false };
+    let around = |line: &&[u8]| field(line, 4).is_some_and(|other| other != point && point.starts_with(other));
+    let Some(outer) = lines().filter(around).max_by_key(|line| field(line, 4).map(|path| path.components().count()))
+    else {
+        return false;
+    };
+    let (Some(root), Some(outer_point)) = (field(outer, 3), field(outer, 4)) else { return false };
+    let Ok(inner) = point.strip_prefix(outer_point) else { return false };
+    field(own, 2) == field(outer, 2) && field(own, 3) == Some(root.join(inner))
+}
+
 /// Detaches everything mounted on `target`; nothing there is as good.
 pub(crate) fn unmount(target: &Path) -> Result<(), Error> {
     loop {
@@ -145,6 +185,47 @@ pub(crate) fn remove_tree(root: &Path) -> Result<(), Error> {
         }
     }
     Err(Error::io("remove", root)(io::ErrorKind::DirectoryNotEmpty.into()))
+}
+
+/// As [`remove_tree`], for a directory in which nobody but the runtime makes anything: each directory is asked whether something is
+/// mounted on it. The table of all mounts, which has lines of every pod, is not read.
+pub(crate) fn remove_own_tree(root: &Path) -> Result<(), Error> {
+    for _ in 0..REMOVAL_TRIES {
+        match remove_entry(root) {
+            // As above: a shim that had just been started.
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+            outcome => return outcome,
+        }
+    }
+    Err(Error::io("remove", root)(io::ErrorKind::DirectoryNotEmpty.into()))
+}
+
+fn remove_entry(path: &Path) -> Result<(), Error> {
+    let kind = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.map_err(Error::io("look at", path))?.file_type(),
+    };
+    match idmap::is_mount_point(path) {
+        Ok(false) => {}
+        Ok(true) => {
+            unmount(path)?;
+            return remove_entry(path);
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("look at", path)(error)),
+    }
+    let removed = if kind.is_dir() {
+        for entry in fs::read_dir(path).map_err(Error::io("list", path))? {
+            remove_entry(&entry.map_err(Error::io("list", path))?.path())?;
+        }
+        fs::remove_dir(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// The mount points at and below `root` in this thread's mount namespace.
@@ -220,6 +301,21 @@ mod tests {
         assert_eq!(propagation_in(TABLE, Path::new("/etc")), ("/".into(), true, false));
         assert_eq!(propagation_in(TABLE, Path::new("/mnt/slave/x")), ("/mnt/slave".into(), false, true));
         assert_eq!(points_in(TABLE)[1], Path::new("/mnt/with blank"));
+    }
+
+    #[test]
+    fn a_directory_that_shows_itself_is_told_from_one_that_holds_something_else() {
+        let table = b"\
+1 0 8:1 / / rw shared:1 - ext4 /dev/a rw
+2 1 0:2 / /run rw shared:2 - tmpfs tmpfs rw
+3 2 0:2 /pods /run/pods rw shared:3 - tmpfs tmpfs rw
+4 2 0:9 / /run/own rw shared:4 - tmpfs tmpfs rw
+5 2 0:2 /elsewhere /run/bound rw shared:2 - tmpfs tmpfs rw
+";
+        assert!(shows_itself(table, Path::new("/run/pods")));
+        for other in ["/run/own", "/run/bound", "/run", "/run/none"] {
+            assert!(!shows_itself(table, Path::new(other)), "{other}");
+        }
     }
 
     #[test]

@@ -168,7 +168,7 @@ fn abandon_volumes(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Detaches every mount below our directories, deepest first.
+/// Detaches every mount of ours at or below our directories, deepest first.
 fn unmount_all(settings: &Settings) -> anyhow::Result<()> {
     let roots = [settings.layout.data_dir().to_owned(), settings.layout.run_dir()];
     let mut points: Vec<PathBuf> = procfs::process::Process::myself()
@@ -176,8 +176,10 @@ fn unmount_all(settings: &Settings) -> anyhow::Result<()> {
         .context("cannot read the mount table")?
         .0
         .into_iter()
+        // The run directory shows itself by a mount of the runtime's; a file system that somebody gave it stays.
+        .filter(|mount| mount.mount_point != roots[1] || mount.root != "/")
         .map(|mount| mount.mount_point)
-        .filter(|point| roots.iter().any(|root| point.starts_with(root) && point != root))
+        .filter(|point| roots.iter().any(|root| point.starts_with(root)) && *point != roots[0])
         .collect();
     points.sort_by_key(|point| std::cmp::Reverse(point.components().count()));
     for point in points {

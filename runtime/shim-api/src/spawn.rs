@@ -1,12 +1,9 @@
 //! Starting a shim so that it outlives the daemon: the shim detaches itself (its own session, adopted by init), and
 //! reports over a pipe once it listens.
-#![allow(
-    unsafe_code,
-    reason = "the child clears its descriptors between fork and exec; descriptors are registered with tokio"
-)]
+#![allow(unsafe_code, reason = "descriptors are registered with tokio")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -29,6 +26,8 @@ pub struct SpawnOptions {
     pub state_dir: PathBuf,
     /// Where the container engine keeps its state; may be shared by all pods.
     pub container_root: PathBuf,
+    /// A mount point below which all pods' mounts lie, two levels down: containers are made without sight of others'.
+    pub mounts_below: Option<PathBuf>,
     /// Make one PID namespace for the whole pod and pin it at this path (a file that is created).
     pub shared_pid_namespace: Option<PathBuf>,
     /// The pod's user namespace, to which a shared PID namespace then belongs.
@@ -50,10 +49,9 @@ pub(crate) async fn launch(options: &SpawnOptions) -> Result<(), ShimError> {
         .map_err(|source| ShimError::Io { operation: "create the shim's state directory", source })?;
     let (ready, ready_writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
         .map_err(|errno| ShimError::Io { operation: "make a pipe", source: errno.into() })?;
-    let mut child = command(options, &ready_writer)
+    let mut child = command(options, ready_writer)
         .spawn()
         .map_err(|source| ShimError::Spawn { binary: options.shim_binary.clone(), source })?;
-    drop(ready_writer);
     let report = tokio::time::timeout(READY_LIMIT, read_report(ready)).await;
     if report.is_err() {
         let _ = child.start_kill();
@@ -69,11 +67,16 @@ pub(crate) async fn launch(options: &SpawnOptions) -> Result<(), ShimError> {
     }
 }
 
-fn command(options: &SpawnOptions, ready: &OwnedFd) -> tokio::process::Command {
+/// The shim reports on its standard output, and closes itself what it inherits beyond that: so nothing has to run between fork and exec, and
+/// the daemon's memory need not be copied for it.
+fn command(options: &SpawnOptions, ready: OwnedFd) -> tokio::process::Command {
     let mut command = tokio::process::Command::new(&options.shim_binary);
     command.arg("--sandbox-id").arg(&options.sandbox_id);
     command.arg("--state-dir").arg(&options.state_dir);
     command.arg("--container-root").arg(&options.container_root);
+    if let Some(path) = &options.mounts_below {
+        command.arg("--mounts-below").arg(path);
+    }
     if let Some(path) = &options.shared_pid_namespace {
         command.arg("--pid-namespace").arg(path);
     }
@@ -87,26 +90,7 @@ fn command(options: &SpawnOptions, ready: &OwnedFd) -> tokio::process::Command {
         command.arg("--systemd-cgroup");
     }
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    let ready = ready.as_fd().as_raw_fd();
-    // SAFETY: only async-signal-safe system calls between fork and exec; `ready` stays open in the parent until
-    // spawn has returned.
-    unsafe {
-        command.pre_exec(move || {
-            // Every other descriptor of the daemon has close-on-exec or is closed here; the pipe becomes number 3.
-            if ready != 3 && libc::dup2(ready, 3) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            if ready == 3 && libc::fcntl(3, libc::F_SETFD, 0) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // Marked, not closed: the standard library still has to report an exec failure through its own pipe.
-            if libc::syscall(libc::SYS_close_range, 4, u32::MAX, 4 /* CLOSE_RANGE_CLOEXEC */) < 0 {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(())
-        });
-    }
+    command.stdin(Stdio::null()).stdout(Stdio::from(ready)).stderr(Stdio::null());
     command
 }
 

@@ -50,8 +50,8 @@ pub(crate) struct Container {
     pub(crate) busy: bool,
     /// Removed but for its first process, which is still to be reaped.
     pub(crate) removed: bool,
-    /// Answered when it is gone.
-    pub(crate) reply_when_gone: Option<ReplyTo>,
+    /// Who waits for it to be gone. A call that finds another one at work joins it, or follows it.
+    pub(crate) removers: Vec<ReplyTo>,
     /// Its first process has ended; announced when the log is on disk, or then at the latest.
     pub(crate) ended: Option<Ended>,
     /// Answered when the log has been opened anew, in this order.

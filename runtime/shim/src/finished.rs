@@ -47,9 +47,9 @@ pub(crate) enum Purpose {
         to: ReplyTo,
         client_ends: Vec<OwnedFd>,
     },
+    /// For all that the container knows to wait for it.
     Delete {
         container: u32,
-        to: Option<ReplyTo>,
     },
     /// Nobody waits.
     Background,
@@ -85,7 +85,7 @@ impl Server {
             Purpose::Exec { container, exec_id, to, client_ends } => {
                 self.execed(container, exec_id, to, client_ends, finished);
             }
-            Purpose::Delete { container, to } => self.deleted(container, to, finished),
+            Purpose::Delete { container } => self.deleted(container, finished),
             Purpose::Background => {
                 if let Err(error) = finished {
                     eprintln!("{error}");
@@ -108,13 +108,20 @@ impl Server {
     }
 
     fn not_busy(&mut self, slot: u32) {
+        let mut is_unwanted = self.stopping;
         if let Some(Some(container)) = self.containers.get_mut(slot as usize) {
             container.busy = false;
+            is_unwanted |= !container.removers.is_empty();
         }
-        if self.stopping
-            && let Err(error) = self.spawn_delete(slot, None)
-        {
+        if !is_unwanted {
+            return;
+        }
+        if let Err(error) = self.spawn_delete(slot) {
             eprintln!("{error}");
+            let removers = self.containers.get_mut(slot as usize).and_then(Option::as_mut).map(|one| &mut one.removers);
+            for to in removers.map(std::mem::take).unwrap_or_default() {
+                self.reply(to, Err(error.clone()), Vec::new());
+            }
         }
     }
 
@@ -203,29 +210,25 @@ impl Server {
         }
     }
 
-    fn deleted(&mut self, slot: u32, to: Option<ReplyTo>, finished: Finished) {
+    fn deleted(&mut self, slot: u32, finished: Finished) {
         let Some(Some(container)) = self.containers.get_mut(slot as usize) else { return };
         container.busy = false;
         if let Err(error) = finished {
+            for to in std::mem::take(&mut container.removers) {
+                self.reply(to, Err(error.clone()), Vec::new());
+            }
             // A shutdown goes on without what cannot be removed; the daemon looks after leftovers.
             if self.stopping {
                 eprintln!("{error}");
                 self.forget(slot as usize);
             }
-            if let Some(to) = to {
-                self.reply(to, Err(error), Vec::new());
-            }
             return;
         }
         if container.first.is_some() {
             container.removed = true;
-            container.reply_when_gone = to;
             self.reap();
             return;
         }
         self.forget(slot as usize);
-        if let Some(to) = to {
-            self.reply(to, Ok(Reply::Done), Vec::new());
-        }
     }
 }

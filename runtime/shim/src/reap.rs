@@ -12,10 +12,13 @@ use crate::container::{Ended, Status};
 use crate::finished::Purpose;
 use crate::forked;
 use crate::server::Server;
+use crate::stdio::Log;
 use crate::{engine, stdio};
 
 /// A disk that does not take the rest of a log for so long keeps no end secret.
 const LOG_LIMIT: Duration = Duration::from_secs(10);
+/// What removed containers' logs may have in memory, all together.
+const UNWRITTEN_BYTES_MAX: usize = 16 << 20;
 
 impl Server {
     pub(crate) fn reap(&mut self) {
@@ -98,7 +101,7 @@ impl Server {
         let id = container.id.clone();
         // A process that outlives the first one of a container without its own PID namespace is of no use to anyone.
         let sweep = container.cgroup.clone().filter(|_| !container.private_pid_namespace && !container.removed);
-        let (removed, reply) = (container.removed, container.reply_when_gone.take());
+        let removed = container.removed;
 
         if !removed
             && let Ok(content) = serde_json::to_vec(&record)
@@ -112,14 +115,24 @@ impl Server {
         self.broadcast(Event::Exited { id, record });
         if removed {
             self.forget(slot);
-            if let Some(to) = reply {
-                self.reply(to, Ok(Reply::Done), Vec::new());
-            }
         } else if let Some(cgroup) = sweep {
             match forked::spawn(&[], move || engine::sweep(&cgroup)) {
                 Ok(running) => self.watch_helper(running, Purpose::Background),
                 Err(error) => eprintln!("cannot fork: {error}"),
             }
+        }
+    }
+
+    /// A disk that takes nothing for long must not fill the memory: the oldest of what is left of removed containers' logs goes first.
+    fn bound_unwritten_logs(&mut self) {
+        let mut bytes: usize = self.unwritten_logs.iter().map(Log::backlog_bytes).sum();
+        for log in &mut self.unwritten_logs {
+            if bytes <= UNWRITTEN_BYTES_MAX {
+                return;
+            }
+            let lost = log.abandon();
+            eprintln!("the disk does not take the log of a container that is removed: {lost} bytes of it are lost");
+            bytes -= lost;
         }
     }
 
@@ -134,8 +147,12 @@ impl Server {
                 self.reply(to, result.map(|()| Reply::Done).map_err(engine::io_failed("reopen the log")), Vec::new());
             }
             self.unwritten_logs.extend(container.stdio.close(&self.poller, &mut self.scratch));
+            self.bound_unwritten_logs();
             if let Some(watch) = container.oom.take() {
                 self.poller.remove(&watch);
+            }
+            for to in container.removers {
+                self.reply(to, Ok(Reply::Done), Vec::new());
             }
         }
     }

@@ -26,6 +26,9 @@ use crate::stdio::{ContainerEnds, Log, Stdio};
 
 type Handled = Result<(), RemoteError>;
 
+/// Calls that wait for one container's removal.
+const REMOVERS_MAX: usize = 64;
+
 fn invalid(message: impl Into<String>) -> RemoteError {
     RemoteError::new(ErrorKind::Invalid, message)
 }
@@ -130,7 +133,7 @@ impl Server {
             execs: Vec::new(),
             busy: true,
             removed: false,
-            reply_when_gone: None,
+            removers: Vec::new(),
             ended: None,
             reopening: VecDeque::new(),
         };
@@ -149,6 +152,7 @@ impl Server {
             bundle: request.bundle.clone(),
             state_dir: self.config.state_dir.clone(),
             container_root: self.config.container_root.clone(),
+            mounts_below: self.config.mounts_below.clone(),
             terminal: request.tty,
             ends,
         };
@@ -200,8 +204,19 @@ impl Server {
         match self.find(id) {
             Err(_) => self.delete_unknown(to, id),
             Ok((slot, container)) => {
-                container.check_idle()?;
-                self.spawn_delete(slot, Some(to))
+                let is_idle = container.check_idle().is_ok();
+                if container.removers.len() >= REMOVERS_MAX {
+                    return Err(RemoteError::new(ErrorKind::Engine, format!("too many calls remove container {id}")));
+                }
+                container.removers.push(to);
+                // Otherwise when its helper has finished, if that was not a removal itself.
+                let begun = if is_idle { self.spawn_delete(slot) } else { Ok(()) };
+                if begun.is_err()
+                    && let Some(Some(container)) = self.containers.get_mut(slot as usize)
+                {
+                    container.removers.pop();
+                }
+                begun
             }
         }
     }
@@ -226,7 +241,7 @@ impl Server {
         }
     }
 
-    pub(crate) fn spawn_delete(&mut self, slot: u32, to: Option<ReplyTo>) -> Handled {
+    pub(crate) fn spawn_delete(&mut self, slot: u32) -> Handled {
         let Some(Some(container)) = self.containers.get_mut(slot as usize) else { return Ok(()) };
         container.busy = true;
         if let Some(process) = &container.first {
@@ -243,7 +258,7 @@ impl Server {
         });
         match spawned {
             Ok(running) => {
-                self.watch_helper(running, Purpose::Delete { container: slot, to });
+                self.watch_helper(running, Purpose::Delete { container: slot });
                 Ok(())
             }
             Err(error) => {
@@ -379,7 +394,7 @@ impl Server {
         for slot in 0..self.containers.len() {
             // One that is busy follows when its helper has finished.
             if self.containers[slot].as_ref().is_some_and(|container| container.check_idle().is_ok())
-                && let Err(error) = self.spawn_delete(slot as u32, None)
+                && let Err(error) = self.spawn_delete(slot as u32)
             {
                 eprintln!("{error}");
             }

@@ -1,10 +1,10 @@
 //! From the command line to a detached, listening shim.
-#![allow(unsafe_code, reason = "fork, and taking over the readiness pipe")]
+#![allow(unsafe_code, reason = "fork, and descriptors by number")]
 
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,8 +12,8 @@ use std::process::ExitCode;
 use nix::fcntl::OFlag;
 use nix::libc;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
-use nix::sys::stat::Mode;
-use nix::unistd::{ForkResult, chdir, dup2_stderr, setsid};
+use nix::sys::stat::{Mode, SFlag, fstat};
+use nix::unistd::{ForkResult, chdir, dup2_stderr, dup2_stdout, setsid};
 use oarlock_cgroup::Cgroup;
 use oarlock_shim_api::{ShimRecord, process_start_time, shim_record_path, socket_path, write_atomically};
 
@@ -22,9 +22,8 @@ use crate::pidns;
 use crate::server::Server;
 
 pub(crate) const USAGE: &str = "usage: oarlock-shim --sandbox-id ID --state-dir DIR --container-root DIR \
-[--pid-namespace PATH] [--user-namespace PATH] [--cgroup PATH] [--systemd-cgroup]";
+[--mounts-below PATH] [--pid-namespace PATH] [--user-namespace PATH] [--cgroup PATH] [--systemd-cgroup]";
 
-const READY_FD: i32 = 3;
 const LOG_BYTES_MAX: u64 = 1024 * 1024;
 const OOM_SCORE: &str = "-998";
 
@@ -34,6 +33,8 @@ pub(crate) struct Config {
     pub(crate) sandbox_id: String,
     pub(crate) state_dir: PathBuf,
     pub(crate) container_root: PathBuf,
+    /// The mount point below which all pods' mounts lie, if there is one.
+    pub(crate) mounts_below: Option<PathBuf>,
     pub(crate) pid_namespace: Option<PathBuf>,
     /// To which the PID namespace is to belong.
     pub(crate) user_namespace: Option<PathBuf>,
@@ -54,6 +55,7 @@ impl Config {
                 "--sandbox-id" => config.sandbox_id = value.to_string_lossy().into_owned(),
                 "--state-dir" => config.state_dir = value.into(),
                 "--container-root" => config.container_root = value.into(),
+                "--mounts-below" => config.mounts_below = Some(value.into()),
                 "--pid-namespace" => config.pid_namespace = Some(value.into()),
                 "--user-namespace" => config.user_namespace = Some(value.into()),
                 "--cgroup" => config.cgroup = Some(value.to_string_lossy().into_owned()),
@@ -69,6 +71,7 @@ impl Config {
 
 /// Detaches, sets up and serves. The first process returns at once; its child is the shim.
 pub(crate) fn run(config: Config) -> ExitCode {
+    close_inherited();
     let group = config.cgroup.as_deref().and_then(|path| {
         let group = Cgroup::new(path).ok()?;
         group.create().ok()?;
@@ -104,18 +107,20 @@ pub(crate) fn run(config: Config) -> ExitCode {
     }
 }
 
-/// The pipe over which the daemon waits; absent when started by hand.
+/// Whatever a daemon may have left open beyond the standard streams.
+fn close_inherited() {
+    // SAFETY: nothing in this process has opened a descriptor yet.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
+}
+
+/// The pipe over which the daemon waits, which is standard output until now; absent when started by hand.
 fn take_ready_pipe() -> Option<OwnedFd> {
-    // SAFETY: only looks at the number.
-    let flags = unsafe { libc::fcntl(READY_FD, libc::F_GETFD) };
-    if flags < 0 {
-        return None;
-    }
-    // SAFETY: open, inherited, and nothing else in this process knows the number.
-    let pipe = unsafe { OwnedFd::from_raw_fd(READY_FD) };
-    // Helpers close what they do not need, so close-on-exec is all that is left to say.
-    let _ = nix::fcntl::fcntl(&pipe, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC));
-    Some(pipe)
+    let output = io::stdout();
+    let is_pipe =
+        fstat(&output).is_ok_and(|status| SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO);
+    let pipe = output.as_fd().try_clone_to_owned().ok().filter(|_| is_pipe);
+    let _ = OpenOptions::new().write(true).open("/dev/null").map(dup2_stdout);
+    pipe
 }
 
 fn prepare(config: &Config) -> io::Result<Server> {

@@ -184,7 +184,7 @@ fn clear_mounts(paths: &SandboxPaths, id: &str) -> Vec<String> {
     let steps = [
         Pins::remove(&paths.namespaces()).map_err(unpin),
         remove_pinned(&paths.pid_namespace()).map_err(unpin),
-        mounts::remove_tree(&paths.root),
+        mounts::remove_own_tree(&paths.root),
     ];
     steps.into_iter().filter_map(Result::err).map(|error| error.full_message()).collect()
 }

@@ -73,7 +73,10 @@ fn measure(
     let network = format!("{name}-{}", chained.unwrap_or("bridge"));
     let path = |part: &str| directory.join(part);
     std::fs::create_dir_all(path("net.d"))?;
-    std::fs::write(path("net.d/10-bench.conflist"), list(&network, name == "oarlock", &path("ipam"), chained).to_string())?;
+    std::fs::write(
+        path("net.d/10-bench.conflist"),
+        list(&network, name == "oarlock", &path("ipam"), chained).to_string(),
+    )?;
     let client = CniClient::new(path("net.d"), vec![plugins.to_owned()], path("cache"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let pod = |number: usize| -> anyhow::Result<(Attachment, PathBuf)> {

@@ -9,6 +9,7 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::{MetadataExt, chown};
 use std::time::Instant;
 
+use nix::mount::{MsFlags, mount, umount};
 use oarlock_proto::cri;
 use runtime_daemon::{IMAGE, LIMIT, container_config, sandbox_config, with_daemon, words};
 
@@ -240,6 +241,55 @@ fn a_user_namespace_goes_with_shared_processes_image_volumes_and_a_restarted_dae
             ..cri::Mount::default()
         }];
         assert!(daemon.create(&sandbox, shared_up).await.is_err());
+        daemon
+    });
+}
+
+/// Containers are made where other pods' mounts are out of sight (the run directory is a mount of its own for that). Neither what the host
+/// mounts later nor what a container may look at gets lost by it.
+#[test]
+fn a_container_hears_of_the_host_s_mounts_and_sees_other_pods_where_it_looks_at_the_host() {
+    with_daemon("sight", |mut daemon| async move {
+        let table = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+        let host = || std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        let run = daemon.path().join("run").canonicalize().unwrap();
+        let own = format!(" {} ", run.display());
+        assert!(host().contains(&own), "the run directory is no mount");
+        let first = daemon.sandbox("first").await;
+        daemon.container(&first, container_config("one", &["sleep"])).await;
+
+        let shared = daemon.path().join("shared");
+        std::fs::create_dir(&shared).unwrap();
+        let none = None::<&str>;
+        mount(Some("host"), &shared, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        mount(none, &shared, none, MsFlags::MS_SHARED, none).unwrap();
+        let looking = |path: &std::path::Path| cri::Mount {
+            host_path: path.display().to_string(),
+            container_path: "/host".to_owned(),
+            propagation: cri::MountPropagation::PropagationHostToContainer as i32,
+            ..cri::Mount::default()
+        };
+        let second = daemon.sandbox("second").await;
+        let mut config = container_config("listener", &["sleep"]);
+        config.mounts = vec![looking(&shared)];
+        let listener = daemon.container(&second, config).await;
+        let mut config = container_config("watcher", &["sleep"]);
+        config.mounts = vec![looking(&run)];
+        let watcher = daemon.container(&second, config).await;
+
+        let pinned = format!("/host/sandboxes/{first}/ns/net");
+        assert!(table(daemon.pid(&watcher).await).contains(&pinned), "the first pod's namespace is not seen");
+        let later = shared.join("later");
+        std::fs::create_dir(&later).unwrap();
+        mount(Some("late"), &later, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+        assert!(table(daemon.pid(&listener).await).contains(" /host/later "), "the host's mount did not arrive");
+        umount(&later).unwrap();
+        assert!(!table(daemon.pid(&listener).await).contains(" /host/later "));
+
+        umount(&shared).unwrap();
+        daemon.crash().await;
+        daemon.open().await;
+        assert_eq!(host().matches(&own).count(), 1, "a daemon that comes again finds the mount there");
         daemon
     });
 }

@@ -64,6 +64,21 @@ async fn a_created_container_waits_for_its_start_and_can_be_deleted_before() {
 }
 
 #[tokio::test]
+async fn removals_that_meet_join_each_other_and_one_that_meets_a_creation_follows_it() {
+    let mut pod = Pod::start("removals").await;
+    pod.run("c", &Wish::new(&["sleep"])).await;
+    let again = || async { pod.shim.delete("c").await.unwrap() };
+    tokio::join!(again(), again(), again());
+    // Which of the two comes first is the kernel's choice: what is left is the same.
+    let wish = Wish::new(&["sleep"]);
+    let (_, deleted) = tokio::join!(pod.create("early", &wish), pod.shim.delete("early"));
+    deleted.unwrap();
+    pod.shim.delete("early").await.unwrap();
+    assert!(pod.shim.state().await.unwrap().containers.is_empty());
+    pod.finish().await;
+}
+
+#[tokio::test]
 async fn programs_that_cannot_run_fail_in_words_users_know_and_leave_nothing() {
     let pod = Pod::start("missing").await;
     let error = pod.create("none", &Wish::new(&["no-such-program"])).await.unwrap_err();

@@ -25,7 +25,7 @@ use oci_spec::runtime::{LinuxIdMapping, Spec};
 
 use super::adapt::{self, Facts};
 use super::executor::{Confinement, NOT_EXECUTABLE_MARK, NOT_FOUND_MARK, Program};
-use super::{adapted_bundle, chain, failed, io_failed, propagation};
+use super::{adapted_bundle, chain, failed, io_failed, propagation, seclude};
 use crate::forked::{Finished, Report};
 use crate::seccomp;
 use crate::stdio::ContainerEnds;
@@ -36,6 +36,8 @@ pub(crate) struct CreateJob {
     pub(crate) bundle: PathBuf,
     pub(crate) state_dir: PathBuf,
     pub(crate) container_root: PathBuf,
+    /// All pods' mounts lie below this mount point.
+    pub(crate) mounts_below: Option<PathBuf>,
     pub(crate) terminal: bool,
     pub(crate) ends: ContainerEnds,
 }
@@ -58,6 +60,9 @@ pub(crate) fn create(job: CreateJob) -> Finished {
     confine_devices(layout, &facts.cgroup, &spec)?;
     own_streams(&job.ends, &spec);
     let console = if job.terminal { Some(listen(&adapted)?) } else { None };
+    if let Some(point) = &job.mounts_below {
+        seclude::from_other_pods(point, &job.bundle, &spec).map_err(io_failed("leave the host's mount namespace"))?;
+    }
     let container = build(job, &adapted, program)?;
     let pid = container
         .pid()

@@ -132,6 +132,16 @@ impl Log {
         self.writer.is_idle()
     }
 
+    /// Bytes that are only in memory.
+    pub(crate) fn backlog_bytes(&self) -> usize {
+        self.writer.backlog_bytes()
+    }
+
+    /// Nobody will read it any more and there is no memory for it: drops all but what is being written. Returns how much.
+    pub(crate) fn abandon(&mut self) -> usize {
+        self.writer.abandon()
+    }
+
     /// Events come as `token` from now on.
     pub(crate) fn watch_as(&self, poller: &Poller, token: Token) {
         self.writer.watch_as(poller, token);

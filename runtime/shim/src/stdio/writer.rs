@@ -229,6 +229,12 @@ impl Writer {
         (true, done)
     }
 
+    /// Drops what no job has yet, and says how many bytes that was.
+    pub(crate) fn abandon(&mut self) -> usize {
+        self.queue = VecDeque::new();
+        std::mem::take(&mut self.queued_bytes)
+    }
+
     /// Gives the thread and all memory back, unless there is something to write.
     pub(crate) fn rest(&mut self, poller: &Poller) {
         if !self.is_idle() {
@@ -308,6 +314,19 @@ mod tests {
         let (open, opened) = mpsc::channel();
         let (came, coming) = mpsc::channel();
         (Writer::new(Gate { open: opened, came }).unwrap(), open, coming, Poller::new().unwrap())
+    }
+
+    #[test]
+    fn what_is_abandoned_is_never_written_and_what_is_under_way_is() {
+        let (mut writer, open, coming, poller) = gate();
+        writer.fill(|out| out.extend_from_slice(b"one"));
+        writer.go_on(&poller, TOKEN);
+        writer.fill(|out| out.extend_from_slice(b"two and more"));
+        assert_eq!((writer.abandon(), writer.backlog_bytes()), (12, 3));
+        open.send(()).unwrap();
+        assert!(writer.flush(&poller, TOKEN, PATIENCE).0);
+        writer.rest(&poller);
+        assert_eq!(coming.try_iter().collect::<Vec<_>>(), ["one"]);
     }
 
     #[test]

@@ -175,6 +175,7 @@ pub fn options(dir: &Path, name: &str, shared_pids: bool) -> SpawnOptions {
         sandbox_id: format!("sandbox-{name}"),
         state_dir: dir.join("state"),
         container_root: dir.join("containers"),
+        mounts_below: None,
         shared_pid_namespace: shared_pids.then(|| dir.join("pidns")),
         user_namespace: None,
         cgroup: None,
