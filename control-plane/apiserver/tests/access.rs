@@ -6,6 +6,7 @@ use fixture::{Caller, Fixture};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+const MERGE: &str = "application/merge-patch+json";
 const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1";
 const SECRETS: &str = "/api/v1/namespaces/default/secrets";
 
@@ -129,6 +130,33 @@ async fn a_node_reads_what_its_pods_refer_to_and_writes_only_its_own() {
     assert_eq!(node.post(path, &token).await.code, 201);
     assert_eq!(node.post(path, &json!({"spec": {}})).await.code, 403);
     assert_eq!(other.post(path, &token).await.code, 403);
+    let account = "/api/v1/namespaces/work/serviceaccounts/default";
+    assert_eq!((node.get(account).await.code, other.get(account).await.code), (200, 403));
+    assert_eq!(node.get("/api/v1/namespaces/work/serviceaccounts").await.code, 403, "one by one");
+}
+
+#[tokio::test]
+async fn drivers_say_how_much_room_they_have() {
+    let fixture = Fixture::new().await;
+    fixture.namespace("work").await;
+    let path = "/apis/storage.k8s.io/v1/namespaces/work/csistoragecapacities";
+    let room = |name: &str, class: &str, bytes: &str| {
+        json!({"metadata": {"name": name}, "storageClassName": class, "capacity": bytes,
+            "nodeTopology": {"matchLabels": {"zone": "a"}}})
+    };
+    fixture.admin.post(path, &room("here", "fast", "5Gi")).await.ok();
+    let refused = fixture.admin.post(path, &room("no", "", "5Gi")).await;
+    assert!(refused.code == 422 && refused.message().contains("storageClassName: Invalid value"), "{refused:?}");
+    assert_eq!(fixture.admin.post(path, &room("no", "fast", "-1")).await.code, 422);
+    let less = fixture.admin.patch(&format!("{path}/here"), MERGE, &json!({"capacity": "4Gi"})).await.ok();
+    assert_eq!(less["capacity"], "4Gi");
+    let moved = json!({"storageClassName": "slow"});
+    assert_eq!(fixture.admin.patch(&format!("{path}/here"), MERGE, &moved).await.code, 422);
+    // The scheduler reads it, and writes volumes and claims.
+    let scheduler = fixture.as_user("system:kube-scheduler", &[]);
+    assert_eq!(scheduler.get(path).await.code, 200);
+    let claims = "/api/v1/namespaces/work/persistentvolumeclaims/absent";
+    assert_eq!(scheduler.patch(claims, MERGE, &json!({})).await.code, 404);
 }
 
 #[tokio::test]

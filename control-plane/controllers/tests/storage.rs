@@ -112,35 +112,27 @@ async fn bound(api: &FakeApi, volume: &str) {
 }
 
 #[tokio::test]
-async fn a_claim_of_a_waiting_class_is_bound_where_its_first_pod_is() {
+async fn a_claim_of_a_waiting_class_gets_the_volume_that_the_scheduler_has_chosen() {
     let (api, _stop) = cluster();
     api.create(class("kubernetes.io/no-provisioner", "WaitForFirstConsumer"));
     api.create(volume("a-on-n1", "fast", "Retain", Some("n1")));
     api.create(volume("b-on-n2", "fast", "Retain", Some("n2")));
+    api.create(pod("first", ""));
     api.create(claim("fast"));
-    api.until_true("the claim to wait", |api| event(api, "WaitForFirstConsumer")).await;
+    let waits = |event: &Value| {
+        text(event, "/reason") == "WaitForPodScheduled"
+            && text(event, "/message") == "waiting for pod first to be scheduled"
+    };
+    api.until_true("the claim to wait", |api| api.list("events").iter().any(waits)).await;
     assert!(has(&api, CLAIMS, "default", "data", "/status/phase", "Pending"));
-    api.create(pod("first", "n2"));
+    let uid = api.get(CLAIMS, "default", "data").unwrap()["metadata"]["uid"].clone();
+    api.edit(VOLUMES, "", "b-on-n2", |volume| {
+        volume["spec"]["claimRef"] = json!({"namespace": "default", "name": "data", "uid": uid});
+    });
     bound(&api, "b-on-n2").await;
-}
-
-#[tokio::test]
-async fn a_claim_waits_for_a_node_that_is_not_known_yet() {
-    let (api, _stop) = cluster();
-    api.create(class("kubernetes.io/no-provisioner", "WaitForFirstConsumer"));
-    api.create(volume("a-on-n1", "fast", "Retain", Some("n1")));
-    api.create(volume("b-on-n3", "fast", "Retain", Some("n3")));
-    let mut chosen = claim("fast");
-    chosen["metadata"]["annotations"] = json!({"volume.kubernetes.io/selected-node": "n3"});
-    api.create(chosen);
-    // Claims are looked at in turn: once this one is bound, the first has been looked at.
-    api.create(volume("other", "", "Retain", None));
-    let mut other = claim("");
-    other["metadata"]["name"] = json!("other");
-    api.create(other);
-    api.until_true("the other claim", |api| has(api, CLAIMS, "default", "other", "/status/phase", "Bound")).await;
-    api.create(json!({"kind": "Node", "metadata": {"name": "n3", "labels": {"kubernetes.io/hostname": "n3"}}}));
-    bound(&api, "b-on-n3").await;
+    assert!(!api.ever(VOLUMES, |volume| {
+        text(volume, "/metadata/name") == "a-on-n1" && volume["spec"]["claimRef"].is_object()
+    }));
 }
 
 #[tokio::test]

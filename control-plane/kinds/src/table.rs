@@ -556,6 +556,18 @@ static KINDS: &[Kind] = &[
     },
     Kind {
         group: "storage.k8s.io",
+        kind: "CSIStorageCapacity",
+        plural: "csistoragecapacities",
+        singular: "csistoragecapacity",
+        storage: "storage.k8s.io/csistoragecapacities",
+        columns: columns::CSI_STORAGE_CAPACITY,
+        row: columns::csi_storage_capacity,
+        validate: validate::csi_storage_capacity,
+        validate_update: validate::csi_storage_capacity_update,
+        ..BASE
+    },
+    Kind {
+        group: "storage.k8s.io",
         kind: "StorageClass",
         plural: "storageclasses",
         singular: "storageclass",

@@ -1,12 +1,15 @@
-//! What controllers and the scheduler stand on: shared informers, work queues, event recording, label selectors and
-//! resource quantities. It owns no controller and decides nothing about any kind.
+//! What controllers and the scheduler stand on: shared informers, work queues, event recording, label selectors, resource
+//! quantities, and the judgements that both make alike: which nodes a term chooses, which volumes suit a claim. It owns no
+//! controller.
 
 pub mod call;
 pub mod events;
 pub mod informer;
+pub mod node_terms;
 pub mod quantity;
 pub mod queue;
 pub mod selector;
+pub mod volumes;
 
 #[cfg(feature = "fake")]
 pub mod fake;

@@ -44,15 +44,15 @@ pub(crate) fn decide(pod: &PodInfo, cache: &Cache, nominated: &Nominated, start:
     if nodes.is_empty() {
         return Decision::Nowhere(Vec::new());
     }
-    let places = match cache.storage.places(pod) {
-        Ok(places) => places,
+    let needs = match cache.storage.needs(pod) {
+        Ok(needs) => needs,
         Err(reason) => {
             let refusal = Refusal { plugin: Plugin::VolumeClaims, reasons: vec![reason], resolvable: false };
             return Decision::Nowhere(nodes.iter().map(|node| (node.name.clone(), refusal.clone())).collect());
         }
     };
     let mut facts = Facts::gather(pod, cache.nodes(), &cache.namespaces);
-    facts.places = places;
+    facts.needs = needs;
     // Room was made for it there: that node first.
     if let Some((name, _)) = nominated.get(&pod.uid)
         && let Some(node) = cache.node(name).filter(|node| node.known)
@@ -140,13 +140,13 @@ mod tests {
             Decision::Node(node) => panic!("it was given {node}"),
         };
         assert_eq!(nowhere(&cache), "0/2 nodes are available: persistentvolumeclaim \"data\" not found.");
-        cache.storage.put_claim(&claim("data", "local", "v", "Bound"));
-        cache.storage.put_volume("v".to_owned(), volume_at("b"));
+        cache.storage.put_claim(claim("data", "local", "v", "Bound"));
+        cache.storage.put_volume("v".to_owned(), volume_at("v", "b"));
         for _ in 0..20 {
             let decision = decide(&pod, &cache, &Nominated::new(), &mut 0);
             assert!(matches!(decision, Decision::Node(name) if name == "b"));
         }
-        cache.storage.put_volume("v".to_owned(), volume_at("c"));
+        cache.storage.put_volume("v".to_owned(), volume_at("v", "c"));
         let reason = "0/2 nodes are available: 2 node(s) didn't match PersistentVolume's node affinity.";
         assert_eq!(nowhere(&cache), reason);
     }

@@ -3,11 +3,13 @@
 
 use std::collections::HashMap;
 
-use k8s_openapi::api::core::v1::{NodeSelector, Taint};
+use k8s_openapi::api::core::v1::Taint;
+use oarlock_machinery::node_terms::node_selector_matches;
 
 use crate::cache::NodeInfo;
 use crate::pod::PodInfo;
-use crate::terms::{Counted, Namespaces, PodTerm, Spread, node_selector_matches, tolerates};
+use crate::storage::Needs;
+use crate::terms::{Counted, Namespaces, PodTerm, Spread, tolerates};
 
 /// The plugin that refused a node; events that cannot change its mind do not wake the pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,8 +71,8 @@ pub(crate) struct Facts<'a> {
     unwanted: Vec<Counts<'a>>,
     /// No pod anywhere matches the affinity, and the pod matches it itself: it is the first of its kind.
     is_first: bool,
-    /// Where the pod's volumes can be had.
-    pub places: Vec<&'a NodeSelector>,
+    /// What the pod's claims need.
+    pub needs: Needs<'a>,
 }
 
 fn pairs<'a>(node: &'a NodeInfo, key: &'a str) -> Option<(&'a str, &'a str)> {
@@ -164,7 +166,7 @@ impl<'a> Facts<'a> {
         }
         let matches_itself = pod.affinity.iter().all(|term| term.matches(&pod.key.namespace, &pod.labels, namespaces));
         let is_first = wanted.is_empty() && matches_itself;
-        Self { hard_spread, unwelcome, wanted, unwanted, is_first, places: Vec::new() }
+        Self { hard_spread, unwelcome, wanted, unwanted, is_first, needs: Needs::default() }
     }
 }
 
@@ -183,15 +185,15 @@ pub(crate) fn matches_node(pod: &PodInfo, node: &NodeInfo) -> bool {
 /// Whether the pod can run on the node, with `reserved` pods counted as if they were there.
 pub(crate) fn check(pod: &PodInfo, node: &NodeInfo, facts: &Facts<'_>, reserved: &[&PodInfo]) -> Result<(), Refusal> {
     check_node(pod, node)?;
-    if facts.places.iter().any(|place| !node_selector_matches(place, &node.name, &node.labels)) {
-        return refuse(Plugin::VolumeBinding, false, "node(s) didn't match PersistentVolume's node affinity");
-    }
     let taken = node.pods.values().flat_map(|other| &other.host_ports);
     let mut taken = taken.chain(reserved.iter().flat_map(|other| &other.host_ports));
     if taken.any(|port| pod.host_ports.iter().any(|wanted| wanted.conflicts(port))) {
         return refuse(Plugin::NodePorts, true, "node(s) didn't have free ports for the requested pod ports");
     }
     check_resources(pod, node, reserved)?;
+    if let Err(reasons) = facts.needs.judge(node) {
+        return Err(Refusal { plugin: Plugin::VolumeBinding, reasons, resolvable: false });
+    }
     check_spread(node, facts)?;
     check_company(pod, node, facts)
 }

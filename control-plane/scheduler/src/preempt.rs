@@ -97,12 +97,14 @@ fn on_node(
     if lower.is_empty() {
         return None;
     }
+    let needs = cache.storage.needs(pod).ok()?;
     let mut trial = node.clone();
     lower.iter().for_each(|other| drop(trial.remove(&other.uid)));
     let reserved = reserved(pod, &node.name, nominated);
     let fits = |trial: &NodeInfo| {
         let others = cache.nodes().filter(|other| other.name != node.name).chain(std::iter::once(trial));
-        let facts = Facts::gather(pod, others, &cache.namespaces);
+        let mut facts = Facts::gather(pod, others, &cache.namespaces);
+        facts.needs = needs.clone();
         check(pod, trial, &facts, &reserved).is_ok()
     };
     if !fits(&trial) {

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 
+use oarlock_machinery::node_terms::node_term_matches;
+
 use crate::cache::{Cache, NodeInfo};
 use crate::filter::spread_facts;
 use crate::pod::PodInfo;
-use crate::terms::{node_term_matches, tolerates};
+use crate::terms::tolerates;
 
 const MAX: i64 = 100;
 const TAINT_TOLERATION: i64 = 3;

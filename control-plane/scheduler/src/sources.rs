@@ -7,7 +7,7 @@ use std::sync::Arc;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::api::storage::v1::{CSIDriver, CSIStorageCapacity, StorageClass};
 use kube::runtime::watcher;
 use kube::{Api, Client, Resource, ResourceExt};
 use oarlock_machinery::informer::Backoff;
@@ -47,6 +47,10 @@ pub(crate) enum Event {
     VolumeGone(String),
     Class(String, Box<StorageClass>),
     ClassGone(String),
+    Driver(String, Box<CSIDriver>),
+    DriverGone(String),
+    Room(Box<CSIStorageCapacity>),
+    RoomGone(Key),
     /// The first list of a kind is complete.
     Listed(&'static str),
 }
@@ -64,8 +68,10 @@ const NODES: &str = "nodes";
 const CLAIMS: &str = "persistentvolumeclaims";
 const VOLUMES: &str = "persistentvolumes";
 const CLASSES: &str = "storageclasses";
+const DRIVERS: &str = "csidrivers";
+const ROOMS: &str = "csistoragecapacities";
 /// What must be known whole before anything is decided.
-pub(crate) const NEEDED: [&str; 5] = [PODS, NODES, CLAIMS, VOLUMES, CLASSES];
+pub(crate) const NEEDED: [&str; 7] = [PODS, NODES, CLAIMS, VOLUMES, CLASSES, DRIVERS, ROOMS];
 
 /// Runs all watches until `stop`; ends earlier only if nobody listens.
 pub(crate) async fn run(client: Client, events: mpsc::Sender<Event>, stop: CancellationToken) {
@@ -97,10 +103,7 @@ pub(crate) async fn run(client: Client, events: mpsc::Sender<Event>, stop: Cance
         kind: CLAIMS,
         identify: |claim| Key::of(claim).to_string(),
         seen: |claim| Event::Claim(Box::new(claim)),
-        gone: |id| {
-            let (namespace, name) = id.split_once('/').unwrap_or(("", &id));
-            Event::ClaimGone(Key::new(namespace, name))
-        },
+        gone: |id| Event::ClaimGone(key(&id)),
     };
     let volumes = Source::<PersistentVolume> {
         kind: VOLUMES,
@@ -114,9 +117,22 @@ pub(crate) async fn run(client: Client, events: mpsc::Sender<Event>, stop: Cance
         seen: |class| Event::Class(class.name_any(), Box::new(class)),
         gone: Event::ClassGone,
     };
+    let drivers = Source::<CSIDriver> {
+        kind: DRIVERS,
+        identify: |driver| driver.name_any(),
+        seen: |driver| Event::Driver(driver.name_any(), Box::new(driver)),
+        gone: Event::DriverGone,
+    };
+    let rooms = Source::<CSIStorageCapacity> {
+        kind: ROOMS,
+        identify: |room| Key::of(room).to_string(),
+        seen: |room| Event::Room(Box::new(room)),
+        gone: |id| Event::RoomGone(key(&id)),
+    };
     let all = || (client.clone(), events.clone(), stop.clone());
     let ((c1, e1, s1), (c2, e2, s2), (c3, e3, s3), (c4, e4, s4)) = (all(), all(), all(), all());
     let ((c5, e5, s5), (c6, e6, s6), (c7, e7, s7)) = (all(), all(), all());
+    let ((c8, e8, s8), (c9, e9, s9)) = (all(), all());
     tokio::join!(
         pods.run(c1, e1, s1),
         nodes.run(c2, e2, s2),
@@ -125,7 +141,15 @@ pub(crate) async fn run(client: Client, events: mpsc::Sender<Event>, stop: Cance
         claims.run(c5, e5, s5),
         volumes.run(c6, e6, s6),
         classes.run(c7, e7, s7),
+        drivers.run(c8, e8, s8),
+        rooms.run(c9, e9, s9),
     );
+}
+
+/// Namespace and name with a slash between them.
+fn key(id: &str) -> Key {
+    let (namespace, name) = id.split_once('/').unwrap_or(("", id));
+    Key::new(namespace, name)
 }
 
 fn seen(pod: &Pod) -> SeenPod {

@@ -1,48 +1,11 @@
-//! What a pod says about nodes and other pods, compiled: node affinity, tolerations, pod affinity, spreading. Pure.
+//! What a pod says about nodes and other pods, compiled: tolerations, pod affinity, spreading. Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::api::core::v1::{
-    NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodAffinityTerm, Taint, Toleration,
-    TopologySpreadConstraint,
-};
+use k8s_openapi::api::core::v1::{Pod, PodAffinityTerm, Taint, Toleration, TopologySpreadConstraint};
 use oarlock_machinery::Selector;
 
 pub(crate) type Labels = BTreeMap<String, String>;
-
-fn requirement_matches(requirement: &NodeSelectorRequirement, value: Option<&str>) -> bool {
-    let values = requirement.values.as_deref().unwrap_or_default();
-    let number = |text: &str| text.parse::<i64>().ok();
-    let compare = |wanted: fn(i64, i64) -> bool| {
-        let limit = values.first().and_then(|text| number(text));
-        value.and_then(number).zip(limit).is_some_and(|(value, limit)| wanted(value, limit))
-    };
-    match requirement.operator.as_str() {
-        "In" => value.is_some_and(|value| values.iter().any(|candidate| candidate == value)),
-        "NotIn" => value.is_none_or(|value| values.iter().all(|candidate| candidate != value)),
-        "Exists" => value.is_some(),
-        "DoesNotExist" => value.is_none(),
-        "Gt" => compare(|value, limit| value > limit),
-        "Lt" => compare(|value, limit| value < limit),
-        _ => false,
-    }
-}
-
-/// Whether a node is what the term asks for; a term that asks for nothing matches nothing.
-pub(crate) fn node_term_matches(term: &NodeSelectorTerm, name: &str, labels: &Labels) -> bool {
-    let expressions = term.match_expressions.as_deref().unwrap_or_default();
-    let fields = term.match_fields.as_deref().unwrap_or_default();
-    if expressions.is_empty() && fields.is_empty() {
-        return false;
-    }
-    let field = |key: &str| (key == "metadata.name").then_some(name);
-    expressions.iter().all(|one| requirement_matches(one, labels.get(&one.key).map(String::as_str)))
-        && fields.iter().all(|one| requirement_matches(one, field(&one.key)))
-}
-
-pub(crate) fn node_selector_matches(selector: &NodeSelector, name: &str, labels: &Labels) -> bool {
-    selector.node_selector_terms.iter().any(|term| node_term_matches(term, name, labels))
-}
 
 pub(crate) fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
     let effect = toleration.effect.as_deref().unwrap_or_default();
@@ -163,35 +126,6 @@ impl Spread {
 mod tests {
     use super::*;
     use serde_json::{Value, json};
-
-    fn term_matches(expressions: Value, labels: Value) -> bool {
-        let term: NodeSelectorTerm = serde_json::from_value(json!({ "matchExpressions": expressions })).unwrap();
-        node_term_matches(&term, "n1", &serde_json::from_value(labels).unwrap())
-    }
-
-    #[test]
-    fn node_selector_operators() {
-        let one = |operator: &str, values: Value| json!([{"key": "k", "operator": operator, "values": values}]);
-        assert!(term_matches(one("In", json!(["a", "b"])), json!({"k": "b"})));
-        assert!(term_matches(one("NotIn", json!(["a"])), json!({})));
-        assert!(term_matches(one("Exists", json!([])), json!({"k": ""})));
-        assert!(!term_matches(one("DoesNotExist", json!([])), json!({"k": ""})));
-        assert!(term_matches(one("Gt", json!(["4"])), json!({"k": "5"})));
-        assert!(!term_matches(one("Gt", json!(["4"])), json!({"k": "x"})));
-        assert!(term_matches(one("Lt", json!(["4"])), json!({"k": "-1"})));
-        assert!(!term_matches(json!([]), json!({"k": "a"})), "an empty term matches nothing");
-    }
-
-    #[test]
-    fn match_fields_name_the_node() {
-        let selector: NodeSelector = serde_json::from_value(json!({"nodeSelectorTerms": [
-            {"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n2"]}]},
-            {"matchExpressions": [{"key": "k", "operator": "Exists"}]},
-        ]}))
-        .unwrap();
-        assert!(node_selector_matches(&selector, "n2", &Labels::new()));
-        assert!(!node_selector_matches(&selector, "n1", &Labels::new()));
-    }
 
     #[test]
     fn a_pod_term_without_namespaces_means_the_pods_own() {

@@ -243,6 +243,15 @@ fn scheduler_rules() -> Vec<Value> {
     ]
 }
 
+fn volume_scheduler_rules() -> Vec<Value> {
+    let verbs = [READ, &["patch", "update"]].concat();
+    vec![
+        rule(&verbs, &[""], &["persistentvolumes"]),
+        rule(READ, &["storage.k8s.io"], &["storageclasses"]),
+        rule(&verbs, &[""], &["persistentvolumeclaims"]),
+    ]
+}
+
 /// One identity runs every controller, so this role covers what upstream spreads over one role for each.
 fn controller_manager_rules() -> Vec<Value> {
     let every: Vec<&str> = READ.iter().chain(WRITE).copied().collect();
@@ -385,6 +394,7 @@ pub(crate) fn cluster_roles() -> Vec<Value> {
         ),
         role("system:node-proxier", &[], proxier_rules()),
         role("system:kube-scheduler", &[], scheduler_rules()),
+        role("system:volume-scheduler", &[], volume_scheduler_rules()),
         role("system:kube-controller-manager", &[], controller_manager_rules()),
         role("system:kubelet-api-admin", &[], kubelet_api_admin_rules()),
         role(
@@ -462,6 +472,7 @@ pub(crate) fn cluster_role_bindings() -> Vec<Value> {
         ),
         binding("system:node-proxier", "system:node-proxier", &[("User", "system:kube-proxy")]),
         binding("system:kube-scheduler", "system:kube-scheduler", &[("User", "system:kube-scheduler")]),
+        binding("system:volume-scheduler", "system:volume-scheduler", &[("User", "system:kube-scheduler")]),
         binding(
             "system:kube-controller-manager",
             "system:kube-controller-manager",

@@ -1,13 +1,9 @@
-//! Which volume suits a claim. Pure.
+//! Which volume a claim gets, and what phase that leaves the volume in. Pure.
 
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
-use oarlock_machinery::Selector;
-
-pub(super) fn is_bound(claim: &PersistentVolumeClaim) -> bool {
-    claim.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Bound")
-}
+use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim};
+use oarlock_machinery::volumes;
 
 /// Whether the volume is kept for a claim of that name.
 pub(super) fn names(volume: &PersistentVolume, claim: &PersistentVolumeClaim) -> bool {
@@ -15,54 +11,14 @@ pub(super) fn names(volume: &PersistentVolume, claim: &PersistentVolumeClaim) ->
     reference.is_some_and(|of| (&of.namespace, &of.name) == (&claim.metadata.namespace, &claim.metadata.name))
 }
 
-/// Whether the volume is free, or kept for this very claim.
-pub(super) fn may_have(claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> bool {
-    let Some(reference) = volume.spec.as_ref().and_then(|spec| spec.claim_ref.as_ref()) else { return true };
-    reference.namespace == claim.metadata.namespace
-        && reference.name == claim.metadata.name
-        && reference.uid.as_ref().is_none_or(|uid| uid.is_empty() || Some(uid) == claim.metadata.uid.as_ref())
-}
-
-fn kept_for(claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> bool {
-    volume.spec.as_ref().is_some_and(|spec| spec.claim_ref.is_some()) && may_have(claim, volume)
-}
-
-fn bytes(amount: Option<&k8s_openapi::apimachinery::pkg::api::resource::Quantity>) -> i64 {
-    amount.and_then(|amount| oarlock_quantity::units(&amount.0)).unwrap_or(0)
-}
-
-fn capacity(volume: &PersistentVolume) -> i64 {
-    bytes(volume.spec.as_ref().and_then(|spec| spec.capacity.as_ref()?.get("storage")))
-}
-
-fn suits(claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> bool {
-    let (Some(wanted), Some(offered)) = (&claim.spec, &volume.spec) else { return false };
-    let text = |text: &Option<String>| text.clone().unwrap_or_default();
-    let mode = |mode: &Option<String>| mode.clone().unwrap_or_else(|| "Filesystem".to_owned());
-    let modes = offered.access_modes.as_deref().unwrap_or_default();
-    let request = wanted.resources.as_ref().and_then(|resources| resources.requests.as_ref()?.get("storage"));
-    let selected = wanted.selector.as_ref().is_none_or(|selector| {
-        Selector::compile(Some(selector)).is_ok_and(|s| s.matches(volume.metadata.labels.as_ref()))
-    });
-    volume.metadata.deletion_timestamp.is_none()
-        && text(&wanted.storage_class_name) == text(&offered.storage_class_name)
-        && mode(&wanted.volume_mode) == mode(&offered.volume_mode)
-        && wanted.access_modes.iter().flatten().all(|mode| modes.contains(mode))
-        && capacity(volume) >= bytes(request)
-        && selected
-}
-
-/// A volume that is kept for the claim, or else the smallest free one that suits it; with a node, one that can be had there.
+/// The volume for a claim that need not wait, or the one that is kept for a claim that waits.
 pub(super) fn best(
     claim: &PersistentVolumeClaim,
-    volumes: &[Arc<PersistentVolume>],
-    node: Option<&Node>,
+    all: &[Arc<PersistentVolume>],
+    waits: bool,
 ) -> Option<Arc<PersistentVolume>> {
-    let there = |volume: &PersistentVolume| node.is_none_or(|node| super::place::reaches(volume, node));
-    let fitting = volumes.iter().filter(|volume| may_have(claim, volume) && suits(claim, volume) && there(volume));
-    let order =
-        |volume: &&Arc<PersistentVolume>| (!kept_for(claim, volume), capacity(volume), volume.metadata.name.clone());
-    fitting.min_by_key(order).cloned()
+    let fits = |volume: &&&Arc<PersistentVolume>| !waits || volumes::is_kept_for(claim, volume);
+    volumes::fitting(claim, all.iter()).iter().find(fits).map(|volume| Arc::clone(volume))
 }
 
 /// The phase of a volume whose claim is this, or gone.
@@ -97,21 +53,15 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_that_fits_is_taken_unless_one_is_kept() {
-        let none = serde_json::Value::Null;
-        let mut all = vec![
-            volume("small", "1Gi", "fast", none.clone()),
-            volume("large", "9Gi", "fast", none.clone()),
-            volume("right", "3Gi", "fast", none.clone()),
-            volume("slow", "3Gi", "slow", none),
-            volume("taken", "2Gi", "fast", json!({"namespace": "n", "name": "c", "uid": "before"})),
-        ];
-        let name =
-            |all: &[Arc<PersistentVolume>]| best(&claim(), all, None).and_then(|volume| volume.metadata.name.clone());
-        assert_eq!(name(&all).as_deref(), Some("right"));
-        all.push(volume("kept", "9Gi", "fast", json!({"namespace": "n", "name": "c"})));
-        assert_eq!(name(&all).as_deref(), Some("kept"));
-        assert_eq!(name(&all[..1]), None);
+    fn a_claim_that_waits_gets_only_what_is_kept_for_it() {
+        let free = volume("free", "2Gi", "fast", serde_json::Value::Null);
+        let kept = volume("kept", "9Gi", "fast", json!({"namespace": "n", "name": "c"}));
+        let name = |all: &[Arc<PersistentVolume>], waits| {
+            best(&claim(), all, waits).and_then(|volume| volume.metadata.name.clone())
+        };
+        assert_eq!(name(&[free.clone()], false).as_deref(), Some("free"));
+        assert_eq!(name(&[free.clone()], true), None);
+        assert_eq!(name(&[free, kept], true).as_deref(), Some("kept"));
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! Binding PersistentVolumeClaims to PersistentVolumes: those that name each other, and otherwise the smallest that fits, where the
-//! claim's class wants it on the node of the first pod that uses it; and what becomes of a volume whose claim is gone.
+//! Binding PersistentVolumeClaims to PersistentVolumes: those that name each other, and otherwise the smallest that fits; and what
+//! becomes of a volume whose claim is gone. Where a claim's class has it wait for its first pod, the scheduler chooses: it
+//! names the claim in a volume, or the node in the claim.
 //!
 //! Makes no volumes and deletes none: claims are marked for the provisioner of their class, which also deletes what it made. The
 //! volume is written first: one that names a claim is found again by whoever goes on after a crash.
 
 mod fit;
-mod place;
 pub(crate) mod protection;
 mod reclaim;
 
@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
 use kube::{Api, ResourceExt};
+use oarlock_machinery::volumes::{BOUND_BY_CONTROLLER, NO_PROVISIONER, SELECTED_NODE, class_name, is_bound, may_have};
 use oarlock_machinery::{ApiError, Change, EventType, Key, Next, WorkQueue, call, merge, merge_status, queue};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
@@ -22,13 +23,9 @@ use crate::pods;
 use crate::shared::{Shared, Task};
 
 const CONCURRENCY: usize = 2;
-/// The node that a scheduler has chosen for the first pod that uses the claim.
-const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
 /// By which of them provisioners know their claims depends on their age.
 const PROVISIONER: &[&str] =
     &["volume.kubernetes.io/storage-provisioner", "volume.beta.kubernetes.io/storage-provisioner"];
-/// The name that stands for nobody.
-const NO_PROVISIONER: &str = "kubernetes.io/no-provisioner";
 
 pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
     let claims: Arc<WorkQueue<Key>> = WorkQueue::new();
@@ -49,26 +46,16 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
     });
     let (waiting, on_pod) = (shared.claims.clone(), claims.clone());
     shared.pods.on_change(move |change| {
-        let pod = change.object();
+        let Change::Added(pod) = change else { return };
         let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-        if matches!(change, Change::Deleted(_)) || pods::node_name(pod).is_empty() {
-            return;
-        }
-        let open = |claim: &&str| waiting.get(namespace, claim).is_some_and(|claim| !fit::is_bound(&claim));
+        let open = |claim: &&str| waiting.get(namespace, claim).is_some_and(|claim| !is_bound(&claim));
         pods::claims(pod).filter(open).for_each(|claim| on_pod.add(Key::new(namespace, claim)));
     });
     let (waiting, on_class) = (shared.claims.clone(), claims.clone());
     shared.classes.on_change(move |change| {
         let class = change.object().name_any();
-        let of_it = |claim: &Arc<PersistentVolumeClaim>| class_name(claim) == class && !fit::is_bound(claim);
+        let of_it = |claim: &Arc<PersistentVolumeClaim>| class_name(claim) == class && !is_bound(claim);
         waiting.list().into_iter().filter(of_it).for_each(|claim| on_class.add(Key::of(claim.as_ref())));
-    });
-    let (waiting, on_node) = (shared.claims.clone(), claims.clone());
-    shared.nodes.on_change(move |change| {
-        if matches!(change, Change::Added(_)) {
-            let open = waiting.list().into_iter().filter(|claim| !fit::is_bound(claim));
-            open.for_each(|claim| on_node.add(Key::of(claim.as_ref())));
-        }
     });
     let (waiting, again) = (shared.claims.clone(), claims.clone());
     shared.volumes.on_change(move |change| {
@@ -79,7 +66,7 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
             let (namespace, name) = (reference.namespace.clone(), reference.name.clone());
             again.add(Key::new(namespace.unwrap_or_default(), name.unwrap_or_default()));
         }
-        for claim in waiting.list().into_iter().filter(|claim| !fit::is_bound(claim)) {
+        for claim in waiting.list().into_iter().filter(|claim| !is_bound(claim)) {
             again.add(Key::of(claim.as_ref()));
         }
     });
@@ -89,7 +76,6 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
         shared.volumes.wait_synced().await;
         shared.classes.wait_synced().await;
         shared.pods.wait_synced().await;
-        shared.nodes.wait_synced().await;
         let claim = |key: Key| reconcile_claim(shared.clone(), key);
         let volume = |name: String| reconcile_volume(shared.clone(), name);
         tokio::join!(
@@ -104,36 +90,26 @@ async fn reconcile_claim(shared: Arc<Shared>, key: Key) -> Result<Next, ApiError
         return Ok(Next::Done);
     };
     let named = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone()).filter(|name| !name.is_empty());
-    if fit::is_bound(&claim) {
+    if is_bound(&claim) {
         return lost(&shared, &claim, named.as_deref()).await;
     }
     if let Some(name) = named {
-        let found = shared.volumes.get("", &name).filter(|volume| fit::may_have(&claim, volume));
+        let found = shared.volumes.get("", &name).filter(|volume| may_have(&claim, volume));
         return match found {
             Some(volume) => bind(&shared, &claim, &volume).await.map(|()| Next::Done),
             None => Ok(Next::Done),
         };
     }
-    let node = match waits(&shared, &claim) {
-        false => None,
-        true => match first_consumer(&shared, &claim) {
-            Some(node) => Some(node),
-            None => {
-                let message = "waiting for first consumer to be created before binding";
-                shared.recorder.event(claim.as_ref(), EventType::Normal, "WaitForFirstConsumer", message);
-                return Ok(Next::Done);
-            }
-        },
-    };
-    let object = node.as_ref().and_then(|name| shared.nodes.get("", name));
-    if node.is_some() && object.is_none() {
-        // Where the volume has to be is known with the node, which brings the claim back here.
-        return Ok(Next::Done);
+    let waits = waits(&shared, &claim);
+    match fit::best(&claim, &shared.volumes.list(), waits) {
+        Some(volume) => bind(&shared, &claim, &volume).await?,
+        None if waits && !claim.annotations().contains_key(SELECTED_NODE) => {
+            let (reason, message) = waits_for(&shared, &claim);
+            shared.recorder.event(claim.as_ref(), EventType::Normal, reason, message);
+        }
+        None => provision(&shared, &claim).await?,
     }
-    match fit::best(&claim, &shared.volumes.list(), object.as_deref()) {
-        Some(volume) => bind(&shared, &claim, &volume).await.map(|()| Next::Done),
-        None => provision(&shared, &claim, node.as_deref()).await.map(|()| Next::Done),
-    }
+    Ok(Next::Done)
 }
 
 /// A bound claim whose volume is gone says so.
@@ -151,32 +127,30 @@ async fn lost(shared: &Shared, claim: &PersistentVolumeClaim, volume: Option<&st
     merge_status("update persistentvolumeclaim", &claims, &claim.name_any(), &status).await.map(|_| Next::Done)
 }
 
-fn class_name(claim: &PersistentVolumeClaim) -> &str {
-    claim.spec.as_ref().and_then(|spec| spec.storage_class_name.as_deref()).unwrap_or_default()
-}
-
 /// Whether the claim's class wants a pod to be scheduled first.
 fn waits(shared: &Shared, claim: &PersistentVolumeClaim) -> bool {
     let class = shared.classes.get("", class_name(claim));
     class.is_some_and(|class| class.volume_binding_mode.as_deref() == Some("WaitForFirstConsumer"))
 }
 
-/// The node that a scheduler has chosen for the claim, or that a pod which uses it has got.
-fn first_consumer(shared: &Shared, claim: &PersistentVolumeClaim) -> Option<String> {
-    if let Some(node) = claim.annotations().get(SELECTED_NODE) {
-        return Some(node.clone());
-    }
+/// Reason and message of a wait: for a pod, or for the scheduler to give one a node.
+fn waits_for(shared: &Shared, claim: &PersistentVolumeClaim) -> (&'static str, String) {
     let (namespace, name) = (claim.namespace().unwrap_or_default(), claim.name_any());
-    let uses = |pod: &Pod| {
-        pods::is_active(pod) && !pods::node_name(pod).is_empty() && pods::claims(pod).any(|used| used == name)
+    let waits = |pod: &Pod| {
+        pods::is_active(pod) && pods::node_name(pod).is_empty() && pods::claims(pod).any(|used| used == name)
     };
-    let pods = shared.pods.in_namespace(&namespace).into_iter().filter(|pod| uses(pod));
-    // The one that came first, however often this is asked.
-    pods.min_by_key(|pod| (pod.creation_timestamp(), pod.uid())).map(|pod| pods::node_name(&pod).to_owned())
+    let pods = shared.pods.in_namespace(&namespace);
+    let mut waiting: Vec<String> = pods.iter().filter(|pod| waits(pod)).map(|pod| pod.name_any()).collect();
+    waiting.sort();
+    match waiting.as_slice() {
+        [] => ("WaitForFirstConsumer", "waiting for first consumer to be created before binding".to_owned()),
+        [only] => ("WaitForPodScheduled", format!("waiting for pod {only} to be scheduled")),
+        many => ("WaitForPodScheduled", format!("waiting for pods {} to be scheduled", many.join(","))),
+    }
 }
 
 /// Marks the claim for the provisioner of its class, or says why none will make a volume.
-async fn provision(shared: &Shared, claim: &PersistentVolumeClaim, node: Option<&str>) -> Result<(), ApiError> {
+async fn provision(shared: &Shared, claim: &PersistentVolumeClaim) -> Result<(), ApiError> {
     let recorder = &shared.recorder;
     let name = class_name(claim);
     if name.is_empty() {
@@ -195,7 +169,6 @@ async fn provision(shared: &Shared, claim: &PersistentVolumeClaim, node: Option<
     if provisioner != NO_PROVISIONER {
         marks.extend(PROVISIONER.iter().map(|key| ((*key).to_owned(), json!(provisioner))));
     }
-    marks.extend(node.map(|node| (SELECTED_NODE.to_owned(), json!(node))));
     marks.retain(|key, value| !marked(key, value.as_str().unwrap_or_default()));
     if !marks.is_empty() {
         let claims: Api<PersistentVolumeClaim> =
@@ -232,7 +205,7 @@ async fn bind(shared: &Shared, claim: &PersistentVolumeClaim, volume: &Persisten
     let taken = merge("bind persistentvolume", &volumes, &volume_name, &patch).await?;
     let patch = json!({ "metadata": version_of(&taken), "status": { "phase": "Bound" } });
     merge_status("bind persistentvolume", &volumes, &volume_name, &patch).await?;
-    let marks = json!({ "pv.kubernetes.io/bind-completed": "yes", "pv.kubernetes.io/bound-by-controller": "yes" });
+    let marks = json!({ "pv.kubernetes.io/bind-completed": "yes", BOUND_BY_CONTROLLER: "yes" });
     // Nor is the volume given to another claim that has got the name meanwhile.
     let mut metadata = version_of(claim);
     metadata["annotations"] = marks;

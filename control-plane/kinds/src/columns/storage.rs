@@ -144,6 +144,20 @@ pub(crate) fn csi_node(object: &Value, now: Timestamp) -> Vec<Value> {
     vec![name(object), Value::from(list(object, "/spec/drivers").len()), age(object, now)]
 }
 
+pub(crate) const CSI_STORAGE_CAPACITY: &[Column] = &[
+    NAME,
+    column("StorageClassName", "string", "The class whose volumes are meant."),
+    column("Capacity", "string", "How much there is room for."),
+];
+
+pub(crate) fn csi_storage_capacity(object: &Value, _now: Timestamp) -> Vec<Value> {
+    vec![
+        name(object),
+        Value::from(text(object, "/storageClassName")),
+        Value::from(or(text(object, "/capacity"), "<unset>")),
+    ]
+}
+
 pub(crate) const VOLUME_ATTACHMENT: &[Column] = &[
     NAME,
     column("Attacher", "string", "Who attaches."),

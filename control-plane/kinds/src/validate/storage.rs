@@ -1,6 +1,6 @@
-//! PersistentVolumes, PersistentVolumeClaims, StorageClasses, CSIDrivers, CSINodes and VolumeAttachments.
+//! PersistentVolumes, PersistentVolumeClaims, StorageClasses, CSIDrivers, CSINodes, CSIStorageCapacities and VolumeAttachments.
 
-use super::metadata::{object_meta, object_meta_update};
+use super::metadata::{label_selector, object_meta, object_meta_update};
 use super::{Errors, field, is_set, names, part};
 use crate::FieldError;
 use crate::access::{entries, equal, list};
@@ -282,6 +282,37 @@ pub(crate) fn csi_node_update(new: &Value, old: &Value) -> Vec<FieldError> {
     let mut errors = Errors::default();
     object_meta_update(&mut errors, new, old);
     node_drivers(&mut errors, new);
+    errors.0
+}
+
+pub(crate) fn csi_storage_capacity(object: &Value) -> Vec<FieldError> {
+    let mut errors = Errors::default();
+    object_meta(&mut errors, object, true, names::dns_subdomain);
+    capacity_parts(&mut errors, object);
+    errors.0
+}
+
+fn capacity_parts(errors: &mut Errors, object: &Value) {
+    let class = field(object, "storageClassName");
+    for detail in names::dns_subdomain(class) {
+        errors.invalid("storageClassName", class, &detail);
+    }
+    label_selector(errors, part(object, "nodeTopology"), "nodeTopology");
+    for name in ["capacity", "maximumVolumeSize"] {
+        if let Some(amount) = object.get(name).filter(|amount| Quantity::from_json(amount).is_ok_and(|q| q.sign() < 0))
+        {
+            errors.invalid(name, amount.clone(), "must be greater than or equal to 0");
+        }
+    }
+}
+
+pub(crate) fn csi_storage_capacity_update(new: &Value, old: &Value) -> Vec<FieldError> {
+    let mut errors = Errors::default();
+    object_meta_update(&mut errors, new, old);
+    capacity_parts(&mut errors, new);
+    for name in ["nodeTopology", "storageClassName"] {
+        errors.immutable(name, new.get(name), old.get(name));
+    }
     errors.0
 }
 

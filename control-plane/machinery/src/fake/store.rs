@@ -28,6 +28,7 @@ pub(super) const KINDS: &[(&str, &str, &str, &str, bool)] = &[
     ("", "v1", "persistentvolumes", "PersistentVolume", false),
     ("storage.k8s.io", "v1", "storageclasses", "StorageClass", false),
     ("storage.k8s.io", "v1", "csidrivers", "CSIDriver", false),
+    ("storage.k8s.io", "v1", "csistoragecapacities", "CSIStorageCapacity", true),
     ("storage.k8s.io", "v1", "volumeattachments", "VolumeAttachment", false),
     ("certificates.k8s.io", "v1", "certificatesigningrequests", "CertificateSigningRequest", false),
 ];

@@ -36,6 +36,10 @@ fn claim(cluster: &Cluster) {
     fs::remove_dir_all(&disk).expect("removed");
 }
 
+/// A claim of the class that waits for pods.
+const WAITING_CLAIM: &str = "apiVersion: v1\nkind: PersistentVolumeClaim\nmetadata: {name: NAME}\nspec: {accessModes: \
+    [ReadWriteOnce], storageClassName: e2e-local, resources: {requests: {storage: 1Gi}}}\n";
+
 fn first_consumer(cluster: &Cluster) {
     let disk = cluster.data_dir().join("waited-for");
     fs::create_dir(&disk).expect("a directory");
@@ -50,11 +54,10 @@ fn first_consumer(cluster: &Cluster) {
     };
     cluster.apply(&format!(
         "apiVersion: storage.k8s.io/v1\nkind: StorageClass\nmetadata: {{name: e2e-local}}\nprovisioner: \
-         kubernetes.io/no-provisioner\nvolumeBindingMode: WaitForFirstConsumer\n---\n{}{}apiVersion: v1\nkind: \
-         PersistentVolumeClaim\nmetadata: {{name: e2e-waits}}\nspec: {{accessModes: [ReadWriteOnce], storageClassName: e2e-local, \
-         resources: {{requests: {{storage: 1Gi}}}}}}\n",
+         kubernetes.io/no-provisioner\nvolumeBindingMode: WaitForFirstConsumer\n---\n{}{}{}",
         volume("e2e-a-elsewhere", "no-such-node"),
-        volume("e2e-b-here", &node)
+        volume("e2e-b-here", &node),
+        WAITING_CLAIM.replace("NAME", "e2e-waits")
     ));
     cluster.wait_for_output("describe pvc e2e-waits", "the wait", |text| {
         text.contains("waiting for first consumer to be created before binding")
@@ -65,6 +68,20 @@ fn first_consumer(cluster: &Cluster) {
     cluster.apply(&manifest);
     cluster.kubectl("wait --for=condition=Ready pod/consumer --timeout=60s");
     assert_eq!(cluster.kubectl("get pvc e2e-waits -o jsonpath={.spec.volumeName}"), "e2e-b-here");
+    let chosen =
+        cluster.get("pv e2e-b-here")["metadata"]["annotations"]["pv.kubernetes.io/bound-by-controller"].clone();
+    assert_eq!(chosen, "yes");
+    // Nothing is left for another claim, whose pod gets no node then.
+    cluster.apply(&WAITING_CLAIM.replace("NAME", "e2e-late"));
+    cluster.apply(&manifest.replace("consumer", "late").replace("e2e-waits", "e2e-late"));
+    let said = cluster.wait_for_output("describe pod late", "the refusal", |text| {
+        text.contains("1 node(s) didn't find available persistent volumes to bind")
+    });
+    assert!(said.contains("FailedScheduling"), "{said}");
+    cluster.wait_for_output("describe pvc e2e-late", "the wait", |text| {
+        text.contains("waiting for pod late to be scheduled")
+    });
+    cluster.kubectl("delete pod/late pvc/e2e-late --timeout=60s");
     cluster.kubectl("delete pvc e2e-waits --wait=false");
     assert!(cluster.kubectl("describe pvc e2e-waits").contains("Terminating"));
     cluster.kubectl("delete pod consumer --timeout=60s");

@@ -1,5 +1,7 @@
 //! The owner task: takes events in, schedules one pod after the other, and sends bindings and explanations out.
 
+mod reserve;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
@@ -22,7 +24,10 @@ use crate::pod::PodInfo;
 use crate::preempt::{self, Budget, Candidate};
 use crate::queue::{Queue, Wake};
 use crate::sources::{self, Event, SeenPod};
+use crate::storage::{Choice, Written};
 use crate::{Config, Error, message};
+
+use self::reserve::Reservation;
 
 /// Events that wait to be taken in.
 const EVENT_LIMIT: usize = 1024;
@@ -31,7 +36,17 @@ const EFFECT_LIMIT: usize = 256;
 
 /// What came of something that was sent.
 enum Effect {
-    Bound { pod: Arc<PodInfo>, node: String, result: Result<(), ApiError> },
+    Bound {
+        pod: Arc<PodInfo>,
+        node: String,
+        result: Result<(), ApiError>,
+    },
+    /// What its claims need was written.
+    Reserved {
+        pod: Arc<PodInfo>,
+        choice: Choice,
+        result: Result<Written, ApiError>,
+    },
     Other,
 }
 
@@ -46,6 +61,8 @@ struct Owner {
     /// What waiting pods say already, so that it is not said again.
     said: HashMap<String, (String, String)>,
     effects: JoinSet<Effect>,
+    /// Pods with a node whose claims do not have their volumes yet, by uid.
+    reservations: HashMap<String, Reservation>,
     listed: HashSet<&'static str>,
     next_node: usize,
 }
@@ -76,6 +93,7 @@ pub(crate) async fn run(client: Client, config: Config, shutdown: CancellationTo
         budgets: HashMap::new(),
         said: HashMap::new(),
         effects: JoinSet::new(),
+        reservations: HashMap::new(),
         listed: HashSet::new(),
         next_node: 0,
     };
@@ -103,6 +121,7 @@ impl Owner {
                 self.settle(effect);
             }
             self.queue.advance(Instant::now());
+            self.give_up_late(Instant::now());
             if self.is_ready()
                 && self.effects.len() < EFFECT_LIMIT
                 && let Some(pod) = self.queue.pop(Instant::now())
@@ -113,6 +132,7 @@ impl Owner {
                 continue;
             }
             let wake_at = self.queue.next_time().unwrap_or_else(|| Instant::now() + crate::queue::FORGOTTEN_AFTER);
+            let wake_at = self.reservations.values().map(|one| one.deadline).fold(wake_at, Instant::min);
             tokio::select! {
                 event = events.recv() => match event {
                     Some(event) => self.take_in(event),
@@ -144,26 +164,34 @@ impl Owner {
             Event::NamespaceGone(name) => drop(self.cache.namespaces.remove(&name)),
             Event::Budget(uid, budget) => drop(self.budgets.insert(uid, *budget)),
             Event::BudgetGone(uid) => drop(self.budgets.remove(&uid)),
-            Event::Claim(claim) => {
-                self.cache.storage.put_claim(&claim);
-                self.queue.wake(Wake::StorageChanged, now);
-            }
-            Event::ClaimGone(key) => self.cache.storage.remove_claim(&key),
-            Event::Volume(name, volume) => {
-                self.cache.storage.put_volume(name, *volume);
-                self.queue.wake(Wake::StorageChanged, now);
-            }
-            Event::VolumeGone(name) => self.cache.storage.remove_volume(&name),
-            Event::Class(name, class) => {
-                self.cache.storage.put_class(name, &class);
-                self.queue.wake(Wake::StorageChanged, now);
-            }
-            Event::ClassGone(name) => self.cache.storage.remove_class(&name),
             Event::Listed(kind) => drop(self.listed.insert(kind)),
+            of_storage => self.take_in_storage(of_storage, now),
         }
     }
 
+    fn take_in_storage(&mut self, event: Event, now: Instant) {
+        let storage = &mut self.cache.storage;
+        match event {
+            Event::Claim(claim) => storage.put_claim(*claim),
+            Event::ClaimGone(key) => storage.remove_claim(&key),
+            Event::Volume(name, volume) => storage.put_volume(name, *volume),
+            Event::VolumeGone(name) => storage.remove_volume(&name),
+            Event::Class(name, class) => storage.put_class(name, *class),
+            Event::ClassGone(name) => storage.remove_class(&name),
+            Event::Driver(name, driver) => storage.put_driver(name, &driver),
+            Event::DriverGone(name) => storage.remove_driver(&name),
+            Event::Room(room) => storage.put_room(&room),
+            Event::RoomGone(key) => storage.remove_room(&key),
+            _ => return,
+        }
+        self.queue.wake(Wake::StorageChanged, now);
+        self.follow_reservations(now);
+    }
+
     fn pod_gone(&mut self, uid: &str, now: Instant) {
+        if let Some(reservation) = self.reservations.remove(uid) {
+            self.cache.storage.take_back(&reservation.choice);
+        }
         self.queue.remove(uid);
         self.said.remove(uid);
         let was_promised = self.nominated.remove(uid).is_some();
@@ -175,6 +203,9 @@ impl Owner {
     fn take_in_pod(&mut self, seen: SeenPod, now: Instant) {
         let Some(pod) = seen.info else { return self.pod_gone(&seen.uid, now) };
         if !pod.node_name.is_empty() {
+            if let Some(reservation) = self.reservations.remove(&pod.uid) {
+                self.cache.storage.take_back(&reservation.choice);
+            }
             self.queue.remove(&pod.uid);
             self.nominated.remove(&pod.uid);
             self.said.remove(&pod.uid);
@@ -211,11 +242,10 @@ impl Owner {
         match decide(pod, &self.cache, &self.nominated, &mut self.next_node) {
             Decision::Node(node) => {
                 self.cache.assume(pod, &node);
-                let (client, pod) = (self.client.clone(), pod.clone());
-                self.effects.spawn(async move {
-                    let result = bind(client, &pod, &node).await;
-                    Effect::Bound { pod, node, result }
-                });
+                match self.choose_volumes(pod, &node) {
+                    Some(choice) => self.reserve(pod, choice),
+                    None => self.bind(pod.clone(), node),
+                }
             }
             Decision::Nowhere(refusals) => {
                 let budgets: Vec<Budget> = self.budgets.values().cloned().collect();
@@ -277,8 +307,21 @@ impl Owner {
         }
     }
 
+    /// Tells the API which node the pod has; its volumes are there.
+    pub(super) fn bind(&mut self, pod: Arc<PodInfo>, node: String) {
+        let client = self.client.clone();
+        self.effects.spawn(async move {
+            let result = bind(client, &pod, &node).await;
+            Effect::Bound { pod, node, result }
+        });
+    }
+
     fn settle(&mut self, effect: Result<Effect, tokio::task::JoinError>) {
-        let Ok(Effect::Bound { pod, node, result }) = effect else { return };
+        let (pod, node, result) = match effect {
+            Ok(Effect::Bound { pod, node, result }) => (pod, node, result),
+            Ok(Effect::Reserved { pod, choice, result }) => return self.reserved(pod, choice, result),
+            Ok(Effect::Other) | Err(_) => return,
+        };
         match result {
             Ok(()) => {
                 let text = format!("Successfully assigned {} to {node}", pod.key);
@@ -286,19 +329,25 @@ impl Owner {
                 self.queue.remove(&pod.uid);
                 self.nominated.remove(&pod.uid);
             }
-            Err(error) => {
+            Err(error) if error.is_not_found() => {
                 self.cache.forget_assumed(&pod.uid);
-                if error.is_not_found() {
-                    return self.queue.remove(&pod.uid);
-                }
-                let text = format!("binding rejected: {}", error.user_message());
+                self.queue.remove(&pod.uid);
+            }
+            Err(error) => {
                 tracing::debug!(pod = %pod.key, node, cause = %error.user_message(), "binding failed");
-                self.recorder.event_about(reference(&pod), EventType::Warning, "FailedScheduling", text);
-                self.queue.failed(&pod.uid, Instant::now());
-                // Others may have been refused because of this one.
-                self.queue.wake(Wake::PodGone, Instant::now());
+                self.not_bound(&pod, format!("binding rejected: {}", error.user_message()));
             }
         }
+    }
+
+    /// The pod did not get the node that it was given; it is tried again later.
+    pub(super) fn not_bound(&mut self, pod: &PodInfo, text: String) {
+        self.cache.forget_assumed(&pod.uid);
+        self.recorder.event_about(reference(pod), EventType::Warning, "FailedScheduling", text);
+        self.queue.failed(&pod.uid, Instant::now());
+        // Others may have been refused because of this one.
+        self.queue.wake(Wake::PodGone, Instant::now());
+        self.queue.wake(Wake::StorageChanged, Instant::now());
     }
 }
 
