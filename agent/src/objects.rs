@@ -77,6 +77,14 @@ impl Objects {
         self.get(Api::namespaced(self.client.clone(), ns), "secret", name).await
     }
 
+    pub(crate) async fn fetch_service_account(
+        &self,
+        ns: &str,
+        name: &str,
+    ) -> Result<Option<ServiceAccount>, FetchError> {
+        self.get(Api::namespaced(self.client.clone(), ns), "serviceaccount", name).await
+    }
+
     /// The handler of a runtime class; None when there is no such class.
     pub(crate) async fn runtime_handler(&self, class: &str) -> Result<Option<String>, FetchError> {
         let api: Api<RuntimeClass> = Api::all(self.client.clone());

@@ -45,7 +45,33 @@ struct Entry {
     args: Vec<String>,
     #[serde(default)]
     env: Vec<Variable>,
-    token_attributes: Option<serde_json::Value>,
+    token_attributes: Option<TokenFields>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct TokenFields {
+    #[serde(default)]
+    service_account_token_audience: String,
+    #[serde(default)]
+    cache_type: String,
+    require_service_account: Option<bool>,
+    #[serde(default)]
+    required_service_account_annotation_keys: Vec<String>,
+    #[serde(default)]
+    optional_service_account_annotation_keys: Vec<String>,
+}
+
+/// What a plugin is told of the service account of the pod that pulls.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TokenWish {
+    pub audience: String,
+    /// An answer is for one token, or else for all of the account's.
+    pub by_token: bool,
+    /// The plugin is not asked for pods without an account.
+    pub required: bool,
+    pub required_annotations: Vec<String>,
+    pub optional_annotations: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -65,6 +91,7 @@ pub(super) struct Provider {
     pub api_version: String,
     pub args: Vec<String>,
     pub env: Vec<Variable>,
+    pub token: Option<TokenWish>,
 }
 
 pub(super) fn read(path: &Path) -> Result<Vec<Provider>, ProvidersConfigError> {
@@ -80,6 +107,9 @@ const PLUGIN_VERSIONS: &[&str] = &[
     "credentialprovider.kubelet.k8s.io/v1beta1",
     "credentialprovider.kubelet.k8s.io/v1alpha1",
 ];
+
+/// The version of plugins that are given tokens.
+const TOKEN_VERSION: &str = "credentialprovider.kubelet.k8s.io/v1";
 
 fn parse(text: &str, path: &Path) -> Result<Vec<Provider>, ProvidersConfigError> {
     let wrong = |field: String, problem: &str| ProvidersConfigError::Field {
@@ -130,10 +160,63 @@ fn check(entry: Entry) -> Result<Provider, (String, &'static str)> {
     let keep = entry.default_cache_duration.ok_or_else(|| wrong("defaultCacheDuration", "is required"))?;
     let keep = go_duration::parse(&keep);
     let keep = keep.ok_or_else(|| wrong("defaultCacheDuration", "must be a duration such as 10m, and not negative"))?;
-    if entry.token_attributes.is_some() {
-        return Err(wrong("tokenAttributes", "this agent does not give service account tokens to plugins"));
+    let token = entry.token_attributes.map(|fields| token_wish(fields, &entry.api_version)).transpose();
+    let token = token.map_err(|(field, problem)| (format!("tokenAttributes{field}"), problem))?;
+    let Entry { name, api_version, args, env, .. } = entry;
+    Ok(Provider { name, images, keep, api_version, args, env, token })
+}
+
+/// A wrong field with the dot before it.
+fn token_wish(fields: TokenFields, api_version: &str) -> Result<TokenWish, (&'static str, &'static str)> {
+    if api_version != TOKEN_VERSION {
+        return Err(("", "is only for plugins of credentialprovider.kubelet.k8s.io/v1"));
     }
-    Ok(Provider { name: entry.name, images, keep, api_version: entry.api_version, args: entry.args, env: entry.env })
+    if fields.service_account_token_audience.is_empty() {
+        return Err((".serviceAccountTokenAudience", "is required"));
+    }
+    let by_token = match fields.cache_type.as_str() {
+        "Token" => true,
+        "ServiceAccount" => false,
+        _ => return Err((".cacheType", "must be Token or ServiceAccount")),
+    };
+    let required = fields.require_service_account.ok_or((".requireServiceAccount", "is required"))?;
+    let (must, may) =
+        (fields.required_service_account_annotation_keys, fields.optional_service_account_annotation_keys);
+    if !required && !must.is_empty() {
+        return Err((".requiredServiceAccountAnnotationKeys", "must be empty unless requireServiceAccount is true"));
+    }
+    for (keys, field) in
+        [(&must, ".requiredServiceAccountAnnotationKeys"), (&may, ".optionalServiceAccountAnnotationKeys")]
+    {
+        if !keys.iter().all(|key| is_annotation_key(key)) {
+            return Err((field, "must hold lower-case names of annotations"));
+        }
+        if keys.iter().enumerate().any(|(place, key)| keys[..place].contains(key)) {
+            return Err((field, "holds a name twice"));
+        }
+    }
+    if must.iter().any(|key| may.contains(key)) {
+        return Err(("", "annotation keys cannot be both required and optional"));
+    }
+    Ok(TokenWish {
+        audience: fields.service_account_token_audience,
+        by_token,
+        required,
+        required_annotations: must,
+        optional_annotations: may,
+    })
+}
+
+/// A name with an optional DNS prefix, in lower case.
+fn is_annotation_key(key: &str) -> bool {
+    let (prefix, name) = key.rsplit_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    let end = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let plain = |text: &str, inner: &[char]| {
+        text.starts_with(end) && text.ends_with(end) && text.chars().all(|c| end(c) || inner.contains(&c))
+    };
+    name.len() <= 63
+        && plain(name, &['-', '_', '.'])
+        && prefix.is_none_or(|prefix| prefix.len() <= 253 && prefix.split('.').all(|label| plain(label, &['-'])))
 }
 
 #[cfg(test)]
@@ -156,6 +239,16 @@ mod tests {
     }
 
     #[test]
+    fn a_plugin_may_want_tokens() {
+        let wish = "  tokenAttributes: {serviceAccountTokenAudience: registry, cacheType: ServiceAccount, \
+                    requireServiceAccount: true, requiredServiceAccountAnnotationKeys: [example.com/role]}";
+        let providers = parse(&GOOD.replace("  args: [get]", wish), Path::new("p")).unwrap();
+        let wish = providers[0].token.clone().unwrap();
+        assert_eq!((wish.audience.as_str(), wish.by_token, wish.required), ("registry", false, true));
+        assert_eq!(wish.required_annotations, ["example.com/role"]);
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (from, to, expected) in [
             ("name: ecr", "name: ../ecr", "providers[0].name: must be the plain name"),
@@ -166,7 +259,39 @@ mod tests {
             ("k8s.io/v1\n  args", "k8s.io/v2\n  args", "providers[0].apiVersion: must be"),
             ("kind: Cred", "kind: Fred", "kind: must be"),
             ("  args: [get]", "  arg: [get]", "unknown field"),
-            ("  args: [get]", "  tokenAttributes: {}", "providers[0].tokenAttributes"),
+            (
+                "  args: [get]",
+                "  tokenAttributes: {}",
+                "providers[0].tokenAttributes.serviceAccountTokenAudience: is req",
+            ),
+            (
+                "  args: [get]",
+                "  tokenAttributes: {serviceAccountTokenAudience: a}",
+                "tokenAttributes.cacheType: must be",
+            ),
+            (
+                "  args: [get]",
+                "  tokenAttributes: {serviceAccountTokenAudience: a, cacheType: Token}",
+                "tokenAttributes.requireServiceAccount: is required",
+            ),
+            (
+                "  args: [get]",
+                "  tokenAttributes: {serviceAccountTokenAudience: a, cacheType: Token, requireServiceAccount: false, \
+                 requiredServiceAccountAnnotationKeys: [a]}",
+                "requiredServiceAccountAnnotationKeys: must be empty unless",
+            ),
+            (
+                "  args: [get]",
+                "  tokenAttributes: {serviceAccountTokenAudience: a, cacheType: Token, requireServiceAccount: true, \
+                 requiredServiceAccountAnnotationKeys: [a], optionalServiceAccountAnnotationKeys: [a]}",
+                "tokenAttributes: annotation keys cannot be both",
+            ),
+            (
+                "  args: [get]",
+                "  tokenAttributes: {serviceAccountTokenAudience: a, cacheType: Token, requireServiceAccount: true, \
+                 optionalServiceAccountAnnotationKeys: [A b]}",
+                "optionalServiceAccountAnnotationKeys: must hold lower-case names",
+            ),
         ] {
             assert!(GOOD.contains(from), "{from}");
             let said = refused(&GOOD.replace(from, to));

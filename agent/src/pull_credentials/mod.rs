@@ -10,4 +10,4 @@ mod plugin;
 mod providers;
 
 pub use config::ProvidersConfigError;
-pub(crate) use providers::Providers;
+pub(crate) use providers::{Providers, Puller};

@@ -99,11 +99,29 @@ impl Drop for Group {
     }
 }
 
+/// What a plugin is told of who pulls.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Account {
+    pub token: String,
+    pub annotations: BTreeMap<String, String>,
+}
+
 /// Asks for credentials for the image, by its full name.
-pub(super) async fn ask(bin_dir: &Path, provider: &Provider, image: &str) -> Result<Answer, PluginError> {
-    let request = serde_json::json!({
+pub(super) async fn ask(
+    bin_dir: &Path,
+    provider: &Provider,
+    image: &str,
+    account: Option<&Account>,
+) -> Result<Answer, PluginError> {
+    let mut request = serde_json::json!({
         "kind": "CredentialProviderRequest", "apiVersion": provider.api_version, "image": image
     });
+    if let Some(account) = account {
+        request["serviceAccountToken"] = account.token.as_str().into();
+        if !account.annotations.is_empty() {
+            request["serviceAccountAnnotations"] = serde_json::json!(account.annotations);
+        }
+    }
     let mut command = Command::new(bin_dir.join(&provider.name));
     command.args(&provider.args).envs(provider.env.iter().map(|variable| (&variable.name, &variable.value)));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);

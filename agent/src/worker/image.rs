@@ -2,13 +2,16 @@
 
 use std::time::Instant;
 
-use k8s_openapi::api::core::v1::{ImageVolumeSource, Secret, VolumeMount};
+use async_trait::async_trait;
+use k8s_openapi::api::core::v1::{ImageVolumeSource, Secret, ServiceAccount, VolumeMount};
 use oarlock_proto::cri;
+use oarlock_volumes::{ObjectSource, TokenOrder};
 
 use super::actions::{Job, failed};
 use super::start::absolute;
 use crate::error::chain;
 use crate::plan::Outcome;
+use crate::pull_credentials::Puller;
 use crate::recorder::Level;
 use crate::spec;
 use crate::spec::image::{PullPolicy, credentials, image_volumes, pull_policy, with_default_tag};
@@ -101,7 +104,7 @@ impl Job {
         self.tell(wanted, Level::Normal, "Pulling", format!("Pulling image \"{asked}\""));
         let sandbox_config = self.sandbox_config(0, self.shared.users.of(self.uid.as_str())).await;
         let of_secrets = credentials(&image, &self.pull_secrets().await);
-        let of_plugins = self.shared.pull_credentials.credentials(&image).await;
+        let of_plugins = self.shared.pull_credentials.credentials(&image, self).await;
         let mut auths: Vec<Option<cri::AuthConfig>> = of_secrets.into_iter().chain(of_plugins).map(Some).collect();
         if auths.is_empty() {
             auths.push(None);
@@ -168,5 +171,39 @@ impl Job {
             }
         }
         secrets
+    }
+}
+
+/// How long a token for a plugin is good for: what the API gives where nothing is asked.
+const TOKEN_SECONDS: i64 = 3600;
+
+#[async_trait]
+impl Puller for Job {
+    async fn service_account(&self) -> Result<Option<ServiceAccount>, String> {
+        let Some(name) = self.service_account_name() else { return Ok(None) };
+        let namespace = spec::pod_namespace(&self.pod);
+        let found = self.shared.objects.fetch_service_account(namespace, name).await;
+        let found = found.map_err(|error| chain(&error))?;
+        found.map(Some).ok_or_else(|| format!("service account {name:?} was not found"))
+    }
+
+    async fn token(&self, audience: &str) -> Result<String, String> {
+        let order = TokenOrder {
+            namespace: spec::pod_namespace(&self.pod).to_owned(),
+            service_account: self.service_account_name().unwrap_or_default().to_owned(),
+            audience: Some(audience.to_owned()),
+            expiration_seconds: TOKEN_SECONDS,
+            pod_name: spec::pod_name(&self.pod).to_owned(),
+            pod_uid: spec::pod_uid(&self.pod).to_owned(),
+        };
+        self.shared.objects.token(&order).await.map(|issued| issued.token).map_err(|error| chain(&error))
+    }
+}
+
+impl Job {
+    /// A static pod has none.
+    fn service_account_name(&self) -> Option<&str> {
+        let name = self.pod.spec.as_ref()?.service_account_name.as_deref();
+        name.filter(|name| !name.is_empty() && !spec::is_static(&self.pod))
     }
 }

@@ -48,6 +48,13 @@ pub(crate) fn decide(core: &Core, node: &str, action: &Action) -> Decision {
                 refused("can only access CSINode with the same name as the requesting node")
             }
         }
+        ("", "serviceaccounts", "") => {
+            let account = format!("serviceaccounts/{}", action.name);
+            if action.verb == "get" && pod_refers_to(core, node, &action.namespace, &account) {
+                return allowed();
+            }
+            refused(&format!("no relationship found between node '{node}' and this object"))
+        }
         ("", "serviceaccounts", "token") => {
             if action.verb != "create" {
                 return refused("can only create tokens for individual service accounts");
