@@ -162,6 +162,8 @@ pub(crate) struct Settings {
     pub(crate) proxy_health_port: u16,
     pub(crate) static_pod_dir: PathBuf,
     pub(crate) kubelet: KubeletConfiguration,
+    /// Where the node's container runtime is asked: our own, or another that `kubelet.containerRuntimeEndpoint` names.
+    pub(crate) runtime_socket: PathBuf,
     pub(crate) log: String,
     pub(crate) cni_conf_dir: PathBuf,
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
@@ -282,6 +284,11 @@ impl Settings {
         complete(file, joined.map(|joined| joined.server.clone()))
     }
 
+    /// Whether the node's pods run in our own runtime, which is then ours to start and to stop.
+    pub(crate) fn has_own_runtime(&self) -> bool {
+        self.runtime_socket == self.layout.runtime_socket()
+    }
+
     /// The API server as this machine reaches it: its own on loopback where it listens there.
     pub(crate) fn server_url(&self) -> String {
         let own = match self.bind_address {
@@ -340,9 +347,9 @@ fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, Config
     check_node_name(&node_name)?;
     let kubelet = file.kubelet.unwrap_or_default();
     // Found out now, so that a wrong field ends with the code for bad configuration.
-    kubelet
-        .apply(&mut oarlock_agent::Config::new(node_name.clone(), Ipv4Addr::LOCALHOST.into()))
-        .map_err(|error| field("kubelet", error.to_string()))?;
+    let mut agent = oarlock_agent::Config::new(node_name.clone(), Ipv4Addr::LOCALHOST.into());
+    agent.runtime_endpoint = layout.runtime_socket();
+    kubelet.apply(&mut agent).map_err(|error| field("kubelet", error.to_string()))?;
     let node_ip = match &file.node_ip {
         Some(asked) => asked.first,
         None => crate::host::default_address(cluster_cidr.addr().is_ipv4()),
@@ -408,6 +415,7 @@ fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, Config
         proxy_health_port: file.proxy_health_port.unwrap_or(10256),
         static_pod_dir: file.static_pod_dir.unwrap_or_else(|| layout.static_pods()),
         kubelet,
+        runtime_socket: agent.runtime_endpoint,
         log: file.log.unwrap_or_else(|| "info".to_owned()),
         cni_conf_dir: file.cni.conf_dir.unwrap_or_else(|| layout.cni_conf_dir()),
         cni_bin_dirs: if file.cni.bin_dirs.is_empty() { layout.cni_bin_dirs() } else { file.cni.bin_dirs },
@@ -633,6 +641,15 @@ mod tests {
             assert_eq!(settings.advertise_address.to_string(), "192.0.2.2");
             assert_eq!(settings.tls_sans, ["one.example", "192.0.2.7"]);
         }
+    }
+
+    #[test]
+    fn the_node_can_have_another_runtime() {
+        assert!(parse("dataDir: /srv/one\n").expect("valid").has_own_runtime());
+        let other = "dataDir: /srv/one\nkubelet: {containerRuntimeEndpoint: \"unix:///run/other.sock\"}\n";
+        let settings = parse(other).expect("valid");
+        assert!(!settings.has_own_runtime());
+        assert_eq!(settings.runtime_socket, Path::new("/run/other.sock"));
     }
 
     #[test]

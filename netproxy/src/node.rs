@@ -62,14 +62,15 @@ impl Node {
     }
 }
 
-/// The CNI configuration for pods of this node.
+/// The CNI configuration for pods of this node. Runtimes that know no list of versions take it as 1.0.0.
 /// `mtu` is that of pods' links, 0 for the usual one.
 pub fn conflist(pod_cidrs: &[IpNet], cluster_cidrs: &[IpNet], ipam_dir: &Path, mtu: u32) -> String {
     let ranges: Vec<_> = pod_cidrs.iter().map(|net| json!([{"subnet": net.trunc().to_string()}])).collect();
     let routes: Vec<_> =
         pod_cidrs.iter().map(|net| json!({"dst": if net.addr().is_ipv4() { "0.0.0.0/0" } else { "::/0" }})).collect();
     let mut list = json!({
-        "cniVersion": "1.1.0",
+        "cniVersion": "1.0.0",
+        "cniVersions": ["1.0.0", "1.1.0"],
         "name": "oarlock",
         "plugins": [
             {

@@ -28,7 +28,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             config.key_file = credentials.agent_serving.key_file;
             config.client_ca_file = credentials.ca_file;
         }
-        config.runtime_endpoint = layout.runtime_socket();
+        config.runtime_endpoint = settings.runtime_socket.clone();
         config.data_dir = layout.agent_dir();
         config.kubelet_dir = layout.kubelet_dir();
         config.pod_logs_dir = layout.pod_logs_dir();

@@ -19,6 +19,10 @@ use tokio_util::sync::CancellationToken;
 use super::{daemon, images};
 use crate::config::{ConfigFlags, Settings};
 
+/// How long a runtime of others may take to say its version, and when it is asked again.
+const ANSWER: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// One child under supervision.
 struct Running {
     name: &'static str,
@@ -54,6 +58,41 @@ impl<'a> Children<'a> {
         let task = tokio::spawn(child.run(state, token.clone()));
         self.running.push(Running { name, token, task: Some(task) });
         Ok(socket)
+    }
+
+    /// Starts our runtime, unless the node has another.
+    pub(crate) fn spawn_runtime(&mut self) -> anyhow::Result<Option<NotifySocket>> {
+        self.settings.has_own_runtime().then(|| self.spawn("runtime")).transpose()
+    }
+
+    /// Waits for the runtime that was started, or until the other one answers; gives what to say then.
+    pub(crate) async fn wait_runtime(
+        &mut self,
+        own: Option<NotifySocket>,
+        patience: Duration,
+    ) -> anyhow::Result<String> {
+        if let Some(socket) = own {
+            self.wait_ready("runtime", socket, patience).await?;
+            return Ok("runtime ready".to_owned());
+        }
+        let settings = self.settings;
+        let answers = async {
+            loop {
+                let asked = async { images::version(images::connect(settings).await?).await };
+                match tokio::time::timeout(ANSWER, asked).await {
+                    Ok(Ok(version)) => return version,
+                    _ => tokio::time::sleep(PAUSE).await,
+                }
+            }
+        };
+        let answered = tokio::select! {
+            answered = tokio::time::timeout(patience, answers) => answered,
+            failed = self.first_failure() => return Err(failed),
+        };
+        let version = answered.with_context(|| {
+            format!("no runtime answers at {} (containerRuntimeEndpoint)", settings.runtime_socket.display())
+        })?;
+        Ok(format!("runtime ready: {version}"))
     }
 
     /// Waits for readiness; a child that gives up, or takes too long, fails with where its log is.

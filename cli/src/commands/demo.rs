@@ -24,6 +24,8 @@ use crate::config::Settings;
 /// The demo as ordinary YAML.
 const MANIFEST: &str = include_str!("../../../docs/demo/demo.yaml");
 const NAMESPACE: &str = "demo";
+/// The image that the manifest names.
+const IMAGE: &str = "oarlock.local/testimage:1";
 const REPLICAS: usize = 3;
 /// Enough requests that a pod which never answers is a fault and not bad luck.
 const REQUESTS: usize = 60;
@@ -63,12 +65,7 @@ pub(crate) async fn show(
     flags: &DemoFlags,
     stages: &mut Stages,
 ) -> anyhow::Result<()> {
-    let archive = match &flags.image {
-        Some(archive) => archive.clone(),
-        None => crate::host::sibling_program("testimage.tar").context("no demo image: name it with --image")?,
-    };
-    images::import(images::connect(settings).await?, archive).await.context("cannot import the demo image")?;
-    stages.done("demo image imported");
+    provide_image(settings, flags, stages).await?;
     let count = apply(&client).await?;
     stages.done(&format!("demo applied ({count} objects)"));
     let timeout = Duration::from_secs(flags.timeout);
@@ -110,6 +107,27 @@ pub(crate) async fn show(
         );
     }
     std::io::stdout().flush()?;
+    Ok(())
+}
+
+/// Sees to it that the runtime has the demo's image. A runtime of others has no call for importing one.
+async fn provide_image(settings: &Settings, flags: &DemoFlags, stages: &mut Stages) -> anyhow::Result<()> {
+    let channel = images::connect(settings).await?;
+    if !settings.has_own_runtime() {
+        anyhow::ensure!(
+            images::has(channel, IMAGE).await?,
+            "the runtime at {} has no image {IMAGE}; import testimage.tar with its own tools",
+            settings.runtime_socket.display()
+        );
+        stages.done("demo image found");
+        return Ok(());
+    }
+    let archive = match &flags.image {
+        Some(archive) => archive.clone(),
+        None => crate::host::sibling_program("testimage.tar").context("no demo image: name it with --image")?,
+    };
+    images::import(channel, archive).await.context("cannot import the demo image")?;
+    stages.done("demo image imported");
     Ok(())
 }
 

@@ -8,9 +8,13 @@ use std::time::Duration;
 use anyhow::Context;
 use hyper_util::rt::TokioIo;
 use oarlock_proto::cri::image_service_client::ImageServiceClient;
-use oarlock_proto::cri::{ImageSpec, ListImagesRequest, RemoveImageRequest};
+use oarlock_proto::cri::runtime_service_client::RuntimeServiceClient;
+use oarlock_proto::cri::{
+    ImageSpec, ImageStatusRequest, ListImagesRequest, PullImageRequest, RemoveImageRequest, VersionRequest,
+};
 use oarlock_proto::images::images_client::ImagesClient;
 use oarlock_proto::images::{ImportRequest, PruneRequest, PullRequest};
+use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
 use super::progress::Bars;
@@ -70,7 +74,7 @@ pub(crate) fn run(settings: &Settings, flags: ImagesFlags) -> anyhow::Result<Exi
 
 /// Connects to the runtime's socket.
 pub(crate) async fn connect(settings: &Settings) -> anyhow::Result<Channel> {
-    let socket = settings.layout.runtime_socket();
+    let socket = settings.runtime_socket.clone();
     Endpoint::from_static("http://runtime")
         .connect_with_connector(tower::service_fn({
             let socket = socket.clone();
@@ -80,7 +84,28 @@ pub(crate) async fn connect(settings: &Settings) -> anyhow::Result<Channel> {
             }
         }))
         .await
-        .with_context(|| format!("the runtime does not answer at {}; is oarlock running?", socket.display()))
+        .with_context(|| {
+            let hint = if settings.has_own_runtime() { "is oarlock running?" } else { "is it running?" };
+            format!("the runtime does not answer at {}; {hint}", socket.display())
+        })
+}
+
+/// Name and version of the runtime behind a channel.
+pub(crate) async fn version(channel: Channel) -> anyhow::Result<String> {
+    let answer = RuntimeServiceClient::new(channel).version(VersionRequest::default()).await.map_err(status)?;
+    let answer = answer.into_inner();
+    Ok(format!("{} {}", answer.runtime_name, answer.runtime_version))
+}
+
+/// Whether the runtime has an image of this name.
+pub(crate) async fn has(channel: Channel, image: &str) -> anyhow::Result<bool> {
+    let request = ImageStatusRequest { image: Some(spec_of(image)), ..ImageStatusRequest::default() };
+    let answer = ImageServiceClient::new(channel).image_status(request).await.map_err(status)?;
+    Ok(answer.into_inner().image.is_some())
+}
+
+fn spec_of(image: &str) -> ImageSpec {
+    ImageSpec { image: image.to_owned(), ..ImageSpec::default() }
 }
 
 /// Asks the runtime to import an archive of its own file system; prints what came in.
@@ -113,7 +138,11 @@ async fn list(channel: Channel) -> anyhow::Result<()> {
 /// Pulls, with bars for a person who watches.
 async fn pull(channel: Channel, image: String) -> anyhow::Result<()> {
     let request = PullRequest { image: image.clone() };
-    let mut progress = ImagesClient::new(channel).pull(request).await.map_err(status)?.into_inner();
+    let mut progress = match ImagesClient::new(channel.clone()).pull(request).await {
+        Ok(progress) => progress.into_inner(),
+        Err(answer) if answer.code() == Code::Unimplemented => return pull_without_progress(channel, image).await,
+        Err(answer) => return Err(status(answer)),
+    };
     let watched = std::io::stdout().is_terminal();
     let mut bars = Bars::default();
     while let Some(message) = progress.message().await.map_err(status)? {
@@ -127,10 +156,18 @@ async fn pull(channel: Channel, image: String) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Pulls as the agent does: a runtime of others says nothing while it works.
+async fn pull_without_progress(channel: Channel, image: String) -> anyhow::Result<()> {
+    let request = PullImageRequest { image: Some(spec_of(&image)), ..PullImageRequest::default() };
+    let answer = ImageServiceClient::new(channel).pull_image(request).await.map_err(status)?.into_inner();
+    println!("pulled {image} as {}", answer.image_ref);
+    Ok(())
+}
+
 async fn remove(channel: Channel, images: Vec<String>) -> anyhow::Result<()> {
     let mut client = ImageServiceClient::new(channel);
     for image in images {
-        let request = RemoveImageRequest { image: Some(ImageSpec { image: image.clone(), ..ImageSpec::default() }) };
+        let request = RemoveImageRequest { image: Some(spec_of(&image)) };
         client.remove_image(request).await.map_err(status)?;
         println!("removed {image}");
     }
@@ -165,8 +202,11 @@ pub(crate) fn age(text: &str) -> Result<Duration, String> {
     number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(wrong)
 }
 
-/// A gRPC status as an error of its message alone.
+/// A gRPC status as an error of its message alone. What only our own runtime can do is said as such.
 pub(crate) fn status(status: tonic::Status) -> anyhow::Error {
+    if status.code() == Code::Unimplemented {
+        return anyhow::anyhow!("the node's runtime cannot do this; use its own tools ({})", status.message());
+    }
     anyhow::anyhow!("{}", status.message())
 }
 

@@ -137,11 +137,10 @@ async fn start(children: &mut Children<'_>, stages: &mut Stages) -> anyhow::Resu
     let settings = children.settings;
     let bootstrap = settings.layout.component_kubeconfig("bootstrap");
     let patience = if bootstrap.exists() { PATIENCE } else { FOR_EVER };
-    let runtime = children.spawn("runtime")?;
+    let runtime = children.spawn_runtime()?;
     let agent = children.spawn("agent")?;
     let netproxy = children.spawn("netproxy")?;
-    children.wait_ready("runtime", runtime, PATIENCE).await?;
-    stages.done("runtime ready");
+    stages.done(&children.wait_runtime(runtime, PATIENCE).await?);
     children.wait_ready("agent", agent, patience).await?;
     stages.done("the node has its certificate");
     children.wait_ready("netproxy", netproxy, patience).await?;

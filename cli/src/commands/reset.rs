@@ -13,7 +13,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use oarlock_netlink::{Connection, Protocol};
 use oarlock_proto::cri::runtime_service_client::RuntimeServiceClient;
-use oarlock_proto::cri::{ListPodSandboxRequest, RemovePodSandboxRequest};
+use oarlock_proto::cri::{ListPodSandboxRequest, RemovePodSandboxRequest, StopPodSandboxRequest};
+use tonic::transport::Channel;
 
 use super::{images, netproxy, stop};
 use crate::config::Settings;
@@ -23,6 +24,11 @@ use crate::host;
 const BRIDGE: &str = "oar0";
 /// Cgroups that agent and runtime make below each hierarchy's root.
 const CGROUPS: &[&str] = &["kubepods", "oarlock"];
+
+/// The label by which a kubelet's sandboxes are known.
+const POD_UID: &str = "io.kubernetes.pod.uid";
+/// How long removing all pods may take.
+const REMOVAL: Duration = Duration::from_secs(90);
 
 #[derive(clap::Args)]
 pub(crate) struct ResetFlags {
@@ -99,11 +105,40 @@ fn pod_log_directories(settings: &Settings) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Removes every sandbox through a runtime daemon started for this alone, since only it knows how each was made.
+/// Removes every pod: through the node's other runtime, and what ours has.
 fn remove_pods(settings: &Settings) -> anyhow::Result<()> {
+    if settings.has_own_runtime() || !settings.layout.agent_dir().exists() {
+        return remove_own_pods(settings);
+    }
+    let asynchronous = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let removal = async {
+        let channel = images::connect(settings).await?;
+        tokio::time::timeout(REMOVAL, remove_sandboxes(channel)).await.context("removing pods took over 90 s")?
+    };
+    asynchronous.block_on(removal)?;
+    remove_own_pods(settings)
+}
+
+/// Stops and removes the sandboxes that kubelets of this machine made.
+async fn remove_sandboxes(channel: Channel) -> anyhow::Result<()> {
+    let mut client = RuntimeServiceClient::new(channel);
+    let pods = client.list_pod_sandbox(ListPodSandboxRequest::default()).await.map_err(images::status)?.into_inner();
+    for pod in pods.items.into_iter().filter(|pod| pod.labels.contains_key(POD_UID)) {
+        let request = StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
+        client.stop_pod_sandbox(request).await.map_err(images::status)?;
+        let request = RemovePodSandboxRequest { pod_sandbox_id: pod.id };
+        client.remove_pod_sandbox(request).await.map_err(images::status)?;
+    }
+    Ok(())
+}
+
+/// Removes every sandbox through a runtime daemon started for this alone, since only it knows how each was made.
+fn remove_own_pods(settings: &Settings) -> anyhow::Result<()> {
     if !settings.layout.runtime_dir().exists() {
         return Ok(());
     }
+    // The daemon is asked at its own place whatever the configuration says of the node's runtime.
+    let settings = &Settings { runtime_socket: settings.layout.runtime_socket(), ..settings.clone() };
     let mut daemon = Command::new(std::env::current_exe()?);
     if settings.layout.data_dir() != Path::new("/var/lib/oarlock") {
         daemon.arg("--data-dir").arg(settings.layout.data_dir());
@@ -138,7 +173,7 @@ fn remove_pods(settings: &Settings) -> anyhow::Result<()> {
             }
             anyhow::Ok(())
         };
-        tokio::time::timeout(Duration::from_secs(90), removal).await.context("removing pods took over 90 s")?
+        tokio::time::timeout(REMOVAL, removal).await.context("removing pods took over 90 s")?
     });
     let _ = kill(Pid::from_raw(i32::try_from(daemon.id())?), Signal::SIGTERM);
     daemon.wait()?;
@@ -299,10 +334,12 @@ fn remove_files(settings: &Settings, logs: &[PathBuf]) -> anyhow::Result<()> {
         let _ = fs::remove_dir(kubelet.join(own));
     }
     // Directories that others use too go only when nothing is left in them.
+    // A containerd that watches for network configuration ends when the directory goes.
+    let cni_conf_dir = Some(&settings.cni_conf_dir).filter(|_| settings.has_own_runtime());
     let shared = [
         layout.admin_kubeconfig().parent().map(Path::to_owned),
-        Some(settings.cni_conf_dir.clone()),
-        settings.cni_conf_dir.parent().map(Path::to_owned),
+        cni_conf_dir.cloned(),
+        cni_conf_dir.and_then(|dir| dir.parent()).map(Path::to_owned),
         Some(layout.pod_logs_dir()),
         Some(layout.container_logs_dir()),
         layout.nri_socket().parent().map(Path::to_owned),

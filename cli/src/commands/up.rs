@@ -85,11 +85,10 @@ async fn supervise(settings: &Settings, config: &ConfigFlags, flags: &UpFlags) -
 /// Starts the four daemons in the order of their needs and waits for the node.
 async fn start(children: &mut Children<'_>, flags: &UpFlags, stages: &mut Stages) -> anyhow::Result<()> {
     let server = children.spawn("server")?;
-    let runtime = children.spawn("runtime")?;
+    let runtime = children.spawn_runtime()?;
     children.wait_ready("server", server, READY_TIMEOUT).await?;
     stages.done("API server ready");
-    children.wait_ready("runtime", runtime, READY_TIMEOUT).await?;
-    stages.done("runtime ready");
+    stages.done(&children.wait_runtime(runtime, READY_TIMEOUT).await?);
     let agent = children.spawn("agent")?;
     let netproxy = children.spawn("netproxy")?;
     children.wait_ready("netproxy", netproxy, READY_TIMEOUT).await?;

@@ -34,16 +34,66 @@ pub(crate) struct AgentFlags {
     /// Seconds over which CPU time is measured
     #[arg(long, default_value_t = 30)]
     seconds: u64,
+    /// Measure instead a node that is filled to so many pods at once, for example 110 250
+    #[arg(long, num_args = 1..)]
+    full: Vec<usize>,
 }
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) fn run(flags: &AgentFlags) -> anyhow::Result<()> {
-    let most = flags.background + flags.steady + flags.bursts.iter().sum::<usize>();
+    let beside = flags.background + flags.steady + flags.bursts.iter().sum::<usize>();
+    let most = flags.full.iter().copied().max().unwrap_or(beside);
     let cluster = Cluster::start_with(false, Some(&format!("maxPods: {most}\n")))?;
     cluster.import()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    runtime.block_on(measure(&cluster, flags))
+    runtime.block_on(async {
+        if flags.full.is_empty() { measure(&cluster, flags).await } else { fill(&cluster, flags).await }
+    })
+}
+
+/// A node with as many pods as it takes: until all are Ready, what it costs to have them, and until all are gone.
+async fn fill(cluster: &Cluster, flags: &AgentFlags) -> anyhow::Result<()> {
+    let api: Api<Pod> = Api::namespaced(cluster.client().await?, "default");
+    let mut news = follow(api.clone());
+    println!("agent PSS, empty: {:.1} MB", megabytes(memory::pss_kib(cluster.daemon("agent")?)?));
+    for count in &flags.full {
+        let began = Instant::now();
+        let made = create(&api, &format!("full{count}"), *count, None, &json!(null)).await?;
+        let ready = news.ready(&made).await?;
+        let all_ready = began.elapsed().as_secs_f64();
+        table::print(
+            &format!("each of {count} pods made at once"),
+            &[Row { name: "to Ready".to_owned(), samples: ready }],
+        );
+        println!("{count} pods: all Ready after {all_ready:.2} s");
+        let mut daemons = Vec::new();
+        for name in ["agent", "runtime", "server", "netproxy"] {
+            let pid = cluster.daemon(name)?;
+            daemons.push((name, pid, memory::cpu_seconds(pid)?));
+        }
+        tokio::time::sleep(Duration::from_secs(flags.seconds)).await;
+        for (name, pid, before) in daemons {
+            let busy = (memory::cpu_seconds(pid)? - before) * 100.0 / flags.seconds as f64;
+            let pss = megabytes(memory::pss_kib(pid)?);
+            println!("{count} pods: {name} PSS {pss:.1} MB, {busy:.2} % of a core over {} s", flags.seconds);
+        }
+        let began = Instant::now();
+        for name in made.keys() {
+            api.delete(name, &DeleteParams::default()).await?;
+        }
+        while !api.list(&ListParams::default()).await?.items.is_empty() {
+            anyhow::ensure!(began.elapsed() < PATIENCE, "pods are left");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        println!("{count} pods: all gone after {:.2} s", began.elapsed().as_secs_f64());
+        news.ready.clear();
+    }
+    Ok(())
+}
+
+fn megabytes(kib: u64) -> f64 {
+    kib as f64 / 1024.0
 }
 
 async fn measure(cluster: &Cluster, flags: &AgentFlags) -> anyhow::Result<()> {
@@ -83,7 +133,7 @@ async fn measure(cluster: &Cluster, flags: &AgentFlags) -> anyhow::Result<()> {
     let busy = cpu_percent(agent, flags.seconds).await?;
     println!("agent CPU with 100 pods, half with HTTP and half with exec probes every 10 s: {busy:.2} % of a core");
     for (what, kib) in sizes {
-        println!("agent PSS, {what}: {:.1} MB", kib as f64 / 1024.0);
+        println!("agent PSS, {what}: {:.1} MB", megabytes(kib));
     }
     Ok(())
 }

@@ -1,14 +1,20 @@
-//! A cluster in fresh namespaces: `oarlock up --detach --demo` below a temporary directory, and kubectl aimed at it.
+//! A cluster in fresh namespaces: `oarlock up --detach --demo` below a temporary directory, and kubectl aimed at it. Its pods
+//! run in our runtime or in containerd.
 
 use std::cell::RefCell;
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use oarlock_testkit::{Snapshot, binary, image_archive, wait_for};
 use serde_json::Value;
+
+use super::containerd::Containerd;
 
 /// How long anything in a pod may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -21,19 +27,42 @@ pub(crate) struct Cluster {
     config: tempfile::NamedTempFile,
     before: Snapshot,
     kubectl: RefCell<OsString>,
+    /// What runs the pods, where that is not our own runtime.
+    containerd: Option<RefCell<Containerd>>,
 }
 
 impl Cluster {
     /// Starts the cluster and checks what the demo printed.
     pub(crate) fn start() -> Self {
+        Self::up(false)
+    }
+
+    /// The same with its pods in containerd.
+    pub(crate) fn start_over_containerd() -> Self {
+        Self::up(true)
+    }
+
+    fn up(over_containerd: bool) -> Self {
         let directory = tempfile::Builder::new().prefix("oarlock-e2e-").tempdir().expect("tempdir");
         let before = Snapshot::take(&directory.path().to_string_lossy());
         let kubectl = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
+        let mut text = CONFIG.to_owned();
+        let image = image_archive().to_string_lossy().into_owned();
+        let mut arguments = vec!["up", "--detach", "--demo"];
+        let containerd = over_containerd.then(|| Containerd::start(&directory.path().join("cni/bin")));
+        match &containerd {
+            Some(containerd) => {
+                let (socket, networks) = (containerd.socket(), containerd.network_directory());
+                let endpoint = format!("kubelet: {{containerRuntimeEndpoint: \"unix://{}\"}}", socket.display());
+                writeln!(text, "{endpoint}\ncni: {{confDir: {}}}", networks.display()).expect("a string");
+            }
+            None => arguments.extend(["--image", &image]),
+        }
         let mut config = tempfile::NamedTempFile::new().expect("a file");
-        config.write_all(CONFIG.as_bytes()).expect("write the configuration");
-        let cluster = Self { directory, config, before, kubectl: RefCell::new(kubectl) };
-        let image = image_archive();
-        let output = cluster.oarlock(&["up", "--detach", "--demo", "--image", &image.to_string_lossy()]);
+        config.write_all(text.as_bytes()).expect("write the configuration");
+        let containerd = containerd.map(RefCell::new);
+        let cluster = Self { directory, config, before, kubectl: RefCell::new(kubectl), containerd };
+        let output = cluster.oarlock(&arguments);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "up failed:\n{text}\n{}", String::from_utf8_lossy(&output.stderr));
         println!("{text}");
@@ -131,8 +160,19 @@ impl Cluster {
         })
     }
 
-    /// The pid of a daemon under `oarlock up`.
+    /// Ends a daemon without asking it. Who started it starts it again: `oarlock up`, or for containerd we.
+    pub(crate) fn kill_daemon(&self, name: &str) {
+        match &self.containerd {
+            Some(containerd) if name == "runtime" => containerd.borrow_mut().kill_and_start_again(),
+            _ => kill(Pid::from_raw(self.daemon_pid(name)), Signal::SIGKILL).expect("kill"),
+        }
+    }
+
+    /// The pid of a daemon.
     pub(crate) fn daemon_pid(&self, name: &str) -> i32 {
+        if let Some(containerd) = self.containerd.as_ref().filter(|_| name == "runtime") {
+            return containerd.borrow().pid();
+        }
         let directory = self.data_dir().to_string_lossy().into_owned();
         procfs::process::all_processes()
             .expect("/proc")
@@ -157,15 +197,21 @@ impl Cluster {
             let lines: Vec<&str> = log.lines().collect();
             println!("--- {name}.log\n{}", lines[lines.len().saturating_sub(15)..].join("\n"));
         }
+        if let Some(containerd) = &self.containerd {
+            println!("--- containerd's log\n{}", containerd.borrow().last_lines(15));
+        }
     }
 
     /// Resets the cluster and compares the host with how it was before.
-    pub(crate) fn reset_and_check(self) {
+    pub(crate) fn reset_and_check(mut self) {
         let output = self.oarlock(&["reset", "--yes"]);
         assert!(output.status.success(), "reset: {}{}", text(&output.stdout), text(&output.stderr));
         let left: Vec<_> =
             std::fs::read_dir(self.data_dir()).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         assert!(left.is_empty(), "files left: {left:?}");
+        if let Some(containerd) = self.containerd.take() {
+            containerd.into_inner().end_and_check();
+        }
         self.before.assert_nothing_leaked(&Snapshot::take(&self.directory.path().to_string_lossy()));
     }
 }

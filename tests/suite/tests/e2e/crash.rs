@@ -5,8 +5,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use oarlock_testkit::wait_for;
 
 use super::Case;
@@ -60,8 +58,8 @@ fn survive(cluster: &Cluster, daemons: &[&str]) {
     let before = containers(cluster);
     let mut stream = open_stream(cluster);
     let pids: Vec<(&str, i32)> = daemons.iter().map(|name| (*name, cluster.daemon_pid(name))).collect();
-    for (_, pid) in &pids {
-        kill(Pid::from_raw(*pid), Signal::SIGKILL).expect("kill");
+    for name in daemons {
+        cluster.kill_daemon(name);
     }
     for _ in 0..10 {
         next_line(&mut stream);

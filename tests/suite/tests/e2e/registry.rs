@@ -4,7 +4,8 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use oarlock_testkit::{image_archive, wait_for};
+use oarlock_testimage::{Image, pack};
+use oarlock_testkit::{binary, wait_for};
 
 use super::Case;
 use super::cluster::{Cluster, PATIENCE, text};
@@ -65,7 +66,11 @@ impl Drop for Registry {
 fn pull(cluster: &Cluster) {
     let directory = tempfile::tempdir().expect("tempdir");
     let registry = Registry::start(directory.path());
-    let reference = registry.push(&image_archive(), "harbour/rower:1");
+    // An image of its own: runtimes remove an image with all its names.
+    let archive = directory.path().join("rower.tar");
+    let image = Image { files: &[("rower", b"1", 0o644)], ..Image::default() };
+    pack(&binary("oarlock-testimage"), &image, &archive).expect("pack an image");
+    let reference = registry.push(&archive, "harbour/rower:1");
     let manifest = pod("pulled", &["/bin/sleep"])
         .replace("\"oarlock.local/testimage:1\",", &format!("\"{reference}\", imagePullPolicy: Always,"));
     cluster.apply(&manifest);
