@@ -72,15 +72,8 @@ pub struct Outputs {
 
 impl Hub {
     pub fn new(config: Arc<Config>, outputs: Outputs) -> Hub {
-        let context = |network: &crate::Network| Context {
-            is_ipv4: network.is_ipv4(),
-            dns_address: Some(network.cluster_dns),
-            node_name: config.node_name.clone(),
-            zone: None,
-            external_allowed: config.external_ips_allowed.clone(),
-        };
         Hub {
-            contexts: config.networks.iter().map(context).collect(),
+            contexts: config.networks.iter().map(|network| Context::new(&config, network)).collect(),
             config,
             cluster: outputs.cluster,
             status: outputs.status,

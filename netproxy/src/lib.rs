@@ -6,6 +6,8 @@
 //! `conntrack` forgets stale flows. `dns` answers names from the same state. `announce` answers for balancer addresses on the node's link. `node` writes the CNI configuration, `overlay` finds the
 //! way to other nodes' pods, through `wireguard` where there is one. `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
 //!
+//! `trial`, for tests, makes random Services by seed and holds these rules against a model of what they mean.
+//!
 //! These tables are ours, and nothing else of the host's is touched.
 
 mod announce;
@@ -32,6 +34,10 @@ mod proxy;
 mod rules;
 mod service;
 mod sync;
+#[cfg(any(test, feature = "trial"))]
+pub mod trial;
+#[cfg(test)]
+mod trial_tests;
 mod watch;
 mod wireguard;
 mod worker;

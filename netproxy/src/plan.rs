@@ -21,6 +21,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
+use crate::config::{Config, Network};
 use crate::element::{Balancer, ElementKey, Entry, Lengths, Map, Scope, Target};
 use crate::service::{Endpoint, Port, Protocol, Service, Slice};
 
@@ -35,6 +36,19 @@ pub struct Context {
     pub zone: Option<String>,
     /// Where a Service's external addresses have to be to be taken.
     pub external_allowed: Vec<IpNet>,
+}
+
+impl Context {
+    /// Of one of a configuration's networks; the zone is the Node's to tell.
+    pub fn new(config: &Config, network: &Network) -> Context {
+        Context {
+            is_ipv4: network.is_ipv4(),
+            dns_address: Some(network.cluster_dns),
+            node_name: config.node_name.clone(),
+            zone: None,
+            external_allowed: config.external_ips_allowed.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -153,22 +153,28 @@ pub fn table(config: &Config, is_ipv4: bool) -> Table {
     Table::new(family, config.table_name.clone())
 }
 
-/// Prepares the host for one family, and what keeps its table.
-fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> {
-    let is_ipv4 = network.is_ipv4();
-    let record = config.sysctl_record.as_deref();
-    host::enable_forwarding(is_ipv4, record).map_err(Error::Forwarding)?;
-    let of_family = |net: &&ipnet::IpNet| net.addr().is_ipv4() == is_ipv4;
-    let settings = Settings {
-        table: table(config, is_ipv4),
+/// What the fixed rules of one family depend on.
+pub fn settings(config: &Config, network: &Network, masquerade_bridged: bool) -> Settings {
+    let of_family = |net: &&ipnet::IpNet| net.addr().is_ipv4() == network.is_ipv4();
+    Settings {
+        table: table(config, network.is_ipv4()),
         cluster_cidr: network.cluster_cidr,
         service_cidr: network.service_cidr,
         dns_address: Some(network.cluster_dns),
         balancer_pools: config.balancer_pools.iter().filter(of_family).copied().collect(),
         node_port_addresses: (!config.node_port_addresses.is_empty())
             .then(|| config.node_port_addresses.iter().filter(of_family).copied().collect()),
-        masquerade_bridged: !host::enable_bridge_filtering(is_ipv4, record),
-    };
+        masquerade_bridged,
+    }
+}
+
+/// Prepares the host for one family, and what keeps its table.
+fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> {
+    let is_ipv4 = network.is_ipv4();
+    let record = config.sysctl_record.as_deref();
+    host::enable_forwarding(is_ipv4, record).map_err(Error::Forwarding)?;
+    let settings = settings(config, network, !host::enable_bridge_filtering(is_ipv4, record));
+    let of_family = |net: &&ipnet::IpNet| net.addr().is_ipv4() == is_ipv4;
     let scope = Scope {
         service_cidr: network.service_cidr,
         cluster_cidr: network.cluster_cidr,

@@ -273,6 +273,7 @@ fn rules(settings: &Settings) -> Vec<Rule> {
         Rule::new(SERVICES, loopback(Expr::Verdict(Verdict::Return))).comment("route_localnet stays off"),
         Rule::new(LOCAL, by_address(settings, Map::LocalServices)).comment(Map::LocalServices.name()),
         Rule::new(NO_ENDPOINTS, by_address(settings, Map::NoEndpoints)).comment(Map::NoEndpoints.name()),
+        Rule::new(NO_ENDPOINTS, loopback(Expr::Verdict(Verdict::Return))).comment("the node's own, as with endpoints"),
         Rule::new("prerouting", from_outside).comment("externalTrafficPolicy Local"),
         Rule::new("prerouting", vec![jump(SERVICES)]),
         Rule::new("output", vec![jump(SERVICES)]),
@@ -340,12 +341,14 @@ fn postrouting(settings: &Settings) -> Vec<Rule> {
         Expr::StoreMark { from: Reg(0) },
         Expr::Masquerade,
     ];
-    let hairpin = vec![
+    let mut hairpin = vec![
         settings.header().load_source(0),
         settings.header().load_destination(settings.header().width()),
         Expr::InSet { set: Map::Hairpin.name().into(), key: Reg(0), inverted: false },
-        Expr::Masquerade,
     ];
+    // The node's own processes reach its address without any Service too, and have to be seen as themselves.
+    hairpin.extend(if_destination_changed());
+    hairpin.push(Expr::Masquerade);
     let mut rules = vec![
         Rule::new("postrouting", marked),
         Rule::new("postrouting", hairpin).comment("a pod that reaches itself through a Service"),

@@ -45,7 +45,7 @@ pub struct Proxier<K> {
     kernel: K,
     settings: Settings,
     /// Reads the addresses of this node, whose own clients are not from outside.
-    node_addresses: fn() -> Vec<IpAddr>,
+    node_addresses: Box<dyn Fn() -> Vec<IpAddr> + Send>,
     ledger: Ledger,
     staged: Delta,
     /// The chains in the kernel that come and go; none before the first commit.
@@ -54,24 +54,27 @@ pub struct Proxier<K> {
     audited: Option<Instant>,
     /// How long the last comparison took.
     audit_cost: Duration,
+    /// Clients can be bound to endpoints: some Service has session affinity, or had it since the bindings were last seen gone.
+    may_be_bound: bool,
 }
 
 impl<K: Kernel> Proxier<K> {
-    pub fn new(kernel: K, settings: Settings, node_addresses: fn() -> Vec<IpAddr>) -> Proxier<K> {
+    pub fn new(kernel: K, settings: Settings, node_addresses: impl Fn() -> Vec<IpAddr> + Send + 'static) -> Proxier<K> {
         Proxier {
             kernel,
             settings,
-            node_addresses,
+            node_addresses: Box::new(node_addresses),
             ledger: Ledger::default(),
             staged: Delta::default(),
             present: None,
             generation: None,
             audited: None,
             audit_cost: Duration::ZERO,
+            may_be_bound: true,
         }
     }
 
-    #[cfg(test)]
+    #[cfg(any(test, feature = "trial"))]
     pub fn kernel_mut(&mut self) -> &mut K {
         &mut self.kernel
     }
@@ -94,6 +97,7 @@ impl<K: Kernel> Proxier<K> {
     pub fn commit(&mut self) -> Result<Committed, NftError> {
         let staged = std::mem::take(&mut self.staged);
         let committed = describe(&staged);
+        self.may_be_bound |= self.ledger.has_affinity();
         let Some(mut present) = self.present.take() else {
             self.establish()?;
             return Ok(Committed { connectionless_changed: true, endpoints_removed: true, retired: Vec::new() });
@@ -269,7 +273,8 @@ impl<K: Kernel> Proxier<K> {
 
     /// Releases clients from endpoints that are gone.
     pub fn release_clients(&mut self) -> Result<usize, NftError> {
-        if !self.ledger.has_affinity() {
+        // A Service that gets session affinity again must not find clients bound as they were the last time.
+        if !self.may_be_bound {
             return Ok(0);
         }
         let elements = self.kernel.elements(&self.settings.table, rules::AFFINITY)?.unwrap_or_default();
@@ -286,6 +291,7 @@ impl<K: Kernel> Proxier<K> {
                 _ => {}
             }
         }
+        self.may_be_bound = self.ledger.has_affinity() || elements.len() > count;
         Ok(count)
     }
 

@@ -1,6 +1,8 @@
 //! A node in fresh namespaces: a bridge with pods, a neighbour outside the cluster, a fake API and the real proxy.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod sockets;
+
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -74,7 +76,7 @@ impl Family {
         if self == Family::V4 { "ip" } else { "ip6" }
     }
 
-    fn network(self) -> Network {
+    pub fn network(self) -> Network {
         let (pods, services) =
             if self == Family::V4 { ("10.42.0.0/16", "10.43.0.0/16") } else { ("fd2a::/48", "fd2b::/112") };
         Network {
@@ -181,8 +183,13 @@ impl World {
 
     /// Starts the proxy and waits until it has written its rules.
     pub fn start_proxy(&mut self) {
+        self.start_proxy_with(self.config());
+    }
+
+    /// As [`World::start_proxy`], with another configuration.
+    pub fn start_proxy_with(&mut self, config: Config) {
         let entered = self.runtime.enter();
-        let proxy = Netproxy::new(self.config(), self.api.client());
+        let proxy = Netproxy::new(config, self.api.client());
         drop(entered);
         let mut ready = proxy.ready();
         let shutdown = CancellationToken::new();
@@ -265,10 +272,12 @@ impl World {
 
 /// A server on TCP and UDP port 8080 of a pod, that answers with its name and the client's address.
 pub fn serve(name: &str, address: IpAddr) {
-    let (listener, socket) = run_in(&netns(name), || {
-        (TcpListener::bind((address, 8080)).unwrap(), UdpSocket::bind((address, 8080)).unwrap())
-    })
-    .unwrap();
+    serve_as(Some(name), name, (address, 8080).into());
+}
+
+/// As [`serve`], at any place and port and by any name.
+pub fn serve_as(place: Option<&str>, name: &str, address: SocketAddr) {
+    let (listener, socket) = at(place, || (TcpListener::bind(address).unwrap(), UdpSocket::bind(address).unwrap()));
     let own = name.to_owned();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
