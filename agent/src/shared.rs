@@ -67,10 +67,6 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn host_ip(&self) -> String {
-        self.config.node_ip.to_string()
-    }
-
     /// The node's address, and that of the other family if it has one.
     pub(crate) fn host_ips(&self) -> Vec<String> {
         [self.config.node_ip].into_iter().chain(self.config.second_node_ip).map(|ip| ip.to_string()).collect()

@@ -216,7 +216,7 @@ pub(crate) struct ConfigFlags {
     /// The node's address; for dual stack one of each family with a comma [default: that of the default route's link]
     #[arg(long, global = true, value_name = "ADDRESS")]
     pub(crate) node_ip: Option<OneOrTwo<IpAddr>>,
-    /// Where the API server listens [default: every IPv4 address]
+    /// Where the API server listens [default: every address of the cluster's families]
     #[arg(long, global = true, value_name = "ADDRESS")]
     pub(crate) bind_address: Option<IpAddr>,
     /// The address that nodes and pods reach the API server at [default: the node's]
@@ -289,15 +289,21 @@ impl Settings {
         self.runtime_socket == self.layout.runtime_socket()
     }
 
+    /// Every address of this machine, of the families that the cluster has: an IPv6 socket takes IPv4 connections too.
+    pub(crate) fn any_address(&self) -> IpAddr {
+        any_address(self.cluster_cidr, self.secondary.as_ref())
+    }
+
     /// The API server as this machine reaches it: its own on loopback where it listens there.
     pub(crate) fn server_url(&self) -> String {
-        let own = match self.bind_address {
-            IpAddr::V4(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(address) if address.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-            address => address,
-        };
-        self.joined.clone().unwrap_or_else(|| format!("https://{}", SocketAddr::new(own, self.api_port)))
+        let own = crate::commands::daemon::reached_at(SocketAddr::new(self.bind_address, self.api_port));
+        self.joined.clone().unwrap_or_else(|| format!("https://{own}"))
     }
+}
+
+fn any_address(cluster_cidr: IpNet, secondary: Option<&Secondary>) -> IpAddr {
+    let is_ipv6 = cluster_cidr.addr().is_ipv6() || secondary.is_some_and(|second| second.cluster_cidr.addr().is_ipv6());
+    if is_ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() }
 }
 
 /// The machine's own configuration file, and where its data are.
@@ -385,6 +391,7 @@ fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, Config
         .chain(secondary.iter().flat_map(|second| [second.cluster_cidr, second.service_cidr]))
         .chain([node_ip.into()])
         .collect();
+    let any = any_address(cluster_cidr, secondary.as_ref());
     Ok(Settings {
         node_tunnel: match file.node_tunnel.as_deref().unwrap_or("auto") {
             "auto" => oarlock_netproxy::Tunnel::Auto,
@@ -407,7 +414,7 @@ fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, Config
         external_ips_allowed: file.external_ips_allowed,
         stub_domains: file.stub_domains,
         api_port: file.api_port.unwrap_or(6443),
-        bind_address: file.bind_address.unwrap_or(Ipv4Addr::UNSPECIFIED.into()),
+        bind_address: file.bind_address.unwrap_or(any),
         advertise_address: file.advertise_address.unwrap_or(node_ip),
         tls_sans: checked_names(file.tls_sans)?,
         joined,
@@ -599,6 +606,8 @@ mod tests {
         let text = "clusterCIDR: 10.42.0.0/16,fd42::/48\nserviceCIDR: 10.43.0.0/16, fd43::/112\nnodeIP: 192.0.2.2,2001:db8::2\n";
         let secondary = parse(text).expect("valid").secondary.expect("two families");
         assert_eq!(secondary.cluster_dns.to_string(), "fd43::a");
+        let both = parse(text).expect("valid");
+        assert_eq!((both.bind_address.to_string(), both.server_url()), ("::".into(), "https://[::1]:6443".into()));
         assert_eq!(secondary.node_ip, Some("2001:db8::2".parse().expect("address")));
         assert_eq!(
             parse("clusterCIDR: fd42::/48\nserviceCIDR: fd43::/112\n").expect("valid").cluster_dns.to_string(),

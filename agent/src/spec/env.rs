@@ -14,7 +14,8 @@ pub(crate) type EnvFile = Result<Option<BTreeMap<String, String>>, String>;
 #[derive(Default)]
 pub(crate) struct Sources<'a> {
     pub pod_ips: &'a [String],
-    pub host_ip: &'a str,
+    /// The node's address, and that of the other family if it has one.
+    pub host_ips: &'a [String],
     pub node_name: &'a str,
     pub service_account: &'a str,
     /// By name; None for one that does not exist.
@@ -209,7 +210,8 @@ fn field_value(pod: &Pod, path: &str, sources: &Sources<'_>) -> Result<String, S
         "metadata.uid" => super::pod_uid(pod).to_owned(),
         "spec.nodeName" => sources.node_name.to_owned(),
         "spec.serviceAccountName" => sources.service_account.to_owned(),
-        "status.hostIP" | "status.hostIPs" => sources.host_ip.to_owned(),
+        "status.hostIP" => sources.host_ips.first().cloned().unwrap_or_default(),
+        "status.hostIPs" => sources.host_ips.join(","),
         "status.podIP" => sources.pod_ips.first().cloned().unwrap_or_default(),
         "status.podIPs" => sources.pod_ips.join(","),
         _ => {
@@ -311,7 +313,8 @@ mod tests {
 
     #[test]
     fn later_definitions_win_and_references_expand() {
-        let mut sources = Sources { pod_ips: &["10.42.0.2".to_owned()], ..Default::default() };
+        let host_ips = ["192.0.2.1".to_owned(), "2001:db8::1".to_owned()];
+        let mut sources = Sources { pod_ips: &["10.42.0.2".to_owned()], host_ips: &host_ips, ..Default::default() };
         let map: ConfigMap = serde_json::from_value(serde_json::json!({"data": {"A": "1", "B": "2"}})).unwrap();
         sources.config_maps.insert("m".into(), Some(map));
         let list = env(
@@ -319,12 +322,17 @@ mod tests {
                 "envFrom": [{"prefix": "P_", "configMapRef": {"name": "m"}}],
                 "env": [{"name": "X", "value": "$(P_A)/$(NO)"}, {"name": "P_B", "value": "3"},
                         {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+                        {"name": "H", "valueFrom": {"fieldRef": {"fieldPath": "status.hostIP"}}},
+                        {"name": "HS", "valueFrom": {"fieldRef": {"fieldPath": "status.hostIPs"}}},
                         {"name": "L", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['app']"}}}]}),
             &sources,
         )
         .expect("an environment");
         let text: Vec<String> = list.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        assert_eq!(text, ["P_A=1", "P_B=3", "X=1/$(NO)", "IP=10.42.0.2", "L=web"]);
+        assert_eq!(
+            text,
+            ["P_A=1", "P_B=3", "X=1/$(NO)", "IP=10.42.0.2", "H=192.0.2.1", "HS=192.0.2.1,2001:db8::1", "L=web"]
+        );
     }
 
     #[test]

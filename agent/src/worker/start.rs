@@ -179,7 +179,7 @@ impl Job {
         let pod_ips = self.pod_ips();
         let sources = Sources {
             pod_ips: &pod_ips,
-            host_ip: &shared.host_ip(),
+            host_ips: &shared.host_ips(),
             node_name: &shared.config.node_name,
             service_account: spec.service_account_name.as_deref().unwrap_or_default(),
             config_maps,

@@ -1,6 +1,6 @@
 //! `oarlock agent`: the node agent.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -33,7 +33,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         config.kubelet_dir = layout.kubelet_dir();
         config.pod_logs_dir = layout.pod_logs_dir();
         config.container_logs_dir = Some(layout.container_logs_dir());
-        config.listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, settings.agent_port));
+        config.listen = SocketAddr::new(settings.any_address(), settings.agent_port);
         config.cluster_dns = vec![settings.cluster_dns];
         if let Some(secondary) = &settings.secondary {
             config.cluster_dns.push(secondary.cluster_dns);
@@ -48,10 +48,10 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         let providers = settings.registries.credential_providers.clone();
         config.credential_providers = providers.map(|providers| (providers.config, providers.bin_dir));
         settings.kubelet.apply(&mut config)?;
-        let port = config.listen.port();
+        let own = daemon::reached_at(config.listen);
         let agent = Agent::new(config, &shutdown).await.context("cannot start the agent")?;
         tokio::spawn(daemon::announce_when("agent", shutdown.clone(), move || async move {
-            tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.is_ok()
+            tokio::net::TcpStream::connect(own).await.is_ok()
         }));
         agent.run(shutdown).await.context("the agent ended")
     })

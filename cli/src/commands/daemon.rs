@@ -1,6 +1,7 @@
 //! What every daemon does around its own work: logging, a small thread pool, signals, readiness.
 
 use std::future::Future;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -62,6 +63,16 @@ pub(crate) async fn cancel_on_signal(shutdown: CancellationToken) {
         () = shutdown.cancelled() => {}
     }
     shutdown.cancel();
+}
+
+/// Where a daemon of this machine that listens there is reached from this machine.
+pub(crate) fn reached_at(listen: SocketAddr) -> SocketAddr {
+    let own = match listen.ip() {
+        IpAddr::V4(address) if address.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(address) if address.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        address => address,
+    };
+    SocketAddr::new(own, listen.port())
 }
 
 /// Says "ready" to the supervisor once `check` answers true, and logs it. Gives up quietly when `shutdown` comes first.

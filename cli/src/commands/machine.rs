@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::net::{IpAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -63,7 +63,7 @@ pub(crate) fn prepare_directories(settings: &Settings) -> anyhow::Result<()> {
 
 /// Fails early, and by name, when a port is taken.
 pub(crate) fn check_ports(settings: &Settings) -> anyhow::Result<()> {
-    let any = Ipv4Addr::UNSPECIFIED.into();
+    let any = settings.any_address();
     let server = [("apiPort", settings.bind_address, settings.api_port)];
     let node = [("agentPort", any, settings.agent_port), ("proxyHealthPort", any, settings.proxy_health_port)];
     for (key, address, port) in server.into_iter().filter(|_| settings.joined.is_none()).chain(node) {

@@ -1,6 +1,7 @@
 //! What the server serves, told to clients: versions, groups and resources, legacy and aggregated, and OpenAPI.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -55,7 +56,7 @@ pub(crate) struct Discovery {
 
 impl Discovery {
     pub(crate) fn new(config: &Config) -> Discovery {
-        let address = format!("{}:{}", config.advertise_address, config.listen.port());
+        let address = SocketAddr::new(config.advertise_address, config.listen.port()).to_string();
         let api = json!({
             "kind": "APIVersions", "versions": ["v1"],
             "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": address}],

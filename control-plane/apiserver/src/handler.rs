@@ -1,5 +1,6 @@
 //! One request from the first byte to the answer: who, what, may they, do it.
 
+use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -111,7 +112,7 @@ fn plain(core: &Core, info: &RequestInfo, request: &Request<Body>) -> Option<Ans
         "/.well-known/openid-configuration" => {
             let host = request.headers().get("host").and_then(|host| host.to_str().ok());
             let host = host.or_else(|| request.uri().authority().map(|authority| authority.as_str()));
-            let own = format!("{}:{}", core.config.advertise_address, core.config.listen.port());
+            let own = SocketAddr::new(core.config.advertise_address, core.config.listen.port()).to_string();
             let uri = format!("https://{}/openid/v1/jwks", host.unwrap_or(&own));
             Some(wire::json(StatusCode::OK, &core.tokens.provider(&uri)))
         }

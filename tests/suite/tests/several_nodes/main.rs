@@ -1,5 +1,5 @@
 //! Three whole machines as one cluster: the first has the control plane, the others join it by tokens, as a user would have them
-//! do it. Each has its own runtime, agent and proxy; a link is cut and mended.
+//! do it. Each has its own runtime, agent and proxy; a link is cut and mended. In IPv4, in IPv6 and in both.
 
 mod yard;
 
@@ -8,7 +8,7 @@ use std::process::Output;
 use std::time::Duration;
 
 use oarlock_testkit::{Snapshot, image_archive, in_fresh_namespaces, wait_for};
-use yard::{Machine, text};
+use yard::{Machine, Mode, in_url, text};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A lost node is missed after 40 s.
@@ -19,11 +19,11 @@ fn manifest() -> String {
     let mut all = String::new();
     for node in ["a", "b", "c"] {
         all.push_str(&format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: web-{node}, labels: {{app: web, on: {node}}}}}\nspec:\n  nodeName: {node}\n  terminationGracePeriodSeconds: 0\n  tolerations: [{{operator: Exists}}]\n  containers:\n  - {{name: web, image: \"oarlock.local/testimage:1\", command: [/bin/http, \"8080\"]}}\n---\n"
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: web-{node}, labels: {{app: web, place: {node}}}}}\nspec:\n  nodeName: {node}\n  terminationGracePeriodSeconds: 0\n  tolerations: [{{operator: Exists}}]\n  containers:\n  - {{name: web, image: \"oarlock.local/testimage:1\", command: [/bin/http, \"8080\"]}}\n---\n"
         ));
     }
-    all.push_str("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}\n---\n");
-    all.push_str("apiVersion: v1\nkind: Service\nmetadata: {name: first}\nspec: {type: NodePort, selector: {on: a}, ports: [{port: 80, targetPort: 8080, nodePort: 30080}]}\n");
+    all.push_str("apiVersion: v1\nkind: Service\nmetadata: {name: web}\nspec: {ipFamilyPolicy: PreferDualStack, selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}\n---\n");
+    all.push_str("apiVersion: v1\nkind: Service\nmetadata: {name: first}\nspec: {type: NodePort, ipFamilyPolicy: PreferDualStack, selector: {place: a}, ports: [{port: 80, targetPort: 8080, nodePort: 30080}]}\n");
     all
 }
 
@@ -57,9 +57,18 @@ impl Cluster<'_> {
         output.status.success().then(|| text(&output.stdout).trim().to_owned())
     }
 
-    fn ready_endpoints(&self, count: usize, patience: Duration) {
+    /// Waits for so many endpoints in every family.
+    fn ready_endpoints(&self, mode: Mode, count: usize, patience: Duration) {
         let line = "get endpointslices -l kubernetes.io/service-name=web -o jsonpath={.items[*].endpoints[?(@.conditions.ready==true)].nodeName}";
-        self.wait(line, &format!("{count} ready endpoints"), patience, |said| said.split_whitespace().count() == count);
+        let wanted = count * mode.prefixes().len();
+        self.wait(line, &format!("{wanted} ready endpoints"), patience, |said| {
+            said.split_whitespace().count() == wanted
+        });
+    }
+
+    /// The words that a path leads to.
+    fn words(&self, object: &str, path: &str) -> Vec<String> {
+        self.kubectl(&format!("get {object} -o jsonpath={{{path}}}")).split_whitespace().map(str::to_owned).collect()
     }
 
     fn node_is(&self, node: &str, status: &str, patience: Duration) {
@@ -94,13 +103,36 @@ fn joining_is_guarded(server: &Machine, machine: &Machine) {
     assert!(!server.oarlock("token list").contains(id));
 }
 
-fn everybody_reaches_everybody(cluster: &Cluster<'_>, machines: [&Machine; 3]) {
+fn everybody_reaches_everybody(mode: Mode, cluster: &Cluster<'_>, machines: [&Machine; 3]) {
     let names = ["web-a", "web-b", "web-c"];
     for to in names {
-        let address = cluster.kubectl(&format!("get pod {to} -o jsonpath={{.status.podIP}}"));
-        for from in names {
-            assert_eq!(cluster.fetch(from, &format!("{address}:8080/hostname")).as_deref(), Some(to), "from {from}");
+        let addresses = cluster.words(&format!("pod {to}"), ".status.podIPs[*].ip");
+        assert_eq!(addresses.len(), mode.prefixes().len(), "{addresses:?}");
+        for (address, prefix) in addresses.iter().zip(mode.prefixes()) {
+            assert_eq!(address.contains(':'), prefix.contains(':'), "the primary family first: {addresses:?}");
+            for from in names {
+                let page = cluster.fetch(from, &format!("{}:8080/hostname", in_url(address)));
+                assert_eq!(page.as_deref(), Some(to), "from {from} by {address}");
+            }
         }
+    }
+    services_lead_to_pods(mode, cluster, machines);
+    for (pod, machine) in names.iter().zip(machines) {
+        assert_eq!(cluster.words(&format!("pod {pod}"), ".status.hostIPs[*].ip"), machine.addresses);
+        assert!(cluster.try_kubectl(&format!("logs {pod}")).status.success(), "logs of {pod}");
+    }
+}
+
+fn services_lead_to_pods(mode: Mode, cluster: &Cluster<'_>, machines: [&Machine; 3]) {
+    let names = ["web-a", "web-b", "web-c"];
+    let addresses = cluster.words("service web", ".spec.clusterIPs[*]");
+    assert_eq!(addresses.len(), mode.prefixes().len(), "{addresses:?}");
+    for address in &addresses {
+        let mut seen = BTreeSet::new();
+        wait_for("all three pods through the Service's address", PATIENCE, || {
+            seen.extend(cluster.fetch("web-b", &format!("{}:80/hostname", in_url(address))));
+            (seen.len() == 3).then_some(())
+        });
     }
     for from in names {
         let mut seen = BTreeSet::new();
@@ -111,14 +143,37 @@ fn everybody_reaches_everybody(cluster: &Cluster<'_>, machines: [&Machine; 3]) {
     }
     for from in machines {
         for to in machines {
-            let page = from.run("curl", ["-sS", "-m", "3", &format!("http://{}:30080/hostname", to.address)]);
-            assert_eq!(text(&page.stdout).trim(), "web-a", "the port of {} from {}", to.name, from.name);
+            for address in &to.addresses {
+                let page = format!("http://{}:30080/hostname", in_url(address));
+                let page = from.run("curl", ["-sS", "-g", "-m", "3", &page]);
+                assert_eq!(text(&page.stdout).trim(), "web-a", "the port of {address} from {}", from.name);
+            }
         }
     }
-    for (pod, machine) in names.iter().zip(machines) {
-        let address = cluster.kubectl(&format!("get pod {pod} -o jsonpath={{.status.hostIP}}"));
-        assert_eq!(address, machine.address);
-        assert!(cluster.try_kubectl(&format!("logs {pod}")).status.success(), "logs of {pod}");
+}
+
+/// Names have the addresses of their families, at the DNS address of each family.
+fn names_have_addresses_of_each_family(mode: Mode, cluster: &Cluster<'_>) {
+    for address in cluster.words("service web", ".spec.clusterIPs[*]") {
+        let kind = if address.contains(':') { "AAAA" } else { "A" };
+        assert_eq!(cluster.kubectl(&format!("exec web-c -- /bin/resolve web.default {kind}")).trim(), address);
+    }
+    let servers = cluster.kubectl("exec web-c -- /bin/cat /etc/resolv.conf");
+    assert_eq!(servers.matches("nameserver ").count(), mode.prefixes().len(), "{servers}");
+}
+
+/// A link that is cut for a moment needs nobody's help.
+fn a_short_cut_heals(cluster: &Cluster<'_>, cut: &Machine) {
+    let addresses = cluster.words("pod web-c", ".status.podIPs[*].ip");
+    cut.set_link(false);
+    for address in &addresses {
+        assert_eq!(cluster.fetch("web-a", &format!("{}:8080/hostname", in_url(address))), None);
+    }
+    cut.set_link(true);
+    for address in &addresses {
+        wait_for("the pod that was cut off", PATIENCE, || {
+            (cluster.fetch("web-a", &format!("{}:8080/hostname", in_url(address)))? == "web-c").then_some(())
+        });
     }
 }
 
@@ -140,28 +195,29 @@ fn certificates_are_signed(cluster: &Cluster<'_>) {
     assert_eq!(may("create certificatesigningrequests.certificates.k8s.io").trim(), "no");
 }
 
-fn a_lost_machine_is_missed_and_comes_back(cluster: &Cluster<'_>, lost: &Machine) {
+fn a_lost_machine_is_missed_and_comes_back(mode: Mode, cluster: &Cluster<'_>, lost: &Machine) {
     lost.set_link(false);
     cluster.node_is("c", "Unknown", LOSS);
-    cluster.ready_endpoints(2, PATIENCE);
+    cluster.ready_endpoints(mode, 2, PATIENCE);
     for _ in 0..12 {
         let answer = cluster.fetch("web-b", "web.default:80/hostname");
         assert!(matches!(answer.as_deref(), Some("web-a" | "web-b")), "{answer:?}");
     }
     lost.set_link(true);
     cluster.node_is("c", "True", PATIENCE);
-    cluster.ready_endpoints(3, PATIENCE);
+    cluster.ready_endpoints(mode, 3, PATIENCE);
     wait_for("the pod that was cut off", PATIENCE, || {
         let address = cluster.kubectl("get pod web-c -o jsonpath={.status.podIP}");
         (cluster.fetch("web-b", &format!("{address}:8080/hostname"))? == "web-c").then_some(())
     });
 }
 
-fn a_node_goes_on_without_a_token(cluster: &Cluster<'_>, machine: &Machine) {
+fn a_node_goes_on_without_a_token(cluster: &Cluster<'_>, server: &Machine, machine: &Machine) {
     let started = "get pod web-b -o jsonpath={.metadata.uid}{.status.containerStatuses[0].containerID}";
     let before = cluster.kubectl(started);
     machine.oarlock("stop --keep-pods");
-    assert!(text(&machine.try_oarlock("up").stderr).contains("a node of the cluster at https://192.0.2.1:6443"));
+    let told = format!("a node of the cluster at https://{}:6443", in_url(&server.addresses[0]));
+    assert!(text(&machine.try_oarlock("up").stderr).contains(&told));
     machine.oarlock("join --detach");
     cluster.node_is("b", "True", PATIENCE);
     assert_eq!(cluster.kubectl(started), before, "the pod ran on");
@@ -177,15 +233,17 @@ fn expired_tokens_go(cluster: &Cluster<'_>, server: &Machine) {
     });
 }
 
-#[test]
-fn three_machines_are_one_cluster() {
-    in_fresh_namespaces(|| {
+/// Starts the machines in a yard of their own, runs `test` on their cluster, and looks for what is left afterwards.
+fn in_a_yard(mode: Mode, test: fn(Mode, &Cluster<'_>, [&Machine; 3])) {
+    in_fresh_namespaces(move || {
         let before = Snapshot::take("oarlock-node-");
         yard::lay_out();
-        let (a, b, c) = (Machine::start("a", 1), Machine::start("b", 2), Machine::start("c", 3));
-        let cluster = Cluster(&a);
-        a.oarlock("up --detach --bind-address 0.0.0.0 --advertise-address 192.0.2.1 --tls-san yard.example");
-        joining_is_guarded(&a, &b);
+        let machine = |name, number| Machine::start(mode, name, number);
+        let (a, b, c) = (machine("a", 1), machine("b", 2), machine("c", 3));
+        a.oarlock("up --detach --tls-san yard.example");
+        if mode == Mode::Ipv4 {
+            joining_is_guarded(&a, &b);
+        }
         for machine in [&b, &c] {
             println!("{}", machine.oarlock(&format!("{} --detach", join_command(&a))));
         }
@@ -193,17 +251,16 @@ fn three_machines_are_one_cluster() {
         for machine in [&a, &b, &c] {
             machine.oarlock(&format!("images import {}", archive.display()));
         }
+        let cluster = Cluster(&a);
         let file = a.data_dir().join("pods.yaml");
         std::fs::write(&file, manifest()).expect("write");
         cluster.kubectl(&format!("apply -f {}", file.display()));
         std::fs::remove_file(file).expect("remove");
-        cluster.kubectl("wait --for=condition=Ready pod --all --timeout=60s");
-        certificates_are_signed(&cluster);
-        cluster.ready_endpoints(3, PATIENCE);
-        everybody_reaches_everybody(&cluster, [&a, &b, &c]);
-        expired_tokens_go(&cluster, &a);
-        a_node_goes_on_without_a_token(&cluster, &b);
-        a_lost_machine_is_missed_and_comes_back(&cluster, &c);
+        if !cluster.try_kubectl("wait --for=condition=Ready pod --all --timeout=60s").status.success() {
+            [&a, &b, &c].iter().for_each(|machine| machine.show_logs());
+            panic!("pods are not Ready: {}", cluster.kubectl("describe pods"));
+        }
+        test(mode, &cluster, [&a, &b, &c]);
         for machine in [&c, &b, &a] {
             machine.oarlock("reset --yes");
             let left = std::fs::read_dir(machine.data_dir()).into_iter().flatten().count();
@@ -216,5 +273,39 @@ fn three_machines_are_one_cluster() {
         let mut left = before.leaked(&Snapshot::take("oarlock-node-"));
         left.retain(|line| !line.starts_with("cgroup ") || line.contains(&own));
         assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
+    });
+}
+
+#[test]
+fn three_machines_are_one_cluster() {
+    in_a_yard(Mode::Ipv4, |mode, cluster, [a, b, c]| {
+        certificates_are_signed(cluster);
+        cluster.ready_endpoints(mode, 3, PATIENCE);
+        everybody_reaches_everybody(mode, cluster, [a, b, c]);
+        expired_tokens_go(cluster, a);
+        a_node_goes_on_without_a_token(cluster, a, b);
+        a_lost_machine_is_missed_and_comes_back(mode, cluster, c);
+    });
+}
+
+#[test]
+fn three_machines_are_one_cluster_of_ipv6() {
+    in_a_yard(Mode::Ipv6, |mode, cluster, [a, b, c]| {
+        certificates_are_signed(cluster);
+        cluster.ready_endpoints(mode, 3, PATIENCE);
+        everybody_reaches_everybody(mode, cluster, [a, b, c]);
+        names_have_addresses_of_each_family(mode, cluster);
+        a_node_goes_on_without_a_token(cluster, a, b);
+        a_short_cut_heals(cluster, c);
+    });
+}
+
+#[test]
+fn three_machines_are_one_cluster_of_both_families() {
+    in_a_yard(Mode::Dual, |mode, cluster, [a, b, c]| {
+        cluster.ready_endpoints(mode, 3, PATIENCE);
+        everybody_reaches_everybody(mode, cluster, [a, b, c]);
+        names_have_addresses_of_each_family(mode, cluster);
+        a_short_cut_heals(cluster, c);
     });
 }

@@ -89,17 +89,50 @@ pub fn clear() {
     run("ip", &format!("link del {BRIDGE}"));
 }
 
+/// The address families of a cluster, the primary one first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Ipv4,
+    Ipv6,
+    Dual,
+}
+
+impl Mode {
+    pub fn prefixes(self) -> &'static [&'static str] {
+        match self {
+            Mode::Ipv4 => &["192.0.2."],
+            Mode::Ipv6 => &["fd07::"],
+            Mode::Dual => &["192.0.2.", "fd07::"],
+        }
+    }
+
+    /// The configuration file of the machine with the control plane.
+    fn config(self) -> &'static str {
+        match self {
+            Mode::Ipv4 => "{}",
+            Mode::Ipv6 => "{clusterCIDR: 'fd2a::/48', serviceCIDR: 'fd2b::/112'}",
+            Mode::Dual => "{clusterCIDR: '10.42.0.0/16,fd2a::/48', serviceCIDR: '10.43.0.0/16,fd2b::/112'}",
+        }
+    }
+}
+
+/// An address as it is in front of a port.
+pub fn in_url(address: &str) -> String {
+    if address.contains(':') { format!("[{address}]") } else { address.to_owned() }
+}
+
 /// A machine with a link to the segment.
 pub struct Machine {
     pub name: &'static str,
-    pub address: String,
+    /// The primary one first.
+    pub addresses: Vec<String>,
     directory: tempfile::TempDir,
     groups: Vec<PathBuf>,
     holder: Child,
 }
 
 impl Machine {
-    pub fn start(name: &'static str, number: u8) -> Self {
+    pub fn start(mode: Mode, name: &'static str, number: u8) -> Self {
         let directory = tempfile::Builder::new().prefix("oarlock-node-").tempdir().expect("tempdir");
         let groups = groups(name);
         make_groups(&groups);
@@ -118,15 +151,27 @@ impl Machine {
         let pid = holder.id();
         run("ip", &format!("link add to-{name} type veth peer name eth0 netns {pid}"));
         run("ip", &format!("link set to-{name} master {BRIDGE} up"));
-        let address = format!("192.0.2.{number}");
-        let machine = Self { name, address, directory, groups, holder };
-        for line in [&format!("address add {}/24 dev eth0", machine.address), "link set eth0 up"] {
-            let output = machine.run("ip", line.split(' '));
-            assert!(output.status.success(), "{}", text(&output.stderr));
+        let addresses = mode.prefixes().iter().map(|prefix| format!("{prefix}{number}")).collect();
+        let machine = Self { name, addresses, directory, groups, holder };
+        if name == "a" {
+            std::fs::write(machine.config_file(), mode.config()).expect("write");
         }
-        let output = machine.run("ip", ["route", "add", "default", "via", "192.0.2.254"]);
-        assert!(output.status.success(), "{}", text(&output.stderr));
+        machine.ip("link set eth0 up");
+        for (prefix, address) in mode.prefixes().iter().zip(&machine.addresses) {
+            let (length, more) = if address.contains(':') { (64, " nodad") } else { (24, "") };
+            machine.ip(&format!("address add {address}/{length} dev eth0{more}"));
+            machine.ip(&format!("route add default via {prefix}254"));
+        }
         machine
+    }
+
+    fn ip(&self, line: &str) {
+        let output = self.run("ip", line.split(' '));
+        assert!(output.status.success(), "{}: ip {line}: {}", self.name, text(&output.stderr));
+    }
+
+    fn config_file(&self) -> PathBuf {
+        self.directory.path().join("config.yaml")
     }
 
     pub fn data_dir(&self) -> PathBuf {
@@ -146,11 +191,14 @@ impl Machine {
         self.command(program).args(arguments).output().expect("nsenter")
     }
 
-    /// Runs `oarlock` with this machine's directory, name and address.
+    /// Runs `oarlock` with this machine's directory, name and addresses, and its configuration file if it has one.
     pub fn try_oarlock(&self, line: &str) -> Output {
         let mut command = self.command(binary("oarlock"));
         command.arg("--data-dir").arg(self.data_dir());
-        command.args(["--node-name", self.name, "--node-ip", &self.address]);
+        command.args(["--node-name", self.name, "--node-ip", &self.addresses.join(",")]);
+        if self.config_file().exists() {
+            command.arg("--config").arg(self.config_file());
+        }
         command.args(line.split(' ')).output().expect("nsenter")
     }
 

@@ -8,7 +8,8 @@ use crate::number;
 /// `udp-echo [PORT]`: answers each datagram with `NAME: datagram`.
 pub(crate) fn udp_echo(arguments: &[String]) -> io::Result<u8> {
     super::process::exit_on_sigterm()?;
-    let socket = UdpSocket::bind(("0.0.0.0", number(arguments, 0, 8081)?))?;
+    let port: u16 = number(arguments, 0, 8081)?;
+    let socket = UdpSocket::bind(("::", port)).or_else(|_| UdpSocket::bind(("0.0.0.0", port)))?;
     let name = super::process::host_name().unwrap_or_default();
     println!("echoing datagrams on {}", socket.local_addr()?);
     let mut buffer = vec![0u8; 65_535];
@@ -23,7 +24,8 @@ pub(crate) fn udp_echo(arguments: &[String]) -> io::Result<u8> {
 /// `tcp-echo [PORT]`: gives back every byte of each connection.
 pub(crate) fn tcp_echo(arguments: &[String]) -> io::Result<u8> {
     super::process::exit_on_sigterm()?;
-    let listener = TcpListener::bind(("0.0.0.0", number(arguments, 0, 8082)?))?;
+    let port: u16 = number(arguments, 0, 8082)?;
+    let listener = TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)))?;
     println!("echoing connections on {}", listener.local_addr()?);
     for mut connection in listener.incoming().flatten() {
         std::thread::spawn(move || -> io::Result<()> {

@@ -21,18 +21,26 @@ pub(crate) fn resolve(arguments: &[String]) -> io::Result<u8> {
     Ok(if records.is_empty() { 2 } else { 0 })
 }
 
-/// The IPv4 addresses of a name.
+/// The IPv4 addresses of a name, or where it has none, its IPv6 addresses.
 pub(crate) fn lookup(name: &str, timeout: Duration) -> io::Result<Vec<IpAddr>> {
     if let Some(address) = from_hosts_file(name) {
         return Ok(vec![address]);
     }
-    Ok(query(name, RecordType::A, timeout)?
-        .into_iter()
-        .filter_map(|data| match data {
-            RData::A(address) => Some(IpAddr::V4(address.0)),
-            _ => None,
-        })
-        .collect())
+    for kind in [RecordType::A, RecordType::AAAA] {
+        let addresses: Vec<IpAddr> = query(name, kind, timeout)?.iter().filter_map(address).collect();
+        if !addresses.is_empty() {
+            return Ok(addresses);
+        }
+    }
+    Ok(Vec::new())
+}
+
+fn address(data: &RData) -> Option<IpAddr> {
+    match data {
+        RData::A(address) => Some(address.0.into()),
+        RData::AAAA(address) => Some(address.0.into()),
+        _ => None,
+    }
 }
 
 fn from_hosts_file(name: &str) -> Option<IpAddr> {
