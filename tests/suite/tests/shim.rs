@@ -65,7 +65,7 @@ async fn a_created_container_waits_for_its_start_and_can_be_deleted_before() {
 
 #[tokio::test]
 async fn removals_that_meet_join_each_other_and_one_that_meets_a_creation_follows_it() {
-    let mut pod = Pod::start("removals").await;
+    let pod = Pod::start("removals").await;
     pod.run("c", &Wish::new(&["sleep"])).await;
     let again = || async { pod.shim.delete("c").await.unwrap() };
     tokio::join!(again(), again(), again());
