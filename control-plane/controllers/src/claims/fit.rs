@@ -59,8 +59,8 @@ mod tests {
         let name = |all: &[Arc<PersistentVolume>], waits| {
             best(&claim(), all, waits).and_then(|volume| volume.metadata.name.clone())
         };
-        assert_eq!(name(&[free.clone()], false).as_deref(), Some("free"));
-        assert_eq!(name(&[free.clone()], true), None);
+        assert_eq!(name(std::slice::from_ref(&free), false).as_deref(), Some("free"));
+        assert_eq!(name(std::slice::from_ref(&free), true), None);
         assert_eq!(name(&[free, kept], true).as_deref(), Some("kept"));
     }
 
