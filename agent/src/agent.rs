@@ -19,6 +19,7 @@ use crate::assignment::{self, Assignments, PodResources};
 use crate::cgroups::PodCgroups;
 use crate::credentials::{self, Connection};
 use crate::cri::Runtime;
+use crate::error::chain;
 use crate::images::ImageCollector;
 use crate::node::capacity::{Capacity, Machine};
 use crate::node::status::Identity;
@@ -224,9 +225,15 @@ async fn meet_runtime(shared: &Shared) {
         }
     };
     let _ = tokio::time::timeout(Duration::from_secs(5), hello).await;
+    prepare_cgroups(shared).await;
+}
+
+/// Makes what pods' own cgroups lie in, as the runtime makes cgroups.
+pub(crate) async fn prepare_cgroups(shared: &Shared) {
     let cgroups = shared.cgroups.load_full();
     if let Ok(Err(error)) = tokio::task::spawn_blocking(move || cgroups.ensure_tree()).await {
-        tracing::warn!(%error, "the cgroups for pods could not be made; they go without limits of their own");
+        let error = chain(&error);
+        tracing::warn!(error, "the cgroups for pods could not be made; they go without limits of their own");
         let without = PodCgroups { enabled: false, ..(**shared.cgroups.load()).clone() };
         shared.cgroups.store(Arc::new(without));
     }

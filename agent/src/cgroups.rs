@@ -1,13 +1,30 @@
 //! The tree of cgroups that pods live in: `kubepods`, `kubepods/burstable`, `kubepods/besteffort`, and one for each pod.
 //!
-//! With the systemd driver the runtime makes the slices; this module then only names them. All calls block on files.
+//! With the systemd driver they are slices: `kubepods.slice`, `kubepods-burstable.slice` in it, and so on. Their limits are
+//! told to systemd, which would undo others, and written to their files as well, as not all of them are properties. All
+//! calls block.
 
 use k8s_openapi::api::core::v1::Pod;
-use oarlock_cgroup::{Cgroup, CgroupError, Limits};
+use oarlock_cgroup::{Cgroup, CgroupError, Limits, Unit, expand_slice, slice_name};
+use oarlock_systemd::Systemd;
 
 use crate::node::capacity::Capacity;
 use crate::spec::resources::{Qos, cpu_quota, cpu_shares, pod_limits, pod_requests, qos_of};
 use crate::{Config, spec};
+
+/// A pod cgroup that cannot be made or removed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PodCgroupError {
+    #[error(transparent)]
+    Files(#[from] CgroupError),
+    #[error("cannot {operation} {slice}")]
+    Systemd {
+        operation: &'static str,
+        slice: String,
+        #[source]
+        source: oarlock_systemd::Error,
+    },
+}
 
 /// Names, makes and removes pod cgroups.
 #[derive(Debug, Clone)]
@@ -16,6 +33,7 @@ pub(crate) struct PodCgroups {
     pub root: String,
     /// False leaves cgroups to the runtime altogether.
     pub enabled: bool,
+    /// The cgroups are slices of systemd.
     pub systemd: bool,
     /// What all pods together may use: CPU in thousandths, and memory in bytes where some is reserved for others.
     pub all_cpu_milli: i64,
@@ -35,7 +53,7 @@ impl PodCgroups {
         Self {
             root: config.cgroup_root.clone(),
             enabled: config.cgroups_per_qos,
-            systemd: false,
+            systemd: config.systemd_cgroups,
             all_cpu_milli: whole("cpu") - reserved(config.reserved_cpu_millis),
             all_memory_bytes: Some(memory)
                 .filter(|bytes| config.enforce_pods && config.reserved_memory_bytes > 0 && *bytes > 0),
@@ -44,103 +62,113 @@ impl PodCgroups {
         }
     }
 
-    fn path(&self, qos: Qos, uid: &str) -> String {
-        let root = self.root.trim_matches('/');
-        let base = if root.is_empty() { "kubepods".to_owned() } else { format!("{root}/kubepods") };
+    /// The path of a pod's cgroup; without a pod that of its class.
+    fn path(&self, qos: Qos, uid: Option<&str>) -> String {
+        let mut parts: Vec<&str> = self.root.split('/').filter(|part| !part.is_empty()).collect();
+        parts.push("kubepods");
         match qos {
-            Qos::Guaranteed => format!("{base}/pod{uid}"),
-            Qos::Burstable => format!("{base}/burstable/pod{uid}"),
-            Qos::BestEffort => format!("{base}/besteffort/pod{uid}"),
+            Qos::Guaranteed => {}
+            Qos::Burstable => parts.push("burstable"),
+            Qos::BestEffort => parts.push("besteffort"),
         }
+        let pod = uid.map(|uid| format!("pod{uid}"));
+        parts.extend(pod.as_deref());
+        let plain = || parts.join("/");
+        if self.systemd { expand_slice(&slice_name(&parts)).unwrap_or_else(plain) } else { plain() }
     }
 
     /// What the runtime is told as the sandbox's cgroup parent.
     pub(crate) fn parent(&self, pod: &Pod) -> String {
-        let (qos, uid) = (qos_of(pod), spec::pod_uid(pod));
-        if !self.enabled {
-            return String::new();
-        }
-        if !self.systemd {
-            return format!("/{}", self.path(qos, uid));
-        }
-        let pod_part = format!("pod{}", uid.replace('-', "_"));
-        match qos {
-            Qos::Guaranteed => format!("/kubepods.slice/kubepods-{pod_part}.slice"),
-            Qos::Burstable => {
-                format!("/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-{pod_part}.slice")
-            }
-            Qos::BestEffort => {
-                format!("/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-{pod_part}.slice")
-            }
+        match self.enabled {
+            true => format!("/{}", self.path(qos_of(pod), Some(spec::pod_uid(pod)))),
+            false => String::new(),
         }
     }
 
     /// Makes the upper levels.
-    pub(crate) fn ensure_tree(&self) -> Result<(), CgroupError> {
-        if !self.enabled || self.systemd {
+    pub(crate) fn ensure_tree(&self) -> Result<(), PodCgroupError> {
+        if !self.enabled {
             return Ok(());
         }
-        for qos in [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort] {
-            Cgroup::new(&self.class(qos))?.create()?;
-        }
         let shares = |milli: i64| u64::try_from(cpu_shares(milli)).ok();
-        Cgroup::new(&self.class(Qos::Guaranteed))?.set_limits(&Limits {
+        let all = Limits {
             cpu_shares: shares(self.all_cpu_milli),
             memory_limit_bytes: Some(self.all_memory_bytes.unwrap_or(-1)),
             ..Default::default()
-        })?;
-        Cgroup::new(&self.class(Qos::BestEffort))?.set_limits(&Limits { cpu_shares: Some(2), ..Default::default() })
-    }
-
-    /// The group that holds the pods of a class; that of Guaranteed ones holds the other two as well.
-    fn class(&self, qos: Qos) -> String {
-        self.path(qos, "").trim_end_matches("/pod").to_owned()
+        };
+        // That of Guaranteed pods holds the other two as well.
+        set(&self.path(Qos::Guaranteed, None), &all)?;
+        set(&self.path(Qos::Burstable, None), &Limits::default())?;
+        set(&self.path(Qos::BestEffort, None), &Limits { cpu_shares: Some(2), ..Default::default() })
     }
 
     /// Gives burstable pods together the CPU weight of what they ask for.
-    pub(crate) fn weigh_burstable(&self, requested_milli: i64) -> Result<(), CgroupError> {
-        if !self.enabled || self.systemd {
+    pub(crate) fn weigh_burstable(&self, requested_milli: i64) -> Result<(), PodCgroupError> {
+        if !self.enabled {
             return Ok(());
         }
         let cpu_shares = u64::try_from(cpu_shares(requested_milli)).ok();
-        Cgroup::new(&self.class(Qos::Burstable))?.set_limits(&Limits { cpu_shares, ..Default::default() })
+        set(&self.path(Qos::Burstable, None), &Limits { cpu_shares, ..Default::default() })
     }
 
     /// Makes the pod's cgroup with its limits. Idempotent.
-    pub(crate) fn create(&self, pod: &Pod) -> Result<(), CgroupError> {
-        if !self.enabled || self.systemd {
+    pub(crate) fn create(&self, pod: &Pod) -> Result<(), PodCgroupError> {
+        if !self.enabled {
             return Ok(());
         }
-        let group_path = self.path(qos_of(pod), spec::pod_uid(pod));
-        let group = Cgroup::new(&group_path)?;
-        group.create()?;
         let (requests, limits) = (pod_requests(pod), pod_limits(pod));
         let shares = cpu_shares(requests.get("cpu").copied().unwrap_or(0));
         let cpu = limits.get("cpu").copied().zip(self.cpu_period_us);
-        group.set_limits(&Limits {
+        let limits = Limits {
             cpu_shares: u64::try_from(shares).ok(),
             cpu_quota_us: cpu.map(|(milli, period)| cpu_quota(milli, period)),
             cpu_period_us: cpu.map(|(_, period)| period),
             pids_max: self.pids_max,
             memory_limit_bytes: limits.get("memory").map(|milli| milli / 1000).filter(|bytes| *bytes > 0),
             ..Default::default()
-        })
+        };
+        set(&self.path(qos_of(pod), Some(spec::pod_uid(pod))), &limits)
     }
 
-    /// Removes the pod's cgroup, whatever its class was. Nothing there is success.
-    pub(crate) fn remove(&self, uid: &str) -> Result<(), CgroupError> {
-        if !self.enabled || self.systemd || uid.is_empty() {
+    /// Removes the pod's cgroup, whatever its class was, and whichever driver made it. Nothing there is success.
+    pub(crate) fn remove(&self, uid: &str) -> Result<(), PodCgroupError> {
+        if !self.enabled || uid.is_empty() {
             return Ok(());
         }
         let mut result = Ok(());
-        for qos in [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort] {
-            let group_path = self.path(qos, uid);
-            let removed =
-                Cgroup::new(&group_path).and_then(|group| if group.exists() { group.remove() } else { Ok(()) });
-            result = result.and(removed);
+        for systemd in [false, true] {
+            let named = PodCgroups { systemd, ..self.clone() };
+            for qos in [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort] {
+                result = result.and(remove(&named.path(qos, Some(uid))));
+            }
         }
         result
     }
+}
+
+/// Makes a cgroup, with systemd where it is a slice, and sets its limits.
+fn set(path: &str, limits: &Limits) -> Result<(), PodCgroupError> {
+    if let Some(slice) = Unit::at(path) {
+        let properties = oarlock_systemd::of_limits(limits);
+        let started = Systemd::connect()
+            .and_then(|mut systemd| systemd.start_slice(&slice.name, "pods of the Oarlock agent", &properties));
+        started.map_err(|source| PodCgroupError::Systemd { operation: "start", slice: slice.name, source })?;
+    }
+    let group = Cgroup::new(path)?;
+    group.create()?;
+    Ok(group.set_limits(limits)?)
+}
+
+fn remove(path: &str) -> Result<(), PodCgroupError> {
+    let group = Cgroup::new(path)?;
+    if !group.exists() {
+        return Ok(());
+    }
+    if let Some(slice) = Unit::at(path) {
+        let stopped = Systemd::connect().and_then(|mut systemd| systemd.stop(&slice.name));
+        stopped.map_err(|source| PodCgroupError::Systemd { operation: "stop", slice: slice.name, source })?;
+    }
+    Ok(group.remove()?)
 }
 
 #[cfg(test)]
@@ -156,6 +184,12 @@ mod tests {
         assert_eq!(cgroups.parent(&pod), "/kubepods/burstable/poda-b");
         cgroups.systemd = true;
         assert_eq!(cgroups.parent(&pod), "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-poda_b.slice");
+        cgroups.root = "/node/sub-tree".to_owned();
+        let slices =
+            "/node.slice/node-sub_tree.slice/node-sub_tree-kubepods.slice/node-sub_tree-kubepods-burstable.slice";
+        assert_eq!(cgroups.parent(&pod), format!("{slices}/node-sub_tree-kubepods-burstable-poda_b.slice"));
+        cgroups.systemd = false;
+        assert_eq!(cgroups.parent(&pod), "/node/sub-tree/kubepods/burstable/poda-b");
         cgroups.enabled = false;
         assert_eq!(cgroups.parent(&pod), "");
     }

@@ -51,6 +51,8 @@ pub struct Config {
     pub register_with_taints: Vec<Taint>,
     /// Cgroup under which `kubepods` is made; empty is the root.
     pub cgroup_root: String,
+    /// cgroupDriver: cgroups are slices of systemd, unless the runtime says how it makes them.
+    pub systemd_cgroups: bool,
     /// Makes `kubepods` cgroups with limits. Off, the runtime's defaults apply.
     pub cgroups_per_qos: bool,
     /// Kept away from pods: capacity minus this is allocatable.
@@ -133,6 +135,7 @@ impl Config {
             node_labels: BTreeMap::new(),
             register_with_taints: Vec::new(),
             cgroup_root: String::new(),
+            systemd_cgroups: false,
             cgroups_per_qos: true,
             reserved_cpu_millis: 0,
             reserved_memory_bytes: 0,

@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use oarlock_cgroup::{Cgroup, CgroupError, Layout, Limits};
+use oarlock_cgroup::{Cgroup, CgroupError, Layout, Limits, Unit};
+use oarlock_systemd::Systemd;
 
 use crate::recorder::Level;
 use crate::shared::Shared;
@@ -33,6 +34,13 @@ pub enum ReservedError {
         #[source]
         source: CgroupError,
     },
+    #[error("tell systemd the limits of {whose} reserved cgroup {cgroup}")]
+    Systemd {
+        whose: &'static str,
+        cgroup: String,
+        #[source]
+        source: oarlock_systemd::Error,
+    },
 }
 
 impl EnforcedGroup {
@@ -46,13 +54,18 @@ impl EnforcedGroup {
         }
     }
 
-    /// Blocks.
-    fn enforce(&self) -> Result<(), ReservedError> {
+    /// Where cgroups are made `by_systemd` it is told as well, so that it does not undo it. Blocks.
+    fn enforce(&self, by_systemd: bool) -> Result<(), ReservedError> {
         let (whose, cgroup) = (self.whose, self.cgroup.clone());
         let failed = |source| ReservedError::Limits { whose, cgroup: cgroup.clone(), source };
         let group = Cgroup::new(&self.cgroup).map_err(failed)?;
         if !group.exists() {
             return Err(ReservedError::Missing { whose, cgroup: cgroup.clone() });
+        }
+        if let Some(unit) = Unit::at(group.path()).filter(|_| by_systemd) {
+            let properties = oarlock_systemd::of_limits(&self.limits());
+            let told = Systemd::connect().and_then(|mut systemd| systemd.set_properties(&unit.name, &properties));
+            told.map_err(|source| ReservedError::Systemd { whose, cgroup: cgroup.clone(), source })?;
         }
         group.set_limits(&self.limits()).map_err(failed)
     }
@@ -60,9 +73,10 @@ impl EnforcedGroup {
 
 /// Holds every group to its reservation.
 pub(crate) async fn enforce(shared: &Arc<Shared>) -> Result<(), ReservedError> {
+    let by_systemd = shared.cgroups.load().systemd;
     for group in shared.config.enforced.clone() {
         let (whose, cgroup) = (group.whose, group.cgroup.clone());
-        let done = tokio::task::spawn_blocking(move || group.enforce()).await;
+        let done = tokio::task::spawn_blocking(move || group.enforce(by_systemd)).await;
         let node = &shared.config.node_name;
         match done.unwrap_or_else(|_| Err(ReservedError::Missing { whose, cgroup: cgroup.clone() })) {
             Ok(()) => {
@@ -120,7 +134,7 @@ mod tests {
         group.memory_bytes = None;
         assert_eq!(group.limits().memory_limit_bytes, None);
         group.cgroup = "/there-is-no-such-group".into();
-        let refused = group.enforce().unwrap_err().to_string();
+        let refused = group.enforce(false).unwrap_err().to_string();
         assert_eq!(refused, "system reserved cgroup /there-is-no-such-group does not exist");
     }
 

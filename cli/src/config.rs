@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use oarlock_agent::KubeletConfiguration;
+use oarlock_runtime::CgroupDriver;
 use serde::Deserialize;
 
 use crate::joined::Joined;
@@ -88,6 +89,9 @@ pub(crate) struct ConfigFile {
     pub(crate) registries: RegistriesFile,
     /// OCI runtimes by handler name, beside the built-in one.
     pub(crate) runtime_handlers: BTreeMap<String, PathBuf>,
+    /// Who makes control groups: `cgroupfs` (the runtime itself, the default), `systemd` (as slices and scopes; for hosts with
+    /// version 2), or `auto` (systemd where that works). The agent follows the runtime.
+    pub(crate) cgroup_driver: Option<String>,
     /// Plugins of the Node Resource Interface.
     pub(crate) nri: NriFile,
     /// Where the runtime sends spans of its calls.
@@ -169,6 +173,7 @@ pub(crate) struct Settings {
     pub(crate) cni_bin_dirs: Vec<PathBuf>,
     pub(crate) registries: RegistriesFile,
     pub(crate) runtime_handlers: BTreeMap<String, PathBuf>,
+    pub(crate) cgroup_driver: CgroupDriver,
     pub(crate) nri: NriFile,
     pub(crate) image_collection: Option<ImageCollectionFile>,
     pub(crate) tracing: Option<TracingFile>,
@@ -428,6 +433,12 @@ fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, Config
         cni_bin_dirs: if file.cni.bin_dirs.is_empty() { layout.cni_bin_dirs() } else { file.cni.bin_dirs },
         registries: file.registries,
         runtime_handlers: file.runtime_handlers,
+        cgroup_driver: match file.cgroup_driver.as_deref() {
+            None | Some("cgroupfs") => CgroupDriver::Cgroupfs,
+            Some("systemd") => CgroupDriver::Systemd,
+            Some("auto") => CgroupDriver::Auto,
+            Some(other) => return Err(field("cgroupDriver", format!("{other:?} is none of cgroupfs, systemd, auto"))),
+        },
         nri: file.nri,
         image_collection: file.image_collection,
         tracing: file.tracing,
@@ -575,6 +586,7 @@ mod tests {
             ("clusterDNS: 10.44.0.10", "not in serviceCIDR"),
             ("nodePortRange: 9-3", "nodePortRange"),
             ("nodeTunnel: ipsec", "none of auto"),
+            ("cgroupDriver: openrc", "\"openrc\" is none of cgroupfs, systemd, auto"),
             ("loadBalancerPools: [192.0.2.9-192.0.2.3]", "neither a network nor a range"),
             ("loadBalancerPools: [192.0.2.9]", "neither a network nor a range"),
             ("loadBalancerPools: [10.43.7.0/24]", "overlaps 10.43.0.0/16"),

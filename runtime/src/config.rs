@@ -39,7 +39,9 @@ pub struct Config {
     pub image_thresholds: Option<Thresholds>,
     /// Plugins of the Node Resource Interface.
     pub plugins: PluginConfig,
-    /// Cgroup (below each hierarchy's root) for shims, and for pods that name no parent.
+    /// Who makes control groups.
+    pub cgroup_driver: CgroupDriver,
+    /// Cgroup (below each hierarchy's root) for shims, and for pods that name no parent; with systemd the slice of that name.
     pub cgroup_root: String,
     /// The image reported as the sandbox image, pinned against collection; no container is made of it.
     pub pause_image: String,
@@ -49,6 +51,18 @@ pub struct Config {
     pub shim_timeout: Duration,
     /// Longest ExecSync output kept for each of stdout and stderr, in bytes; what comes after is dropped.
     pub exec_output_limit_bytes: usize,
+}
+
+/// Who makes control groups.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CgroupDriver {
+    /// The runtime, by files alone.
+    #[default]
+    Cgroupfs,
+    /// systemd, as slices and scopes. Needs a host with version 2.
+    Systemd,
+    /// systemd where that works, and else the runtime.
+    Auto,
 }
 
 /// How registries are reached.
@@ -116,6 +130,7 @@ impl Default for Config {
             cdi_dirs: vec!["/etc/cdi".into(), "/var/run/cdi".into()],
             image_thresholds: None,
             plugins: PluginConfig::default(),
+            cgroup_driver: CgroupDriver::default(),
             cgroup_root: "oarlock".to_owned(),
             pause_image: String::new(),
             cni_timeout: Duration::from_secs(60),

@@ -80,13 +80,18 @@ impl Core {
             shared_pid_namespace: modes.shared_pid.then(|| paths.pid_namespace()),
             user_namespace: modes.user.map(|_| paths.namespaces().join("user")),
             cgroup: Some(self.shim_group()),
-            systemd_cgroup: false,
         }
     }
 
-    /// The control group of all shims.
+    /// The control group of all shims: with systemd one scope, as the shim names it.
     pub(crate) fn shim_group(&self) -> String {
-        format!("{}/shims", self.config.cgroup_root.trim_matches('/'))
+        let root = self.config.cgroup_root.trim_matches('/');
+        if !self.host.systemd_cgroups {
+            return format!("{root}/shims");
+        }
+        let slice = oarlock_cgroup::slice_name(&root.split('/').collect::<Vec<_>>());
+        let prefix = slice.trim_end_matches(".slice").to_owned();
+        format!("{slice}:{prefix}:shims")
     }
 
     /// The streaming server, once it is bound.

@@ -21,6 +21,7 @@ use crate::config::Config;
 use crate::core::Core;
 use crate::error::Error;
 use crate::events::Events;
+use crate::groups;
 use crate::host;
 use crate::joins::Joins;
 use crate::mounts;
@@ -32,6 +33,7 @@ use crate::prometheus::Calls;
 use crate::reconcile;
 use crate::record::Store;
 use crate::serve::serve;
+use crate::spec::HostFacts;
 use crate::state::{Index, blocking};
 
 /// How long calls under way may take to end when the daemon stops.
@@ -64,9 +66,13 @@ impl Runtime {
         let cni =
             CniClient::new(config.cni_conf_dir.clone(), config.cni_bin_dirs.clone(), config.cni_cache_dir.clone())
                 .with_timeout(config.cni_timeout);
-        let image_directory = paths.images();
+        let (image_directory, driver) = (paths.images(), config.cgroup_driver);
+        let looked = move || {
+            let host = host::facts(&image_directory)?;
+            Ok(HostFacts { systemd_cgroups: groups::by_systemd(driver, host.cgroup_v2)?, ..host })
+        };
         let core = Arc::new(Core {
-            host: blocking("the host", move || host::facts(&image_directory)).await?,
+            host: blocking("the host", looked).await?,
             boot_id: host::boot_id()?,
             paths,
             mounts_below,

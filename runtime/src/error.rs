@@ -84,6 +84,8 @@ pub enum Error {
     Shim { operation: String, source: ShimError },
     #[error("cannot {operation} control group {group}")]
     Cgroup { operation: &'static str, group: String, source: CgroupError },
+    #[error("cannot {operation} the systemd unit {unit}")]
+    Systemd { operation: &'static str, unit: String, source: oarlock_systemd::Error },
     #[error(transparent)]
     Image(ImageError),
     /// A plugin refuses it, or what plugins want cannot be had.

@@ -14,7 +14,7 @@ use crate::spec::{HostFacts, capability};
 /// CAP_SYS_RESOURCE in the mask of `/proc/self/status`.
 const SYS_RESOURCE: u64 = 1 << 24;
 
-/// Looks the host over once. Layers of images lie below `images`.
+/// Looks the host over once. Layers of images lie below `images`. Who makes control groups is for the configuration to say.
 pub(crate) fn facts(images: &Path) -> Result<HostFacts, Error> {
     let layout = Layout::host().map_err(|source| Error::Cgroup { operation: "find", group: "/".to_owned(), source })?;
     let mask = effective_capabilities();
@@ -30,6 +30,7 @@ pub(crate) fn facts(images: &Path) -> Result<HostFacts, Error> {
         no_user_namespaces: idmap::obstacle(images),
         apparmor: apparmor::is_enabled(),
         apparmor_default: apparmor::load_default(),
+        systemd_cgroups: false,
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
         hostname: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
     })

@@ -15,6 +15,7 @@ mod daemon;
 mod error;
 mod events;
 mod fdio;
+mod groups;
 mod host;
 mod idmap;
 mod joins;
@@ -35,7 +36,7 @@ mod state;
 mod stats;
 mod view;
 
-pub use config::{Config, Registries};
+pub use config::{CgroupDriver, Config, Registries};
 pub use daemon::Runtime;
 pub use error::Error;
 pub use oarlock_images::Thresholds as ImageThresholds;

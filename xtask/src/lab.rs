@@ -40,11 +40,29 @@ const PACKAGES: &[&str] = &[
     "util-linux-extra",
 ];
 /// The end-to-end cases that run in the guest, where everything is slow: those that cgroups, the kernel or systemd touch.
-const CASES: &[&str] =
-    &["limits_are_enforced", "oom_killed", "logs_in", "exec_piped", "names_resolve", "all_four_killed"];
+const CASES: &[&str] = &[
+    "limits_are_enforced",
+    "each_class_of_pods",
+    "oom_killed",
+    "logs_in",
+    "exec_piped",
+    "names_resolve",
+    "all_four_killed",
+];
 /// The test programs that `cargo xtask test` runs in the guest: those that meet cgroups, systemd's mounts or another kernel.
-pub(crate) const DEFAULT_TESTS: &[&str] =
-    &["cni", "cni_chained", "e2e", "netns", "node_routes", "runtime", "runtime_inside", "runtime_pods", "sctp", "shim"];
+pub(crate) const DEFAULT_TESTS: &[&str] = &[
+    "cni",
+    "cni_chained",
+    "e2e",
+    "netns",
+    "node_routes",
+    "runtime",
+    "runtime_inside",
+    "runtime_pods",
+    "runtime_systemd",
+    "sctp",
+    "shim",
+];
 /// Whether this machine can run the guest.
 pub(crate) const CAN_RUN: bool = cfg!(target_arch = "x86_64");
 const MEMORY_MEGABYTES: u32 = 1536;

@@ -44,6 +44,7 @@ pub(super) struct Fields {
     pub(super) image_gc_high_threshold_percent: Option<u8>,
     #[serde(rename = "imageGCLowThresholdPercent")]
     pub(super) image_gc_low_threshold_percent: Option<u8>,
+    pub(super) cgroup_driver: Option<String>,
     pub(super) cgroup_root: Option<String>,
     #[serde(rename = "cgroupsPerQOS")]
     pub(super) cgroups_per_qos: Option<bool>,

@@ -18,7 +18,6 @@ use crate::{Config, EvictionConfig, EvictionConfigError, ShutdownConfig, go_dura
 
 /// Fields that are taken and change nothing.
 const WITHOUT_EFFECT: &[&str] = &[
-    "cgroupDriver",
     "configMapAndSecretChangeDetectionStrategy",
     "containerLogMaxWorkers",
     "contentType",
@@ -346,6 +345,12 @@ impl Fields {
         }
         set(&mut config.cgroup_root, self.cgroup_root);
         set(&mut config.cgroups_per_qos, self.cgroups_per_qos);
+        config.systemd_cgroups = match self.cgroup_driver.as_deref() {
+            None => config.systemd_cgroups,
+            Some("systemd") => true,
+            Some("cgroupfs") => false,
+            Some(_) => return Err(wrong("cgroupDriver", "must be cgroupfs or systemd")),
+        };
         set(&mut config.resolv_conf, self.resolv_conf);
         set(&mut config.rotate_certificates, self.rotate_certificates);
         set(&mut config.server_tls_bootstrap, self.server_tls_bootstrap);

@@ -83,6 +83,7 @@ fn what_is_wrong_is_refused_and_named() {
         ("enforceNodeAllocatable: [pods, none]", "enforceNodeAllocatable: may contain only one"),
         ("enforceNodeAllocatable: [kube-reserved]", "kubeReservedCgroup: must be specified when"),
         ("userNamespaces: {idsPerPod: 1000}", "userNamespaces.idsPerPod: must be a multiple of 65536"),
+        ("cgroupDriver: auto", "cgroupDriver: must be cgroupfs or systemd"),
         ("containerRuntimeEndpoint: tcp://1.2.3.4:1", "containerRuntimeEndpoint"),
     ] {
         let error = read(text).expect_err(text);

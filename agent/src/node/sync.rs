@@ -129,12 +129,15 @@ impl NodeSync {
             }
         }
         if reached && !self.driver_known {
-            // A runtime that cannot say makes cgroups by hand.
+            // Of a runtime that cannot say the configuration says it.
             let systemd = shared.runtime.systemd_cgroups().await;
             self.driver_known = systemd.as_ref().map_or_else(|error| error.unimplemented(), |_| true);
             let cgroups = shared.cgroups.load_full();
             if let Some(systemd) = systemd.ok().filter(|systemd| *systemd != cgroups.systemd) {
-                shared.cgroups.store(Arc::new(PodCgroups { systemd, ..(*cgroups).clone() }));
+                tracing::info!(systemd, "cgroups are made as the runtime makes them");
+                let enabled = shared.config.cgroups_per_qos;
+                shared.cgroups.store(Arc::new(PodCgroups { systemd, enabled, ..(*cgroups).clone() }));
+                crate::agent::prepare_cgroups(shared).await;
             }
         }
         health.images = self.images.clone();

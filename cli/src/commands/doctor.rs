@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
+use oarlock_runtime::CgroupDriver;
+
 use super::firewall;
 use crate::config::Settings;
 
@@ -20,7 +22,7 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<ExitCode> {
     let checks: [(&str, Finding); 12] = [
         ("user", user()),
         ("kernel", kernel()),
-        ("cgroups", cgroups()),
+        ("cgroups", cgroups(settings.cgroup_driver)),
         ("overlay", filesystem("overlay", "container root file systems cannot be made")),
         ("nftables", nftables()),
         ("host firewall", host_firewall(settings)),
@@ -61,9 +63,25 @@ fn kernel() -> Finding {
     if version >= (5, 10) { Finding::Good(release) } else { Finding::Missing(format!("{release} is older than 5.10")) }
 }
 
-fn cgroups() -> Finding {
-    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        return Finding::Good("version 2".to_owned());
+fn cgroups(driver: CgroupDriver) -> Finding {
+    let version_2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+    let systemd = oarlock_systemd::is_running();
+    let obstacle = match (version_2, systemd) {
+        (true, true) => None,
+        (false, _) => Some("control groups of version 2 alone"),
+        (_, false) => Some("systemd as this machine's service manager"),
+    };
+    match (driver, obstacle) {
+        (CgroupDriver::Systemd, Some(lacking)) => {
+            return Finding::Missing(format!(
+                "the cgroup driver systemd needs {lacking}; set cgroupDriver to cgroupfs"
+            ));
+        }
+        (CgroupDriver::Systemd | CgroupDriver::Auto, None) => {
+            return Finding::Good("version 2, through systemd".to_owned());
+        }
+        _ if version_2 => return Finding::Good("version 2".to_owned()),
+        _ => {}
     }
     let wanted = ["cpu", "memory", "pids", "cpuset"];
     let lacking: Vec<&str> =

@@ -24,6 +24,8 @@ use crate::host;
 const BRIDGE: &str = "oar0";
 /// Cgroups that agent and runtime make below each hierarchy's root.
 const CGROUPS: &[&str] = &["kubepods", "oarlock"];
+/// And the slices of systemd that they make instead where it is the cgroup driver.
+const SLICES: &[&str] = &["kubepods.slice", "oarlock.slice"];
 
 /// The label by which a kubelet's sandboxes are known.
 const POD_UID: &str = "io.kubernetes.pod.uid";
@@ -57,6 +59,7 @@ pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<Exit
     step("processes", end_leftover_processes(settings));
     step("volumes", abandon_volumes(settings));
     step("mounts", unmount_all(settings));
+    step("slices", stop_slices());
     step("cgroups", remove_cgroups());
     step("links", remove_bridge());
     step("proxy", oarlock_netproxy::remove_everything(&netproxy::proxy_config(settings)).map_err(anyhow::Error::from));
@@ -221,6 +224,18 @@ fn unmount_all(settings: &Settings) -> anyhow::Result<()> {
         match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
             Ok(()) | Err(nix::errno::Errno::EINVAL | nix::errno::Errno::ENOENT) => {}
             Err(error) => return Err(error).with_context(|| format!("cannot unmount {}", point.display())),
+        }
+    }
+    Ok(())
+}
+
+/// Stops our slices; one that still has processes belongs to somebody else.
+fn stop_slices() -> anyhow::Result<()> {
+    for slice in SLICES {
+        let events = fs::read_to_string(Path::new("/sys/fs/cgroup").join(slice).join("cgroup.events"));
+        if events.is_ok_and(|events| events.lines().any(|line| line == "populated 0")) {
+            let stopped = oarlock_systemd::Systemd::connect().and_then(|mut systemd| systemd.stop(slice));
+            stopped.with_context(|| format!("cannot stop {slice}"))?;
         }
     }
     Ok(())

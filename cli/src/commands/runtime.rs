@@ -38,6 +38,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             image_thresholds: settings.image_collection.as_ref().map(|file| file.thresholds()),
             plugins: settings.nri.config(layout),
             handlers: settings.runtime_handlers.clone(),
+            cgroup_driver: settings.cgroup_driver,
             ..oarlock_runtime::Config::default()
         };
         let socket = layout.runtime_socket();

@@ -32,10 +32,9 @@ pub struct SpawnOptions {
     pub shared_pid_namespace: Option<PathBuf>,
     /// The pod's user namespace, to which a shared PID namespace then belongs.
     pub user_namespace: Option<PathBuf>,
-    /// The shim's own cgroup, relative to the cgroup root, such as `oarlock/shims`; created if missing.
+    /// The shim's own cgroup, relative to the cgroup root, such as `oarlock/shims`; created if missing. In the form
+    /// `slice:prefix:name` it is a systemd scope, shared with the shims that are in it.
     pub cgroup: Option<String>,
-    /// Cgroup paths in specs have the systemd form `slice:prefix:name`.
-    pub systemd_cgroup: bool,
 }
 
 /// Runs the binary and waits until it says that it listens.
@@ -85,9 +84,6 @@ fn command(options: &SpawnOptions, ready: OwnedFd) -> tokio::process::Command {
     }
     if let Some(cgroup) = &options.cgroup {
         command.arg("--cgroup").arg(cgroup);
-    }
-    if options.systemd_cgroup {
-        command.arg("--systemd-cgroup");
     }
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_else(|| "/usr/sbin:/usr/bin:/sbin:/bin".into()));
     command.stdin(Stdio::null()).stdout(Stdio::from(ready)).stderr(Stdio::null());

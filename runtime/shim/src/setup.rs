@@ -14,15 +14,16 @@ use nix::libc;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::{ForkResult, chdir, dup2_stderr, dup2_stdout, setsid};
-use oarlock_cgroup::Cgroup;
+use oarlock_cgroup::{Cgroup, Unit};
 use oarlock_shim_api::{ShimRecord, process_start_time, shim_record_path, socket_path, write_atomically};
+use oarlock_systemd::{Scope, Systemd};
 
 use crate::forked::fork_in;
 use crate::pidns;
 use crate::server::Server;
 
 pub(crate) const USAGE: &str = "usage: oarlock-shim --sandbox-id ID --state-dir DIR --container-root DIR \
-[--mounts-below PATH] [--pid-namespace PATH] [--user-namespace PATH] [--cgroup PATH] [--systemd-cgroup]";
+[--mounts-below PATH] [--pid-namespace PATH] [--user-namespace PATH] [--cgroup PATH|SLICE:PREFIX:NAME]";
 
 const LOG_BYTES_MAX: u64 = 1024 * 1024;
 const OOM_SCORE: &str = "-998";
@@ -47,9 +48,6 @@ impl Config {
         let mut arguments = arguments;
         while let Some(name) = arguments.next() {
             let name = name.to_string_lossy().into_owned();
-            if name == "--systemd-cgroup" {
-                continue; // both forms of cgroup paths are understood, whatever the caller prefers
-            }
             let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
             match name.as_str() {
                 "--sandbox-id" => config.sandbox_id = value.to_string_lossy().into_owned(),
@@ -74,7 +72,10 @@ pub(crate) fn run(config: Config) -> ExitCode {
     close_inherited();
     let group = config.cgroup.as_deref().and_then(|path| {
         let group = Cgroup::new(path).ok()?;
-        group.create().ok()?;
+        // A scope comes into being with its first process.
+        if Unit::at(group.path()).is_none() {
+            group.create().ok()?;
+        }
         group.birthplace()
     });
     // SAFETY: no thread has been started.
@@ -135,8 +136,7 @@ fn prepare(config: &Config) -> io::Result<Server> {
     // Not everyone may go below the score they have; the shim then is as likely a victim as others.
     let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     if let Some(path) = &config.cgroup {
-        let joined = Cgroup::new(path).and_then(|cgroup| cgroup.create().and_then(|()| cgroup.join()));
-        joined.map_err(|error| io::Error::other(crate::engine::chain(&error)))?;
+        join_group(path)?;
     }
     // SAFETY: takes numbers only.
     if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } < 0 {
@@ -156,6 +156,27 @@ fn prepare(config: &Config) -> io::Result<Server> {
     write_atomically(&shim_record_path(&config.state_dir), &content)
         .map_err(|error| io::Error::other(crate::engine::chain(&error)))?;
     Server::new(config.clone(), listener, pid_namespace_init)
+}
+
+/// The group that all shims share. A scope of which the last one has just ended ends with it, so it may be there and gone
+/// again; in whichever there is at the end is this process.
+fn join_group(path: &str) -> io::Result<()> {
+    let failed = |error: &dyn std::error::Error| io::Error::other(crate::engine::chain(error));
+    let group = Cgroup::new(path).map_err(|error| failed(&error))?;
+    let Some(unit) = Unit::at(group.path()) else {
+        return group.create().and_then(|()| group.join()).map_err(|error| failed(&error));
+    };
+    if group.exists() && group.join().is_ok() {
+        return Ok(());
+    }
+    let scope = Scope {
+        name: &unit.name,
+        slice: &unit.slice,
+        description: "shims of the Oarlock runtime",
+        pids: vec![std::process::id()],
+        properties: Vec::new(),
+    };
+    Systemd::connect().and_then(|mut systemd| systemd.join_scope(&scope)).map_err(|error| failed(&error))
 }
 
 /// Standard error goes to a file from now on; one that has grown over time starts anew.
@@ -204,7 +225,7 @@ mod tests {
         assert!(parse(&["--sandbox-id"]).is_err());
         assert!(parse(&["--bogus", "x"]).is_err());
         assert!(parse(&["--sandbox-id", "s", "--state-dir", "relative", "--container-root", "/r"]).is_err());
-        let config = parse(&["--sandbox-id", "s", "--systemd-cgroup", "--state-dir", "/s", "--container-root", "/r"]);
+        let config = parse(&["--sandbox-id", "s", "--state-dir", "/s", "--container-root", "/r"]);
         assert_eq!(config.unwrap().state_dir, Path::new("/s"));
     }
 }

@@ -40,7 +40,7 @@ pub(super) async fn adjust(
     let linux = wanted.linux.clone().unwrap_or_default();
     if !linux.cgroups_path.is_empty() {
         // More than one part of the specification follows from it.
-        changed.cgroup = cgroup(&linux.cgroups_path)?;
+        changed.cgroup = cgroup(&linux.cgroups_path, &core.host)?;
         spec = bundle::respecify(core, changed.clone(), sandbox, made.identity).await?;
     }
     if let Some(limits) = &linux.resources {

@@ -99,7 +99,7 @@ fn record_of(core: &Core, sandbox: &SandboxRecord, mut config: cri::ContainerCon
     };
     Ok(ContainerRecord {
         version: VERSION,
-        cgroup: format!("{}/{id}", sandbox.cgroup_parent),
+        cgroup: spec::container::group(&sandbox.cgroup_parent, &id),
         id,
         sandbox_id: sandbox.id.clone(),
         created_at_nanos: now_nanos(),

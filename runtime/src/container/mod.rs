@@ -21,7 +21,7 @@ pub(crate) use create::create;
 pub(crate) use remove::{remove, undo};
 pub(crate) use start::start;
 pub(crate) use stop::{exited, is_running, start_interrupted, stop, unknown_to_shim};
-pub(crate) use update::{apply as apply_limits, limits as limits_of, update};
+pub(crate) use update::{limits as limits_of, update};
 
 use std::sync::Arc;
 

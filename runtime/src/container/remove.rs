@@ -10,10 +10,10 @@ use super::stop::{delete_in_engine, stop};
 use super::volumes::image_key;
 use crate::core::Core;
 use crate::error::Error;
+use crate::groups;
 use crate::mounts;
 use crate::nri;
 use crate::record::{ContainerPhase, ContainerRecord, Kind};
-use crate::sandbox;
 use crate::state::{Container, blocking};
 use crate::view;
 
@@ -51,7 +51,7 @@ async fn take_away(core: &Arc<Core>, container: &Container, record: &ContainerRe
     let (group, bundle, volumes) =
         (record.cgroup.clone(), core.paths.bundle(&id).root, core.paths.container_volumes(&id));
     let local = blocking("removing a container", move || {
-        let steps = [sandbox::remove_group(&group), mounts::remove_own_tree(&bundle), mounts::remove_tree(&volumes)];
+        let steps = [groups::remove(&group), mounts::remove_own_tree(&bundle), mounts::remove_tree(&volumes)];
         Ok(steps.into_iter().filter_map(Result::err).map(|error| error.full_message()).collect::<Vec<_>>())
     });
     failures.extend(local.await?);

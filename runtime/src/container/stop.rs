@@ -9,9 +9,9 @@ use oarlock_shim_api::{ExitRecord, Shim, read_exit_record};
 
 use crate::core::Core;
 use crate::error::Error;
+use crate::groups;
 use crate::nri;
 use crate::record::{ContainerPhase, ContainerRecord};
-use crate::sandbox;
 use crate::state::{Container, blocking, now_nanos};
 use crate::view;
 
@@ -209,7 +209,7 @@ pub(crate) async fn unknown_to_shim(core: &Arc<Core>, container: &Arc<Container>
         return;
     }
     let group = record.cgroup.clone();
-    if let Err(error) = blocking("a control group", move || sandbox::remove_group(&group)).await {
+    if let Err(error) = blocking("a control group", move || groups::remove(&group)).await {
         tracing::warn!(container.id = %record.id, error = %error.full_message(), "what is left of a container could not be killed");
     }
     let finished_at = now_nanos();

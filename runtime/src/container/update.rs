@@ -12,6 +12,7 @@ use oarlock_proto::cri;
 use super::{bundle, state_error};
 use crate::core::Core;
 use crate::error::Error;
+use crate::groups;
 use crate::nri::Further;
 use crate::record::ContainerPhase;
 use crate::spec::{HostFacts, resources};
@@ -46,7 +47,7 @@ pub(crate) async fn update(
             };
             let score = (update.oom_score_adj != 0).then(|| resources::oom_score_adj(Some(&merged), &core.host));
             let limited = move || {
-                apply(&group, &limits)?;
+                groups::limit(&group, &limits)?;
                 score.map_or(Ok(()), |score| give_score(&group, score))
             };
             blocking("a control group", limited).await?;
@@ -55,12 +56,6 @@ pub(crate) async fn update(
         }
         _ => Err(state_error(&record, "change its limits")),
     }
-}
-
-/// Writes limits to a control group.
-pub(crate) fn apply(group: &str, limits: &Limits) -> Result<(), Error> {
-    let failed = |source| Error::Cgroup { operation: "limit", group: group.to_owned(), source };
-    Cgroup::new(group).map_err(failed)?.set_limits(limits).map_err(failed)
 }
 
 /// Gives all processes of a control group, present and forked meanwhile, a new score. One that the kernel refuses stays

@@ -290,7 +290,7 @@ impl RuntimeService for Service {
     }
 
     async fn runtime_config(&self, _request: Request<cri::RuntimeConfigRequest>) -> Reply<cri::RuntimeConfigResponse> {
-        Ok(Response::new(runtime_config::runtime_config()))
+        Ok(Response::new(runtime_config::runtime_config(&self.core)))
     }
 
     async fn update_pod_sandbox_resources(

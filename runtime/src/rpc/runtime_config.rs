@@ -2,7 +2,10 @@
 
 use oarlock_proto::cri;
 
-pub(super) fn runtime_config() -> cri::RuntimeConfigResponse {
-    let linux = cri::LinuxRuntimeConfiguration { cgroup_driver: cri::CgroupDriver::Cgroupfs as i32 };
+use crate::core::Core;
+
+pub(super) fn runtime_config(core: &Core) -> cri::RuntimeConfigResponse {
+    let driver = if core.host.systemd_cgroups { cri::CgroupDriver::Systemd } else { cri::CgroupDriver::Cgroupfs };
+    let linux = cri::LinuxRuntimeConfiguration { cgroup_driver: driver as i32 };
     cri::RuntimeConfigResponse { linux: Some(linux) }
 }

@@ -76,7 +76,7 @@ fn info(core: &Core) -> HashMap<String, String> {
         "cniConfDir": core.config.cni_conf_dir,
         "cniBinDirs": core.config.cni_bin_dirs,
         "network": network.map(|network| network.name),
-        "cgroupDriver": "cgroupfs",
+        "cgroupDriver": if host.systemd_cgroups { "systemd" } else { "cgroupfs" },
         "cgroupVersion": if host.cgroup_v2 { "v2" } else { "v1" },
         "swapAccounting": host.swap_accounting,
         "hugetlb": host.hugetlb,

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use oarlock_proto::cri;
 use tonic::Status;
 
-use crate::container::{apply_limits, limits_of};
+use crate::container::limits_of;
 use crate::core::Core;
 use crate::error::Error;
+use crate::groups;
 use crate::nri;
 use crate::record::SandboxPhase;
 use crate::spec::resources;
@@ -30,7 +31,7 @@ pub(super) async fn update_pod_sandbox_resources(
     nri::sandbox_updates(core, &sandbox, request.overhead.as_ref(), request.resources.as_ref()).await?;
     if let Some(update) = request.resources.as_ref().filter(|_| record.owns_cgroup_parent) {
         let (group, limits) = (record.cgroup_parent.clone(), limits_of(update, update, &core.host));
-        blocking("a control group", move || apply_limits(&group, &limits)).await?;
+        blocking("a control group", move || groups::limit(&group, &limits)).await?;
     }
     sandbox
         .change(&core.records, move |record| {

@@ -7,7 +7,6 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use std::sync::Arc;
 
-use oarlock_cgroup::Cgroup;
 use oarlock_failpoint::step;
 use oarlock_netns::{PinOptions, Pins};
 use oarlock_shim_api::Shim;
@@ -17,6 +16,7 @@ use tracing::{Instrument, debug_span};
 use super::network::{self, Joined};
 use crate::core::Core;
 use crate::error::Error;
+use crate::groups;
 use crate::mounts;
 use crate::paths::SandboxPaths;
 use crate::spec::sandbox::Decision;
@@ -29,12 +29,12 @@ const SHM_BYTES: u64 = 64 << 20;
 pub(super) async fn make(core: &Arc<Core>, sandbox: &Arc<Sandbox>, decision: &Decision) -> Result<Joined, Error> {
     let id = sandbox.id();
     let paths = core.paths.sandbox(&id);
-    let (root, group) = (paths.root.clone(), decision.cgroup_parent.clone());
+    let (root, group, ours) = (paths.root.clone(), decision.cgroup_parent.clone(), decision.owns_cgroup_parent);
     blocking("the sandbox directory", move || {
         fs::create_dir_all(&root).map_err(Error::io("create", &root))?;
         // The shim and every container go below it, so it comes before both.
         step("the sandbox's directory is made");
-        create_group(&group)
+        groups::create(&group, ours)
     })
     .instrument(debug_span!("directory and cgroup"))
     .await?;
@@ -150,9 +150,4 @@ fn write_readable(path: &Path, content: &[u8], (uid, gid): (u32, u32)) -> Result
         chown(path, Some(uid), Some(gid)).map_err(Error::io("change the owner of", path))?;
     }
     fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(Error::io("change the mode of", path))
-}
-
-fn create_group(group: &str) -> Result<(), Error> {
-    let failed = |source| Error::Cgroup { operation: "create", group: group.to_owned(), source };
-    Cgroup::new(group).map_err(failed)?.create().map_err(failed)
 }

@@ -25,7 +25,7 @@ use crate::view;
 
 pub(crate) use network::attachment;
 use stop::tear_down;
-pub(crate) use stop::{clear_away, remove, remove_group, stop};
+pub(crate) use stop::{clear_away, remove, stop};
 pub(crate) use watch::{lose_shim, resynchronise, watch};
 
 /// Makes a sandbox, or gives the one that exists with just this configuration.

@@ -6,7 +6,6 @@ use std::time::Duration;
 use futures::future::join_all;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use oarlock_cgroup::Cgroup;
 use oarlock_failpoint::step;
 use oarlock_netns::{Pins, remove_pinned};
 use oarlock_proto::cri;
@@ -17,6 +16,7 @@ use super::{forget, network};
 use crate::container;
 use crate::core::Core;
 use crate::error::Error;
+use crate::groups;
 use crate::mounts;
 use crate::nri;
 use crate::paths::SandboxPaths;
@@ -170,7 +170,7 @@ pub(crate) async fn clear_away(core: &Arc<Core>, id: &str, group: Option<String>
     // Both wait for the kernel, not for one another.
     let (mounts, group) = tokio::join!(
         blocking("clearing away", move || Ok(clear_mounts(&paths, &id))).instrument(debug_span!("mounts")),
-        blocking("clearing away", move || group.as_deref().map_or(Ok(()), remove_group))
+        blocking("clearing away", move || group.as_deref().map_or(Ok(()), groups::remove))
             .instrument(debug_span!("cgroup"))
     );
     let mut failures = mounts.unwrap_or_else(|error| vec![error.full_message()]);
@@ -187,16 +187,4 @@ fn clear_mounts(paths: &SandboxPaths, id: &str) -> Vec<String> {
         mounts::remove_own_tree(&paths.root),
     ];
     steps.into_iter().filter_map(Result::err).map(|error| error.full_message()).collect()
-}
-
-/// Kills what is left in a control group and removes it.
-pub(crate) fn remove_group(group: &str) -> Result<(), Error> {
-    let failed = |operation| move |source| Error::Cgroup { operation, group: group.to_owned(), source };
-    let cgroup = Cgroup::new(group).map_err(failed("name"))?;
-    if !cgroup.exists() {
-        return Ok(());
-    }
-    cgroup.kill().map_err(failed("kill"))?;
-    step("what was left in a control group is killed");
-    cgroup.remove().map_err(failed("remove"))
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use oarlock_cgroup::Unit;
 use oarlock_proto::cri;
 use oarlock_proto::cri::security_profile::ProfileType;
 use oci_spec::runtime::{LinuxBuilder, LinuxSeccomp, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder};
@@ -16,6 +17,9 @@ use super::user::Identity;
 use crate::apparmor::DEFAULT_PROFILE;
 
 use super::{HostFacts, SpecError, capability, resources, seccomp};
+
+/// In names of scopes, before the container's id.
+const SCOPE_PREFIX: &str = "cri-oarlock";
 
 /// Everything that decides a container's specification.
 pub(crate) struct Inputs<'a> {
@@ -43,6 +47,19 @@ pub(crate) struct Inputs<'a> {
     pub seccomp_profile: Option<LinuxSeccomp>,
     pub annotations: HashMap<String, String>,
     pub host: &'a HostFacts,
+}
+
+/// The control group of a container: one of its sandbox's group, or a scope in its sandbox's slice. No slash leads it.
+pub(crate) fn group(parent: &str, id: &str) -> String {
+    match Unit::at(parent) {
+        Some(_) => format!("{parent}/{SCOPE_PREFIX}-{id}.scope"),
+        None => format!("{parent}/{id}"),
+    }
+}
+
+/// The group in the form that tells OCI runtimes who makes it.
+fn specified(group: &str) -> String {
+    Unit::at(group).and_then(|unit| unit.specified()).unwrap_or_else(|| format!("/{group}"))
 }
 
 /// Refuses what cannot be honoured, before anything is made for the container.
@@ -210,7 +227,7 @@ fn linux(
         .namespaces(namespace::for_container(inputs.pinned, inputs.pid_namespace.clone(), inputs.own_pid, own_cgroup))
         .devices(device::nodes(inputs.devices)?)
         .resources(resources::to_oci(Some(inputs.resources), access, inputs.host)?)
-        .cgroups_path(format!("/{}", inputs.cgroup))
+        .cgroups_path(specified(inputs.cgroup))
         .masked_paths(masked)
         .readonly_paths(readonly)
         .build()
@@ -276,6 +293,17 @@ mod tests {
         let linux =
             cri::LinuxContainerConfig { security_context: Some(context), ..cri::LinuxContainerConfig::default() };
         cri::ContainerConfig { linux: Some(linux), ..config() }
+    }
+
+    #[test]
+    fn a_container_is_a_group_of_its_sandboxs_or_a_scope_in_its_slice() {
+        assert_eq!(group("oarlock/s", "c"), "oarlock/s/c");
+        let scope = group("a.slice/a-b.slice", "0f");
+        assert_eq!(scope, "a.slice/a-b.slice/cri-oarlock-0f.scope");
+        assert_eq!(
+            (specified("oarlock/s/c").as_str(), specified(&scope).as_str()),
+            ("/oarlock/s/c", "a-b.slice:cri-oarlock:0f")
+        );
     }
 
     #[test]

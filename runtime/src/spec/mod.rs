@@ -63,6 +63,8 @@ pub(crate) struct HostFacts {
     /// The runtime's own AppArmor profile is in the kernel.
     pub apparmor_default: bool,
     pub selinux: bool,
+    /// Control groups are made through systemd, as slices and scopes.
+    pub systemd_cgroups: bool,
     /// The host's own name.
     pub hostname: String,
 }

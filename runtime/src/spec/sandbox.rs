@@ -1,6 +1,7 @@
 //! Decides on a sandbox: whether its configuration can be carried out, its namespaces, sysctls, name resolution file,
 //! control group and what CNI is told.
 
+use oarlock_cgroup::{expand_slice, slice_name};
 use oarlock_proto::cri;
 
 use super::namespace::{self, SandboxModes};
@@ -69,7 +70,8 @@ pub(crate) fn decide(
         }
     }
     let hostname = hostname(config, modes, host)?;
-    let (cgroup_parent, owns_cgroup_parent) = cgroup_parent(&linux.cgroup_parent, id, cgroup_root)?;
+    let (cgroup_parent, owns_cgroup_parent) =
+        cgroup_parent(&linux.cgroup_parent, id, cgroup_root, host.systemd_cgroups)?;
     Ok(Decision {
         modes,
         hostname,
@@ -107,22 +109,35 @@ fn hostname(config: &cri::PodSandboxConfig, modes: SandboxModes, host: &HostFact
     Ok(name.clone())
 }
 
-/// Without a parent the group is our own; a parent is a path, never a systemd slice: the driver is cgroupfs.
-fn cgroup_parent(parent: &str, id: &str, cgroup_root: &str) -> Result<(String, bool), SpecError> {
+/// Without a parent the group is our own. A parent is a slice where systemd makes groups, and a path elsewhere.
+fn cgroup_parent(parent: &str, id: &str, cgroup_root: &str, by_systemd: bool) -> Result<(String, bool), SpecError> {
     let field = "config.linux.cgroup_parent";
-    if parent.ends_with(".slice") && !parent.contains('/') {
-        return Err(SpecError::unsupported(
-            field,
-            format!("{parent:?} is a systemd slice; the cgroup driver is cgroupfs"),
-        ));
-    }
+    let invalid = |problem: &str| Err(SpecError::invalid(field, format!("{parent:?} {problem}")));
     let parts: Vec<&str> = parent.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
     if parts.contains(&"..") || parent.contains(['\0', '\n']) {
-        return Err(SpecError::invalid(field, format!("{parent:?} is not a plain path")));
+        return invalid("is not a plain path");
     }
-    match parts.is_empty() {
-        true => Ok((format!("{}/{id}", cgroup_root.trim_matches('/')), true)),
-        false => Ok((parts.join("/"), false)),
+    let root: Vec<&str> = cgroup_root.trim_matches('/').split('/').collect();
+    match (parts.last(), by_systemd) {
+        (None, false) => Ok((format!("{}/{id}", root.join("/")), true)),
+        (None, true) => {
+            let ours = slice_name(&[root.as_slice(), &[id]].concat());
+            let path =
+                expand_slice(&ours).ok_or_else(|| SpecError::invalid(field, format!("{ours:?} is not a slice")))?;
+            Ok((path, true))
+        }
+        (Some(last), false) if last.ends_with(".slice") => {
+            invalid("is a systemd slice, and the cgroup driver is cgroupfs")
+        }
+        (Some(_), false) => Ok((parts.join("/"), false)),
+        // The name alone says where a slice is; a path has to say the same.
+        (Some(last), true) => match expand_slice(last).filter(|path| !path.is_empty()) {
+            None => invalid("is not a systemd slice, and the cgroup driver is systemd"),
+            Some(path) if parts.len() > 1 && parts.join("/") != path => {
+                invalid(&format!("is not where systemd has the slice, which is {path:?}"))
+            }
+            Some(path) => Ok((path, false)),
+        },
     }
 }
 
@@ -245,7 +260,25 @@ mod tests {
         let named = decided(|c| c.linux = linux(|l| l.cgroup_parent = "/kubepods/pod1".into())).unwrap();
         assert_eq!((named.cgroup_parent.as_str(), named.owns_cgroup_parent), ("kubepods/pod1", false));
         assert!(decided(|c| c.linux = linux(|l| l.cgroup_parent = "/../x".into())).is_err());
-        assert!(decided(|c| c.linux = linux(|l| l.cgroup_parent = "a-b.slice".into())).is_err());
+    }
+
+    #[test]
+    fn a_parent_has_the_form_of_the_cgroup_driver() {
+        let parent = |parent: &str, by_systemd| cgroup_parent(parent, "id1", "oarlock", by_systemd);
+        let refused = |text: &str, by_systemd| parent(text, by_systemd).unwrap_err().to_string();
+        let of_pod = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podu_1.slice";
+        assert_eq!(parent(&format!("/{of_pod}"), true).unwrap(), (of_pod.to_owned(), false));
+        assert_eq!(parent("kubepods-burstable-podu_1.slice", true).unwrap(), (of_pod.to_owned(), false));
+        assert_eq!(parent("", true).unwrap(), ("oarlock.slice/oarlock-id1.slice".to_owned(), true));
+        for path in ["/kubepods/pod1", "kubepods", "/a.slice/b", "-.slice", "a--b.slice"] {
+            let problem = "is not a systemd slice, and the cgroup driver is systemd";
+            assert_eq!(refused(path, true), format!("config.linux.cgroup_parent: {path:?} {problem}"));
+        }
+        assert!(refused("/x.slice/a-b.slice", true).ends_with("which is \"a.slice/a-b.slice\""));
+        for slice in ["a-b.slice", &format!("/{of_pod}")] {
+            let problem = "is a systemd slice, and the cgroup driver is cgroupfs";
+            assert_eq!(refused(slice, false), format!("config.linux.cgroup_parent: {slice:?} {problem}"));
+        }
     }
 
     #[test]

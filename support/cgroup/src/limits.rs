@@ -48,11 +48,18 @@ fn max_or(value: i64) -> String {
     if value < 0 { "max".into() } else { value.to_string() }
 }
 
-/// The version 2 weight (1 to 10000) for version 1 shares (2 to 262144), as the OCI runtime specification maps them.
-pub(crate) fn weight_of_shares(shares: u64) -> u64 {
+/// The version 2 weight (1 to 10000, default 100) for version 1 shares (2 to 262144, default 1024), as runc, crun and
+/// libcontainer map them: a curve through both ends and the defaults. 0 stays 0, which is to leave it as it is.
+pub fn weight_of_shares(shares: u64) -> u64 {
     match shares {
         0 => 0,
-        shares => 1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142,
+        1..=2 => 1,
+        262_144.. => 10_000,
+        shares => {
+            let log = (shares as f64).log2();
+            let weight = 10f64.powf((log * log + 125.0 * log) / 612.0 - 7.0 / 34.0).ceil();
+            (weight as u64).clamp(1, 10_000)
+        }
     }
 }
 
@@ -175,7 +182,7 @@ mod tests {
             ..Limits::default()
         };
         let expected = [
-            ("cpu.weight", "39"),
+            ("cpu.weight", "100"),
             ("cpu.max", "50000 100000"),
             ("memory.max", "1000"),
             ("memory.swap.max", "500"),
@@ -184,6 +191,7 @@ mod tests {
         assert_eq!(files(&limits.writes_v2()), expected);
         assert_eq!(weight_of_shares(2), 1);
         assert_eq!(weight_of_shares(262_144), 10_000);
+        assert_eq!(weight_of_shares(22_000), 1204, "as libcontainer has it");
     }
 
     #[test]

@@ -2,6 +2,9 @@
 
 use crate::CgroupError;
 
+const SLICE: &str = ".slice";
+const SCOPE: &str = ".scope";
+
 /// Brings a path as specifications write it to the form used here.
 ///
 /// `slice:prefix:name` (the systemd form) becomes the path of that scope: `a-b.slice:cri:id` is
@@ -16,15 +19,49 @@ pub fn translate(path: &str) -> Result<String, CgroupError> {
             ("", name) => name.to_owned(),
             (prefix, name) => format!("{prefix}-{name}"),
         };
-        let unit = if unit.ends_with(".slice") { unit } else { format!("{unit}.scope") };
+        let unit = if unit.ends_with(SLICE) { unit } else { format!("{unit}{SCOPE}") };
         return clean(&format!("{parents}/{unit}")).ok_or_else(bad);
     }
     clean(path).ok_or_else(bad)
 }
 
-/// `a-b-c.slice` lies in `a-b.slice`, which lies in `a.slice`.
-fn expand_slice(slice: &str) -> Option<String> {
-    let stem = slice.strip_suffix(".slice")?;
+/// A systemd unit that has a group: a scope, or a slice.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    pub name: String,
+    /// The slice that it lies in.
+    pub slice: String,
+}
+
+impl Unit {
+    /// The unit whose group lies at a path in the form used here; None where that is a plain group.
+    pub fn at(path: &str) -> Option<Unit> {
+        let mut parts = path.trim_matches('/').rsplit('/');
+        let name = parts.next().filter(|name| name.ends_with(SCOPE) || name.ends_with(SLICE))?;
+        Some(Unit { name: name.to_owned(), slice: parts.next().unwrap_or("-.slice").to_owned() })
+    }
+
+    pub fn is_slice(&self) -> bool {
+        self.name.ends_with(SLICE)
+    }
+
+    /// The form in which specifications name a scope: `slice:prefix:name`. None for a slice.
+    pub fn specified(&self) -> Option<String> {
+        let stem = self.name.strip_suffix(SCOPE)?;
+        let (prefix, name) = stem.rsplit_once('-').unwrap_or(("", stem));
+        Some(format!("{}:{prefix}:{name}", self.slice))
+    }
+}
+
+/// The slice of these names one below the other; a dash within a name, which would stand for a level, is an underscore.
+pub fn slice_name(parts: &[&str]) -> String {
+    let parts: Vec<String> = parts.iter().map(|part| part.replace('-', "_")).collect();
+    format!("{}{SLICE}", parts.join("-"))
+}
+
+/// Where the group of a slice lies: `a-b-c.slice` is in `a-b.slice`, which is in `a.slice`. None for what is not a slice.
+pub fn expand_slice(slice: &str) -> Option<String> {
+    let stem = slice.strip_suffix(SLICE)?;
     if stem == "-" {
         return Some(String::new());
     }
@@ -58,6 +95,31 @@ mod tests {
         assert_eq!(translate("a-b.slice:cri:id").unwrap(), "a.slice/a-b.slice/cri-id.scope");
         assert_eq!(translate(":cri:id").unwrap(), "system.slice/cri-id.scope");
         assert_eq!(translate("-.slice::x").unwrap(), "x.scope");
+    }
+
+    #[test]
+    fn a_unit_is_known_by_its_path_and_named_as_specifications_do() {
+        let scope = Unit::at("a.slice/a-b.slice/cri-oarlock-0f.scope").unwrap();
+        assert_eq!((scope.name.as_str(), scope.slice.as_str()), ("cri-oarlock-0f.scope", "a-b.slice"));
+        let specified = scope.specified().unwrap();
+        assert_eq!(specified, "a-b.slice:cri-oarlock:0f");
+        assert_eq!(translate(&specified).unwrap(), "a.slice/a-b.slice/cri-oarlock-0f.scope");
+        let slice = Unit::at("/a.slice").unwrap();
+        assert!(slice.is_slice() && slice.slice == "-.slice" && slice.specified().is_none());
+        assert_eq!(Unit::at("kubepods/pod1/c"), None);
+        assert_eq!(Unit::at("a.slice/plain"), None);
+    }
+
+    #[test]
+    fn slices_lie_in_those_that_their_names_begin_with() {
+        let name = slice_name(&["kubepods", "burstable", "pod1-2-3"]);
+        assert_eq!(name, "kubepods-burstable-pod1_2_3.slice");
+        let path = "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2_3.slice";
+        assert_eq!(expand_slice(&name).as_deref(), Some(path));
+        assert_eq!(expand_slice("-.slice").as_deref(), Some(""));
+        for wrong in ["a", ".slice", "a--b.slice", "-a.slice", "a-.slice", "a/b.slice", ""] {
+            assert_eq!(expand_slice(wrong), None, "{wrong}");
+        }
     }
 
     #[test]

@@ -192,7 +192,12 @@ fn what_cannot_be_run_is_told_in_words_users_know() {
         assert_eq!(daemon.runtime.container_status(unknown).await.unwrap_err().code(), Code::NotFound);
         let mut systemd = sandbox_config("systemd", "");
         systemd.linux.as_mut().unwrap().cgroup_parent = "kubepods.slice".into();
-        assert_eq!(daemon.run(systemd).await.unwrap_err().code(), Code::Unimplemented);
+        let error = daemon.run(systemd).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument);
+        assert!(
+            error.message().starts_with("config.linux.cgroup_parent: \"kubepods.slice\" is a systemd slice"),
+            "{error}"
+        );
         daemon
     });
 }

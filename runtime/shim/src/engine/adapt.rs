@@ -2,21 +2,29 @@
 //!
 //! What is mended (each a gap of the engine, see the tests):
 //! - `noNewPrivileges: false` beside a seccomp filter makes the filter fail to load: dropped, which means the same;
-//! - cgroup paths of the systemd form are taken literally: translated;
+//! - cgroup paths of the systemd form are taken literally: translated, and the scope made by the shim's helper;
 //! - version 1 cgroup mounts come out writable: replaced by a tmpfs with read-only binds;
 //! - an oom score the kernel refuses would be fatal: set before, by the helper, and taken out;
 //! - `root.path` is relative to the bundle, which the engine is not given: made absolute.
 
 use std::path::Path;
 
-use oarlock_cgroup::Layout;
+use oarlock_cgroup::{Layout, Unit};
 use oci_spec::runtime::{LinuxNamespaceType, Mount, MountBuilder, Spec};
+
+/// Where a container's processes go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Relative cgroup path.
+    pub(super) cgroup: String,
+    /// As the specification had it, where that names a systemd scope.
+    pub(super) scope: Option<String>,
+}
 
 /// The parts of a specification the shim needs itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Facts {
-    /// Relative cgroup path.
-    pub(super) cgroup: String,
+    pub(super) place: Place,
     pub(super) private_pid_namespace: bool,
     pub(super) start_hooks: bool,
     /// What `process.oomScoreAdj` asked for.
@@ -36,7 +44,7 @@ pub(super) enum AdaptError {
 }
 
 /// Makes the root absolute and the cgroup path one that every runtime reads alike; returns the latter.
-pub(super) fn locate(spec: &mut Spec, bundle: &Path, container_id: &str) -> Result<String, AdaptError> {
+pub(super) fn locate(spec: &mut Spec, bundle: &Path, container_id: &str) -> Result<Place, AdaptError> {
     let mut root = spec.root().clone().ok_or(AdaptError::Missing("root"))?;
     if root.path().is_relative() {
         root.set_path(bundle.join(root.path()));
@@ -48,7 +56,8 @@ pub(super) fn locate(spec: &mut Spec, bundle: &Path, container_id: &str) -> Resu
     let cgroup = oarlock_cgroup::translate(&wanted)?;
     linux.set_cgroups_path(Some(format!("/{cgroup}").into()));
     spec.set_linux(Some(linux));
-    Ok(cgroup)
+    let scope = Some(wanted).filter(|_| Unit::at(&cgroup).is_some());
+    Ok(Place { cgroup, scope })
 }
 
 /// Whether the container has a PID namespace that dies with its first process.
@@ -59,7 +68,7 @@ pub(super) fn has_private_pids(spec: &Spec) -> bool {
 
 /// Rewrites in place.
 pub(super) fn adapt(spec: &mut Spec, bundle: &Path, container_id: &str, layout: &Layout) -> Result<Facts, AdaptError> {
-    let cgroup = locate(spec, bundle, container_id)?;
+    let place = locate(spec, bundle, container_id)?;
     let linux = spec.linux().as_ref().ok_or(AdaptError::Missing("linux section"))?;
     let private_pid_namespace = has_private_pids(spec);
     let has_seccomp = linux.seccomp().is_some();
@@ -74,13 +83,13 @@ pub(super) fn adapt(spec: &mut Spec, bundle: &Path, container_id: &str, layout: 
     spec.set_process(Some(process));
 
     if !layout.is_v2() {
-        replace_cgroup_mounts(spec, layout, &cgroup)?;
+        replace_cgroup_mounts(spec, layout, &place.cgroup)?;
     }
     let hooks = spec.hooks().as_ref();
     let some =
         |hooks: &Option<Vec<_>>| hooks.as_ref().is_some_and(|hooks: &Vec<oci_spec::runtime::Hook>| !hooks.is_empty());
     let start_hooks = hooks.is_some_and(|hooks| some(hooks.poststart()));
-    Ok(Facts { cgroup, private_pid_namespace, start_hooks, oom_score, terminal })
+    Ok(Facts { place, private_pid_namespace, start_hooks, oom_score, terminal })
 }
 
 fn replace_cgroup_mounts(spec: &mut Spec, layout: &Layout, cgroup: &str) -> Result<(), AdaptError> {
@@ -145,7 +154,8 @@ mod tests {
         let Ok(layout) = Layout::host() else { panic!("no cgroups on this host") };
         let mut spec = spec();
         let facts = adapt(&mut spec, Path::new("/b"), "c1", layout).unwrap();
-        assert_eq!(facts.cgroup, "pods.slice/cri-c1.scope");
+        assert_eq!(facts.place.cgroup, "pods.slice/cri-c1.scope");
+        assert_eq!(facts.place.scope.as_deref(), Some("pods.slice:cri:c1"));
         assert!(facts.private_pid_namespace && !facts.start_hooks && !facts.terminal);
         assert_eq!(facts.oom_score, Some(-998));
         assert_eq!(spec.root().as_ref().unwrap().path(), Path::new("/b/rootfs"));

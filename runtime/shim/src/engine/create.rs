@@ -25,7 +25,7 @@ use oci_spec::runtime::{LinuxIdMapping, Spec};
 
 use super::adapt::{self, Facts};
 use super::executor::{Confinement, NOT_EXECUTABLE_MARK, NOT_FOUND_MARK, Program};
-use super::{adapted_bundle, chain, failed, io_failed, propagation, seclude};
+use super::{adapted_bundle, chain, failed, io_failed, propagation, scope, seclude};
 use crate::forked::{Finished, Report};
 use crate::seccomp;
 use crate::stdio::ContainerEnds;
@@ -56,8 +56,10 @@ pub(crate) fn create(job: CreateJob) -> Finished {
     let program = confine(&mut spec, &job.container_root, &adapted)?;
     spec.save(adapted.join("config.json")).map_err(|error| failed("save the specification", &error))?;
 
+    // Before this process takes on what the container inherits.
+    let scope = scope::start(&facts.place, &job.container_id, &spec)?;
     prepare_process(layout, &facts, &job.container_id)?;
-    confine_devices(layout, &facts.cgroup, &spec)?;
+    confine_devices(layout, &facts.place.cgroup, &spec)?;
     own_streams(&job.ends, &spec);
     let console = if job.terminal { Some(listen(&adapted)?) } else { None };
     if let Some(point) = &job.mounts_below {
@@ -68,6 +70,8 @@ pub(crate) fn create(job: CreateJob) -> Finished {
         .pid()
         .map(|pid| pid.as_raw())
         .ok_or_else(|| RemoteError::new(ErrorKind::Engine, "the container has no process"))?;
+    // The container's first process is in it now.
+    drop(scope);
     let mut fds = Vec::new();
     if let Some(console) = console {
         fds.push(receive_master(&console)?);
@@ -76,7 +80,7 @@ pub(crate) fn create(job: CreateJob) -> Finished {
     propagation::apply(&spec, pid)?;
     let report = Report {
         pid,
-        cgroup: Some(facts.cgroup),
+        cgroup: Some(facts.place.cgroup),
         private_pid_namespace: facts.private_pid_namespace,
         start_hooks: facts.start_hooks,
     };
@@ -85,7 +89,7 @@ pub(crate) fn create(job: CreateJob) -> Finished {
 
 /// What the container inherits from this process.
 fn prepare_process(layout: &Layout, facts: &Facts, container_id: &str) -> Result<(), RemoteError> {
-    let cgroup = Cgroup::with_layout(layout, &facts.cgroup).map_err(|error| failed("name the cgroup", &error))?;
+    let cgroup = Cgroup::with_layout(layout, &facts.place.cgroup).map_err(|error| failed("name the cgroup", &error))?;
     cgroup.create().map_err(|error| failed("create the cgroup", &error))?;
     // The engine moves processes only in hierarchies with controllers.
     cgroup.attach_without_controllers(std::process::id() as i32).map_err(|error| failed("join the cgroup", &error))?;

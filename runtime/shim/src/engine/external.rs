@@ -67,8 +67,11 @@ impl External {
         let directory = adapted_bundle(&job.state_dir, &job.container_id);
         let mut spec =
             Spec::load(job.bundle.join("config.json")).map_err(|error| failed("load config.json", &error))?;
-        let cgroup = super::adapt::locate(&mut spec, &job.bundle, &job.container_id)
+        let place = super::adapt::locate(&mut spec, &job.bundle, &job.container_id)
             .map_err(|error| RemoteError::new(ErrorKind::Invalid, super::chain(&error)))?;
+        if let Some(scope) = &place.scope {
+            leave_to_systemd(&mut spec, scope);
+        }
         // Its mounts are to reach the host, so it has to see the host's.
         if spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().as_deref()) == Some("shared") {
             self.hidden = None;
@@ -76,20 +79,23 @@ impl External {
         let private_pid_namespace = super::adapt::has_private_pids(&spec);
         spec.set_version(VERSION.to_owned());
         spec.save(directory.join("config.json")).map_err(|error| failed("save the specification", &error))?;
-        // Bound into the container before the runtime may have made them; and in hierarchies that it does not know.
-        let group = Cgroup::new(&cgroup).map_err(|error| failed("name the cgroup", &error))?;
-        group.create().map_err(|error| failed("create the cgroup", &error))?;
         let own = std::process::id() as i32;
-        group.attach_without_controllers(own).map_err(|error| failed("join the cgroup", &error))?;
+        if place.scope.is_none() {
+            // Bound into the container before the runtime may have made them; and in hierarchies that it does not know.
+            let group = Cgroup::new(&place.cgroup).map_err(|error| failed("name the cgroup", &error))?;
+            group.create().map_err(|error| failed("create the cgroup", &error))?;
+            group.attach_without_controllers(own).map_err(|error| failed("join the cgroup", &error))?;
+        }
         super::create::own_streams(&job.ends, &spec);
         let (log, pid_file) = (directory.join("runtime.log"), directory.join("pid"));
-        let mut command = self.command(&log, &["create", "--bundle"]);
+        let by_systemd: &[&str] = if place.scope.is_some() { &["--systemd-cgroup"] } else { &[] };
+        let mut command = self.command(&log, &[by_systemd, &["create", "--bundle"]].concat());
         command.arg(&directory).arg("--pid-file").arg(&pid_file);
         let console = if job.terminal { Some(listen(&directory)?) } else { None };
-        let place = fs::File::open(&directory).map_err(io_failed("open the container's directory"))?;
+        let opened = fs::File::open(&directory).map_err(io_failed("open the container's directory"))?;
         if console.is_some() {
             // A socket address holds 107 bytes, the path may be longer.
-            command.arg("--console-socket").arg(format!("/proc/{own}/fd/{}/console.sock", place.as_raw_fd()));
+            command.arg("--console-socket").arg(format!("/proc/{own}/fd/{}/console.sock", opened.as_raw_fd()));
         }
         command.arg(&job.container_id);
         command.stdin(job.ends.stdin.map_or_else(Stdio::null, Stdio::from));
@@ -101,7 +107,7 @@ impl External {
         let text = fs::read_to_string(&pid_file).map_err(io_failed("read the container's pid"))?;
         let pid = text.trim().parse().map_err(|error| failed("read the container's pid", &error))?;
         let fds = console.map(|console| receive_master(&console)).transpose()?.into_iter().collect();
-        Ok((Report { pid, cgroup: Some(cgroup), private_pid_namespace, start_hooks: true }, fds))
+        Ok((Report { pid, cgroup: Some(place.cgroup), private_pid_namespace, start_hooks: true }, fds))
     }
 
     /// A command that takes only the container's id, such as `start`, `pause` and `resume`.
@@ -143,6 +149,18 @@ fn hide(mount: &CStr) -> std::io::Result<()> {
     nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
     nix::mount::mount(None::<&CStr>, c"/", None::<&CStr>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&CStr>)?;
     Ok(nix::mount::umount2(mount, MntFlags::MNT_DETACH)?)
+}
+
+/// The runtime makes the scope. crun would put a group of its own into it, and execs of ours beside that group; the kernel
+/// takes processes on one of both levels only.
+fn leave_to_systemd(spec: &mut Spec, scope: &str) {
+    if let Some(mut linux) = spec.linux().clone() {
+        linux.set_cgroups_path(Some(scope.into()));
+        spec.set_linux(Some(linux));
+    }
+    let mut annotations = spec.annotations().clone().unwrap_or_default();
+    annotations.insert("run.oci.systemd.subgroup".to_owned(), String::new());
+    spec.set_annotations(Some(annotations));
 }
 
 fn run(mut command: Command, verb: &str, log: &Path) -> Result<(), RemoteError> {

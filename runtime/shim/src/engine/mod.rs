@@ -10,6 +10,7 @@ mod executor;
 mod external;
 mod propagation;
 mod remove;
+mod scope;
 mod seclude;
 
 pub(crate) use create::{CreateJob, create, start_with_hooks};

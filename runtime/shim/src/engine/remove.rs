@@ -9,7 +9,7 @@ use oarlock_cgroup::Cgroup;
 use oarlock_shim_api::{ErrorKind, RemoteError};
 use oci_spec::runtime::Spec;
 
-use super::{adapted_bundle, failed, io_failed};
+use super::{adapted_bundle, failed, io_failed, scope};
 use crate::forked::Finished;
 
 const REMOVAL_TRIES: usize = 8;
@@ -54,6 +54,7 @@ fn remove_cgroup(spec: &Spec) -> Result<(), RemoteError> {
     let Some(path) = path else { return Ok(()) };
     let cgroup = Cgroup::new(&path.to_string_lossy()).map_err(|error| failed("name the cgroup", &error))?;
     cgroup.kill().map_err(|error| failed("kill the container's processes", &error))?;
+    scope::stop(cgroup.path())?;
     cgroup.remove().map_err(|error| failed("remove the cgroup", &error))
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use oarlock_cgroup::{Unit, translate};
 use oarlock_nri::api::{self, LinuxContainerAdjustment, LinuxDeviceCgroup, MpolFlag, OptionalInt64};
 use oarlock_nri::{clear_marker, marked_for_removal};
 use oci_spec::runtime::{
@@ -14,17 +15,23 @@ use super::{named, parse, resources};
 use crate::spec::device::{self, HostDevice};
 use crate::spec::{HostFacts, SpecError};
 
-/// The control group that plugins put the container into, without a leading slash.
-pub(crate) fn cgroup(path: &str) -> Result<String, SpecError> {
+/// The control group that plugins put the container into, without a leading slash: a path, or `slice:prefix:name` where
+/// systemd makes groups.
+pub(crate) fn cgroup(path: &str, host: &HostFacts) -> Result<String, SpecError> {
     let group = path.trim_matches('/');
     let field = || named("linux.cgroups_path");
-    if group.contains(':') {
-        return Err(SpecError::unsupported(field(), "a systemd slice cannot be chosen"));
+    let plain = !group.contains(':');
+    if plain == host.systemd_cgroups || (plain && Unit::at(group).is_some()) {
+        let problem = match host.systemd_cgroups {
+            true => "is not slice:prefix:name, and the cgroup driver is systemd",
+            false => "names a systemd unit, and the cgroup driver is cgroupfs",
+        };
+        return Err(SpecError::invalid(field(), format!("{path:?} {problem}")));
     }
-    if group.is_empty() || group.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
+    if plain && (group.is_empty() || group.split('/').any(|part| part.is_empty() || part == "." || part == "..")) {
         return Err(SpecError::invalid(field(), format!("{path:?} is not a plain path")));
     }
-    Ok(group.to_owned())
+    translate(group).map_err(|error| SpecError::invalid(field(), error.to_string()))
 }
 
 pub(super) fn adjust(spec: &mut Spec, wanted: &LinuxContainerAdjustment, host: &HostFacts) -> Result<(), SpecError> {

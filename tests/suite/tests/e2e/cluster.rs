@@ -20,7 +20,7 @@ use super::containerd::Containerd;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the cluster is told beside its directory.
-const CONFIG: &str = "loadBalancerPools: [192.0.2.128/29]\n";
+const CONFIG: &str = "loadBalancerPools: [192.0.2.128/29]\ncgroupDriver: auto\n";
 
 pub(crate) struct Cluster {
     directory: tempfile::TempDir,

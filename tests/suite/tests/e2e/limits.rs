@@ -3,12 +3,17 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use oarlock_testkit::{is_lab, wait_for};
+
 use super::Case;
-use super::cluster::Cluster;
+use super::cluster::{Cluster, PATIENCE};
 use super::kubectl::pod;
 
-pub(crate) const CASES: &[Case] =
-    &[("limits_are_enforced_in_cgroups", limits), ("a_container_beyond_its_memory_is_oom_killed", oom)];
+pub(crate) const CASES: &[Case] = &[
+    ("limits_are_enforced_in_cgroups", limits),
+    ("each_class_of_pods_has_its_cgroup", classes),
+    ("a_container_beyond_its_memory_is_oom_killed", oom),
+];
 
 fn with_resources(manifest: &str, resources: &str) -> String {
     manifest.replace("name: main,", &format!("name: main, resources: {resources},"))
@@ -33,6 +38,9 @@ fn limits(cluster: &Cluster) {
         let pod = container.parent().expect("the pod's cgroup");
         assert_eq!(read(pod, "memory.max"), "67108864");
         assert_eq!(read(pod, "cpu.max"), "25000 100000");
+        if pod.extension().is_some_and(|kind| kind == "slice") {
+            a_reload_of_systemd_changes_no_limit([pod, &container, pod.parent().expect("the class's cgroup")]);
+        }
     } else {
         let container = container_group(Path::new("/sys/fs/cgroup/memory"), uid, id);
         assert_eq!(read(&container, "memory.limit_in_bytes"), "67108864");
@@ -44,12 +52,53 @@ fn limits(cluster: &Cluster) {
     cluster.kubectl("delete pod limited --timeout=60s");
 }
 
+fn a_reload_of_systemd_changes_no_limit(groups: [&Path; 3]) {
+    let limits =
+        || groups.map(|group| ["memory.max", "cpu.max", "cpu.weight", "pids.max"].map(|file| read(group, file)));
+    let before = limits();
+    let reloaded = std::process::Command::new("systemctl").arg("daemon-reload").status().expect("systemctl");
+    assert!(reloaded.success());
+    assert_eq!(limits(), before);
+}
+
+/// Each class of pods has its place in the tree, which a pod leaves without a trace.
+fn classes(cluster: &Cluster) {
+    const LIMITED: &str = "{limits: {memory: 32Mi, cpu: 50m}}";
+    let pods = [
+        ("guaranteed", with_resources(&pod("guaranteed", &["/bin/sleep"]), LIMITED), "kubepods"),
+        ("besteffort", pod("besteffort", &["/bin/sleep"]), "besteffort"),
+    ];
+    for (_, manifest, _) in &pods {
+        cluster.apply(manifest);
+    }
+    cluster.kubectl("wait --for=condition=Ready pod/guaranteed pod/besteffort --timeout=60s");
+    let mut groups = Vec::new();
+    for (name, _, class) in &pods {
+        let object = cluster.get(&format!("pod {name}"));
+        let uid = object["metadata"]["uid"].as_str().expect("uid");
+        let id = object["status"]["containerStatuses"][0]["containerID"].as_str().expect("id");
+        let hierarchy = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"].map(Path::new);
+        let hierarchy = hierarchy.into_iter().find(|path| path.is_dir()).expect("control groups");
+        let container = container_group(hierarchy, uid, id.rsplit('/').next().expect("an id"));
+        let group = container.parent().expect("the pod's cgroup").to_owned();
+        let above =
+            group.parent().expect("the class's cgroup").file_name().expect("a name").to_string_lossy().into_owned();
+        let slices = [format!("{class}.slice"), format!("kubepods-{class}.slice")];
+        let by_systemd = slices.contains(&above);
+        assert!(by_systemd || (above == *class && !is_lab()), "{name} is in {above}");
+        groups.push(group);
+    }
+    cluster.kubectl("delete pod guaranteed besteffort --timeout=60s");
+    wait_for("the pods' cgroups to go", PATIENCE, || groups.iter().all(|group| !group.exists()).then_some(()));
+}
+
 /// The directory of a container below that of its pod.
 fn container_group(hierarchy: &Path, uid: &str, id: &str) -> PathBuf {
     let mut pending = vec![hierarchy.to_owned()];
     while let Some(directory) = pending.pop() {
         let path = directory.to_string_lossy().into_owned();
-        if path.contains(uid) && path.contains(id) {
+        let of_pod = path.contains(uid) || path.contains(&uid.replace('-', "_"));
+        if of_pod && path.contains(id) {
             return directory;
         }
         for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {

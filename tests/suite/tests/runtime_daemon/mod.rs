@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
-use oarlock_cgroup::Cgroup;
+use oarlock_cgroup::{Cgroup, slice_name};
 use oarlock_proto::cri;
 use oarlock_proto::cri::image_service_client::ImageServiceClient;
 use oarlock_proto::cri::runtime_service_client::RuntimeServiceClient;
 use oarlock_proto::images::ImportRequest;
 use oarlock_proto::images::images_client::ImagesClient;
-use oarlock_runtime::{Config, Runtime};
+use oarlock_runtime::{CgroupDriver, Config, Runtime};
+use oarlock_systemd::Systemd;
 use oarlock_testkit::{Snapshot, binary, image_archive, in_fresh_namespaces};
 use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
@@ -37,6 +38,7 @@ const CONFLIST: &str = r#"{
 pub struct Daemon {
     directory: tempfile::TempDir,
     cgroup_root: String,
+    driver: CgroupDriver,
     running: Option<(CancellationToken, JoinHandle<Result<(), oarlock_runtime::Error>>)>,
     pub runtime: RuntimeServiceClient<Channel>,
     pub images: ImageServiceClient<Channel>,
@@ -44,13 +46,22 @@ pub struct Daemon {
 
 /// Runs a test against a daemon in fresh namespaces, and fails it for whatever is left behind.
 pub fn with_daemon<F: Future<Output = Daemon>>(name: &'static str, test: impl FnOnce(Daemon) -> F + Send + 'static) {
+    with_daemon_by(CgroupDriver::Cgroupfs, name, test);
+}
+
+/// As [`with_daemon`], with control groups made in another way.
+pub fn with_daemon_by<F: Future<Output = Daemon>>(
+    driver: CgroupDriver,
+    name: &'static str,
+    test: impl FnOnce(Daemon) -> F + Send + 'static,
+) {
     in_fresh_namespaces(move || {
         oarlock_netns::bring_loopback_up().unwrap();
         let marker = format!("oarlock-runtime-{name}");
         let before = Snapshot::take(&marker);
         let threads = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         threads.block_on(async {
-            let daemon = test(Daemon::start(name).await).await;
+            let daemon = test(Daemon::start(name, driver).await).await;
             daemon.finish().await;
         });
         drop(threads);
@@ -69,14 +80,14 @@ fn is_shared(line: &str, name: &str) -> bool {
 }
 
 impl Daemon {
-    async fn start(name: &str) -> Daemon {
+    async fn start(name: &str, driver: CgroupDriver) -> Daemon {
         let directory = tempfile::Builder::new().prefix(&format!("oarlock-runtime-{name}-")).tempdir().unwrap();
         // As the directories of a real node: root of a user namespace has to get through.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o711)).unwrap();
         lay_out(directory.path());
         let cgroup_root = format!("oarlock-test-{name}-{}", std::process::id());
         let (runtime, images) = clients(&directory.path().join("run/runtime.sock"));
-        let mut daemon = Daemon { directory, cgroup_root, running: None, runtime, images };
+        let mut daemon = Daemon { directory, cgroup_root, driver, running: None, runtime, images };
         daemon.open().await;
         let mut import = ImagesClient::new(channel(&daemon.socket()));
         let request = ImportRequest { path: image_archive().display().to_string() };
@@ -99,7 +110,7 @@ impl Daemon {
     }
 
     pub fn config(&self) -> Config {
-        config_in(self.path(), &self.cgroup_root)
+        Config { cgroup_driver: self.driver, ..config_in(self.path(), &self.cgroup_root) }
     }
 
     /// Opens the daemon and serves.
@@ -151,7 +162,15 @@ impl Daemon {
         let (stop, task) = self.running.take().expect("the daemon runs");
         stop.cancel();
         tokio::time::timeout(LIMIT, task).await.expect("the daemon stops").unwrap().unwrap();
+        if self.driver != CgroupDriver::Cgroupfs {
+            Systemd::connect().unwrap().stop(&self.slice()).unwrap();
+        }
         Cgroup::new(&self.cgroup_root).unwrap().remove().unwrap();
+    }
+
+    /// The slice of the daemon's own where systemd makes control groups.
+    pub fn slice(&self) -> String {
+        slice_name(&[&self.cgroup_root])
     }
 
     /// Runs a sandbox with the bridge network.

@@ -179,7 +179,6 @@ pub fn options(dir: &Path, name: &str, shared_pids: bool) -> SpawnOptions {
         shared_pid_namespace: shared_pids.then(|| dir.join("pidns")),
         user_namespace: None,
         cgroup: None,
-        systemd_cgroup: false,
     }
 }
 
