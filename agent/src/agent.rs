@@ -31,7 +31,7 @@ use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
 use crate::users::UserRanges;
 use crate::watched::Watched;
-use crate::{Config, Error, eviction, logs, pleg, recorder, reserved, shutdown, sources, storage, users};
+use crate::{Config, Error, eviction, inhibitor, logs, pleg, recorder, reserved, shutdown, sources, storage, users};
 
 const NEWS: usize = 1024;
 const PROBE_UPDATES: usize = 1024;
@@ -126,6 +126,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
     let rest = CancellationToken::new();
     let mut tasks = Tasks::new(rest.clone());
     let token = tasks.token();
+    tasks.spawn("shutdown lock", finished(inhibitor::hold(shared.clone(), news.clone(), token.clone())));
     tasks.spawn("shutdown", finished(shutdown::follow(shared.clone(), news.clone(), asked, rest)));
     if let Some((rotation, live)) = keeper {
         tasks.spawn("client certificate", finished(credentials::keep_client(rotation, live, token.clone())));

@@ -1,8 +1,10 @@
 //! Graceful shutdown of the machine: pods end in the order of their priority before the agent does.
 //!
-//! When the agent is asked to end and the machine is on its way down, every pod is ended with what its priority is given; the
-//! node is told as not ready and takes no more pods. When only the agent ends, pods stay. The agent's service is stopped before
-//! the runtime's and the network's, and systemd waits for it as long as its stop timeout allows.
+//! When the machine is about to stop, every pod is ended with what its priority is given; the node is told as not ready and
+//! takes no more pods. Of login1 the agent hears that before anything is stopped (see [`crate::inhibitor`]). Where there is no
+//! login1, it is when the agent is asked to end and the machine is on its way down; when only the agent ends, pods stay. The
+//! agent's service is stopped before the runtime's and the network's, and systemd waits for it as long as its stop timeout
+//! allows.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::eviction::CRITICAL_PRIORITY;
+use crate::inhibitor::LoginConfig;
 use crate::model::PodUid;
 use crate::pods::News;
 use crate::shared::{PodEntry, Shared};
@@ -37,11 +40,12 @@ pub struct ShutdownConfig {
     pub groups: Vec<(i32, Duration)>,
     /// Whether the machine is going down. Blocks.
     pub machine_stops: fn() -> bool,
+    pub login: LoginConfig,
 }
 
 impl Default for ShutdownConfig {
     fn default() -> Self {
-        Self { groups: Vec::new(), machine_stops: systemd_stops }
+        Self { groups: Vec::new(), machine_stops: systemd_stops, login: LoginConfig::default() }
     }
 }
 
@@ -82,10 +86,15 @@ pub(crate) async fn follow(
     let config = &shared.config.shutdown;
     let stops = config.machine_stops;
     if !config.groups.is_empty() && tokio::task::spawn_blocking(stops).await.unwrap_or(false) {
-        shared.shutting_down.store(true, Ordering::Relaxed);
-        tokio::join!(end_pods(&shared, &news), node_not_ready(&shared));
+        end_all(&shared, &news).await;
     }
     rest.cancel();
+}
+
+/// Takes no more pods, tells the node as not ready, and ends the pods there are.
+pub(crate) async fn end_all(shared: &Shared, news: &mpsc::Sender<News>) {
+    shared.shutting_down.store(true, Ordering::Relaxed);
+    tokio::join!(end_pods(shared, news), node_not_ready(shared));
 }
 
 /// Has the node told as not ready, and waits a moment until it is.

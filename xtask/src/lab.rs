@@ -43,6 +43,7 @@ const PACKAGES: &[&str] = &[
 const CASES: &[&str] = &[
     "limits_are_enforced",
     "each_class_of_pods",
+    "machines_stop_waits",
     "oom_killed",
     "logs_in",
     "exec_piped",

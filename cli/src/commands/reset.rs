@@ -11,6 +11,7 @@ use anyhow::Context;
 use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use oarlock_agent::LoginConfig;
 use oarlock_netlink::{Connection, Protocol};
 use oarlock_proto::cri::runtime_service_client::RuntimeServiceClient;
 use oarlock_proto::cri::{ListPodSandboxRequest, RemovePodSandboxRequest, StopPodSandboxRequest};
@@ -59,6 +60,7 @@ pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<Exit
     step("processes", end_leftover_processes(settings));
     step("volumes", abandon_volumes(settings));
     step("mounts", unmount_all(settings));
+    step("login1", LoginConfig::default().give_back().map_err(anyhow::Error::from));
     step("slices", stop_slices());
     step("cgroups", remove_cgroups());
     step("links", remove_bridge());

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use oarlock_testkit::{Snapshot, binary, image_archive, wait_for};
+use oarlock_testkit::{Snapshot, binary, image_archive, is_lab, wait_for};
 use serde_json::Value;
 
 use super::containerd::Containerd;
@@ -21,6 +21,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the cluster is told beside its directory.
 const CONFIG: &str = "loadBalancerPools: [192.0.2.128/29]\ncgroupDriver: auto\n";
+/// In the guest, whose login1 may be told: the machine waits for pods.
+const LAB_CONFIG: &str = "kubelet: {shutdownGracePeriod: 30s, shutdownGracePeriodCriticalPods: 10s}\n";
+/// What that leaves in the configuration of login1.
+pub(crate) const LOGIN_DROP_IN: &str = "/etc/systemd/logind.conf.d/99-kubelet.conf";
 
 pub(crate) struct Cluster {
     directory: tempfile::TempDir,
@@ -56,7 +60,10 @@ impl Cluster {
                 let endpoint = format!("kubelet: {{containerRuntimeEndpoint: \"unix://{}\"}}", socket.display());
                 writeln!(text, "{endpoint}\ncni: {{confDir: {}}}", networks.display()).expect("a string");
             }
-            None => arguments.extend(["--image", &image]),
+            None => {
+                text.push_str(if is_lab() { LAB_CONFIG } else { "" });
+                arguments.extend(["--image", &image]);
+            }
         }
         let mut config = tempfile::NamedTempFile::new().expect("a file");
         config.write_all(text.as_bytes()).expect("write the configuration");
@@ -212,6 +219,7 @@ impl Cluster {
         if let Some(containerd) = self.containerd.take() {
             containerd.into_inner().end_and_check();
         }
+        assert!(!is_lab() || !Path::new(LOGIN_DROP_IN).exists());
         self.before.assert_nothing_leaked(&Snapshot::take(&self.directory.path().to_string_lossy()));
     }
 }

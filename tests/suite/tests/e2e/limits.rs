@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use oarlock_testkit::{is_lab, wait_for};
 
 use super::Case;
-use super::cluster::{Cluster, PATIENCE};
+use super::cluster::{Cluster, LOGIN_DROP_IN, PATIENCE};
 use super::kubectl::pod;
 
 pub(crate) const CASES: &[Case] = &[
     ("limits_are_enforced_in_cgroups", limits),
     ("each_class_of_pods_has_its_cgroup", classes),
     ("a_container_beyond_its_memory_is_oom_killed", oom),
+    ("the_machines_stop_waits_for_pods", shutdown_lock),
 ];
 
 fn with_resources(manifest: &str, resources: &str) -> String {
@@ -113,6 +114,25 @@ fn container_group(hierarchy: &Path, uid: &str, id: &str) -> PathBuf {
 fn read(directory: &Path, file: &str) -> String {
     let path = directory.join(file);
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display())).trim().to_owned()
+}
+
+/// Where login1 is, the agent holds the stop of the machine up, for as long as it is configured.
+fn shutdown_lock(_: &Cluster) {
+    if !is_lab() {
+        println!("not run: login1 of this machine is not to be configured by tests");
+        return;
+    }
+    let output = |program: &str, arguments: &[&str]| {
+        let output = std::process::Command::new(program).args(arguments).output().expect(program);
+        String::from_utf8(output.stdout).expect("text")
+    };
+    wait_for("the agent's lock", PATIENCE, || {
+        let locks = output("systemd-inhibit", &["--list", "--no-legend", "--no-pager"]);
+        locks.lines().any(|line| line.starts_with("kubelet ") && line.contains(" shutdown ")).then_some(())
+    });
+    assert!(fs::read_to_string(LOGIN_DROP_IN).expect("the file").ends_with("InhibitDelayMaxSec=30\n"));
+    let login = ["get-property", "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"];
+    assert_eq!(output("busctl", &[&login[..], &["InhibitDelayMaxUSec"]].concat()).trim(), "t 30000000");
 }
 
 fn oom(cluster: &Cluster) {
