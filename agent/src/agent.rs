@@ -138,9 +138,8 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
     let mut known_sources = HashSet::from([Source::Api]);
     if let Some(directory) = config.static_pod_dir.clone() {
         known_sources.insert(Source::Files);
-        let (node_name, news) = (config.node_name.clone(), news.clone());
-        let watch =
-            sources::watch_directory(directory, client.clone(), node_name, news, mirror_touched.clone(), token.clone());
+        let (shared, touched) = (shared.clone(), mirror_touched.clone());
+        let watch = sources::watch_directory(directory, shared, news.clone(), touched, token.clone());
         tasks.spawn("static pods", finished(watch));
     }
     let api = NodeApi::new(

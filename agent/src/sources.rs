@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{Api, DeleteParams, PostParams};
 use kube::runtime::watcher;
 use tokio::sync::{Notify, mpsc};
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::model::PodUid;
 use crate::objects::Delays;
 use crate::pods::{News, Source};
+use crate::shared::Shared;
 use crate::spec::{self, names};
 
 /// With the directory watched, it is read this often anyway; and when it cannot be watched, or a mirror is not made yet.
@@ -78,12 +80,12 @@ pub(crate) async fn watch_api(
 /// Reads a directory of manifests whenever something happens in it, until `shutdown`. A bad manifest is reported and left out.
 pub(crate) async fn watch_directory(
     directory: PathBuf,
-    client: kube::Client,
-    node_name: String,
+    shared: Arc<Shared>,
     news: mpsc::Sender<News>,
     mirror_touched: Arc<Notify>,
     shutdown: CancellationToken,
 ) {
+    let (client, node_name) = (shared.client.clone(), shared.config.node_name.clone());
     let mut bad: HashMap<PathBuf, String> = HashMap::new();
     let mut mirrored: HashMap<PodUid, Arc<Pod>> = HashMap::new();
     let mut searched = false;
@@ -94,6 +96,7 @@ pub(crate) async fn watch_directory(
             watch = directory_events(&directory);
         }
         let mut whole = watch.is_some();
+        let registered = shared.node_told.notified();
         let (dir, node) = (directory.clone(), node_name.clone());
         let read = tokio::task::spawn_blocking(move || read_directory(&dir, &node)).await;
         if let Ok((pods, errors)) = read {
@@ -108,7 +111,8 @@ pub(crate) async fn watch_directory(
                 let _ = news.send(News::Pod(Source::Files, pod.clone())).await;
             }
             let _ = news.send(News::SourceReady(Source::Files)).await;
-            whole &= mirror(&client, &pods, &mut mirrored).await;
+            let owner = as_owner(&shared.node.load(), &node_name);
+            whole &= mirror(&client, owner.as_ref(), &pods, &mut mirrored).await;
             searched = searched || remove_stale_mirrors(&client, &node_name, &pods).await;
             whole &= searched;
         }
@@ -116,6 +120,8 @@ pub(crate) async fn watch_directory(
             () = shutdown.cancelled() => return,
             () = tokio::time::sleep(if whole { DIRECTORY_PERIOD } else { DIRECTORY_RETRY }) => {}
             () = mirror_touched.notified() => {}
+            // A node that is registered now may own mirrors.
+            () = registered, if !whole => {}
             happened = next_event(&mut watch) => if !happened {
                 watch = None;
             }
@@ -231,7 +237,12 @@ pub(crate) fn static_pod(text: &str, node_name: &str) -> Result<Pod, String> {
 
 /// Keeps one API object for each static pod, so that it can be seen; removes those of manifests that went. False when some
 /// object is not there yet.
-async fn mirror(client: &kube::Client, pods: &[Arc<Pod>], mirrored: &mut HashMap<PodUid, Arc<Pod>>) -> bool {
+async fn mirror(
+    client: &kube::Client,
+    owner: Option<&OwnerReference>,
+    pods: &[Arc<Pod>],
+    mirrored: &mut HashMap<PodUid, Arc<Pod>>,
+) -> bool {
     let current: HashMap<PodUid, Arc<Pod>> =
         pods.iter().map(|pod| (PodUid::from(spec::pod_uid(pod)), pod.clone())).collect();
     for (uid, pod) in mirrored.iter().filter(|(uid, _)| !current.contains_key(*uid)) {
@@ -240,7 +251,7 @@ async fn mirror(client: &kube::Client, pods: &[Arc<Pod>], mirrored: &mut HashMap
     }
     let mut kept = HashMap::new();
     for (uid, pod) in current {
-        if create_mirror(client, &pod).await {
+        if create_mirror(client, &pod, owner).await {
             kept.insert(uid, pod);
         }
     }
@@ -263,13 +274,27 @@ async fn remove_stale_mirrors(client: &kube::Client, node_name: &str, pods: &[Ar
     true
 }
 
+/// The node as the owner of its mirrors, which go with it; None while it is not registered.
+fn as_owner(node: &Node, node_name: &str) -> Option<OwnerReference> {
+    Some(OwnerReference {
+        api_version: "v1".to_owned(),
+        kind: "Node".to_owned(),
+        name: node_name.to_owned(),
+        uid: node.metadata.uid.clone()?,
+        controller: Some(true),
+        block_owner_deletion: None,
+    })
+}
+
 /// Creates the mirror, in the place of one of an older manifest; true when it is there.
-async fn create_mirror(client: &kube::Client, pod: &Pod) -> bool {
+async fn create_mirror(client: &kube::Client, pod: &Pod, owner: Option<&OwnerReference>) -> bool {
     let api: Api<Pod> = Api::namespaced(client.clone(), spec::pod_namespace(pod));
     let hash = spec::annotation(pod, names::CONFIG_HASH).unwrap_or_default().to_owned();
     let mut object = pod.clone();
     object.metadata.uid = None;
     object.metadata.annotations.get_or_insert_default().insert(names::CONFIG_MIRROR.to_owned(), hash.clone());
+    let Some(owner) = owner else { return false };
+    object.metadata.owner_references = Some(vec![owner.clone()]);
     match tokio::time::timeout(CALL, api.get_opt(spec::pod_name(pod))).await {
         Ok(Ok(Some(found)))
             if spec::annotation(&found, names::CONFIG_MIRROR) == Some(&hash)

@@ -1,6 +1,8 @@
 //! The plan of a pod that ends: kill, stop, tear down, delete, forget. Pure.
 
-use super::{Action, End, Key, KillReason, Planner, Role};
+use std::time::Duration;
+
+use super::{Action, Busy, End, Key, KillReason, Planner, Role, later};
 use crate::model::{Container, Observed, RunState};
 
 impl Planner<'_> {
@@ -49,7 +51,8 @@ impl Planner<'_> {
         }
     }
 
-    /// Main, init and ephemeral containers at once; then sidecars, the last one first.
+    /// Main, init and ephemeral containers at once; then sidecars, the last one first, or all when the grace time is over. Their
+    /// hooks run from the beginning, as upstream's kubelet has it.
     fn kill_in_order(&mut self, observed: &Observed, end: &End) {
         let grace = end.remaining(self.now);
         let role = |container: &Container| {
@@ -66,18 +69,55 @@ impl Planner<'_> {
                 self.kill(container, grace, KillReason::PodEnding);
             }
         }
-        if sidecars.len() < live.len() {
+        self.hooks_of(&sidecars, end);
+        let others_live = sidecars.len() < live.len();
+        if end.deadline() <= self.now {
+            for sidecar in sidecars {
+                self.kill(sidecar, grace, KillReason::PodEnding);
+            }
+            return;
+        }
+        if !sidecars.is_empty() {
+            self.wake(end.deadline());
+        }
+        if others_live {
             return;
         }
         let order: Vec<&str> = self.state.spec.iter().flat_map(|spec| spec.inits()).map(|c| c.name.as_str()).collect();
         let place = |container: &Container| order.iter().position(|name| *name == container.name);
-        if let Some(last) = sidecars.into_iter().max_by_key(|container| place(container)) {
+        if let Some(last) = sidecars.into_iter().max_by_key(|container| place(container))
+            && !self.state.occupied(&Key::Hook(last.name.clone()))
+            && !self.plan.actions.iter().any(|action| action.key() == Some(Key::Hook(last.name.clone())))
+        {
             self.kill(last, grace, KillReason::PodEnding);
         }
         let created = observed.containers.iter().filter(|container| container.state == RunState::Created);
         for container in created {
             if self.free(&Key::Container(container.name.clone())) {
                 self.push(Action::RemoveContainer { id: container.id.clone(), name: container.name.clone() });
+            }
+        }
+    }
+
+    /// Has the preStop hooks of running sidecars run, each once; hurries one that would take longer than there is time.
+    fn hooks_of(&mut self, sidecars: &[&Container], end: &End) {
+        let deadline = later(self.now, end.remaining(self.now));
+        for sidecar in sidecars {
+            let view = self.state.spec.as_ref().and_then(|spec| spec.find(&sidecar.name));
+            if !view.is_some_and(|view| view.pre_stop) || sidecar.state != RunState::Running {
+                continue;
+            }
+            let key = Key::Hook(sidecar.name.clone());
+            if let Some(Busy { action: Action::RunPreStop { deadline: current, .. }, cancelled: false }) =
+                self.state.busy.get(&key)
+            {
+                if *current > later(deadline, Duration::from_secs(1)) {
+                    self.push(Action::Cancel(key));
+                }
+                continue;
+            }
+            if !self.state.pre_stopped.contains(&sidecar.id) && end.deadline() > self.now && self.free(&key) {
+                self.push(Action::RunPreStop { id: sidecar.id.clone(), name: sidecar.name.clone(), deadline });
             }
         }
     }

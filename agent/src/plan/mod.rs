@@ -7,7 +7,8 @@
 //!   │ rejected           init 1 → init 2 → … → main 1 → main 2 → …  (restarts with back-off)  ending
 //!   ▼                    a lost sandbox: kill, stop, make the next one                         main and init containers are
 //!  ending ◀───────────────────────────────────────────────────────────────────────────────    killed together, then sidecars
-//!                                                                                              from the last to the first
+//!                                                                                              from the last to the first;
+//!                                                                                              all preStop hooks at once
 //!      ending ──no container lives──▶ sandboxes stopped ∥ volumes torn down ──▶ torn down
 //!   torn down ──deletion asked, last status sent──▶ API object deleted
 //!   torn down ──API object gone──▶ containers, sandboxes and cgroup removed ──▶ forgotten
@@ -47,6 +48,7 @@ pub(crate) enum Key {
     Image(String),
     Container(String),
     Resize(String),
+    Hook(String),
 }
 
 /// Why a container is killed.
@@ -82,6 +84,14 @@ pub(crate) enum Action {
         name: String,
         deadline: Timestamp,
         why: KillReason,
+        /// Its preStop hook has run.
+        after_hook: bool,
+    },
+    /// Run the preStop hook of a container that is killed later.
+    RunPreStop {
+        id: ContainerId,
+        name: String,
+        deadline: Timestamp,
     },
     RemoveContainer {
         id: ContainerId,
@@ -122,6 +132,7 @@ impl Action {
             | Action::KillContainer { name, .. }
             | Action::RemoveContainer { name, .. } => Key::Container(name.clone()),
             Action::ResizeContainer { name, .. } => Key::Resize(name.clone()),
+            Action::RunPreStop { name, .. } => Key::Hook(name.clone()),
             Action::RemoveCgroup => Key::Cgroup,
             Action::FinishDeletion => Key::Deletion,
             Action::Forget | Action::Cancel(_) => return None,
@@ -194,7 +205,9 @@ impl Planner<'_> {
             return;
         }
         if self.free(&key) {
-            self.push(Action::KillContainer { id: container.id.clone(), name: container.name.clone(), deadline, why });
+            let (id, name) = (container.id.clone(), container.name.clone());
+            let after_hook = self.state.pre_stopped.contains(&id);
+            self.push(Action::KillContainer { id, name, deadline, why, after_hook });
         }
     }
 }

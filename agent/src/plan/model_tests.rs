@@ -80,10 +80,10 @@ fn pod() -> impl Strategy<Value = serde_json::Value> {
     (policies, 0..3usize, 0..2usize, 1..3usize).prop_map(|(policy, inits, sidecars, mains)| {
         let mut init_list = Vec::new();
         init_list.extend((0..inits).map(|n| serde_json::json!({"name": format!("i{n}"), "image": "i"})));
-        init_list.extend(
-            (0..sidecars)
-                .map(|n| serde_json::json!({"name": format!("s{n}"), "image": "i", "restartPolicy": "Always"})),
-        );
+        init_list.extend((0..sidecars).map(|n| {
+            serde_json::json!({"name": format!("s{n}"), "image": "i", "restartPolicy": "Always",
+                    "lifecycle": {"preStop": {"exec": {"command": ["x"]}}}})
+        }));
         // The first is resized as it runs, the second restarts for it.
         let policy_of = |n| if n == 0 { "NotRequired" } else { "RestartContainer" };
         let main = |n| {
@@ -256,6 +256,10 @@ impl World {
                 self.sizes.insert(made.id.clone(), made.resources.clone());
                 self.truth.containers.insert(0, made);
                 *self.starts.entry(name.clone()).or_default() += 1;
+            }
+            Action::RunPreStop { id, .. } => {
+                prop_assert!(self.state.end.is_some(), "a hook in a pod that runs on");
+                prop_assert!(!self.state.pre_stopped.contains(id), "a hook is run twice");
             }
             Action::ResizeContainer { id, resources, .. } => {
                 self.sizes.insert(id.clone(), resources.clone());

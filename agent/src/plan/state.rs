@@ -107,6 +107,8 @@ pub(crate) struct State {
     pub resize_errors: BTreeMap<String, String>,
     /// Why the size that the API object asks for is not allocated.
     pub resize_pending: Option<Pending>,
+    /// Containers that live on although their preStop hook has run.
+    pub pre_stopped: BTreeSet<ContainerId>,
     /// Whether the API has the status as it stands now.
     pub status_sent: bool,
     pub deletion_finished: bool,
@@ -154,6 +156,7 @@ impl State {
         let alive: BTreeSet<ContainerId> = observed.containers.iter().map(|container| container.id.clone()).collect();
         self.probes.retain(|id, _| alive.contains(id));
         self.resized.retain(|id, _| alive.contains(id));
+        self.pre_stopped.retain(|id| alive.contains(id));
         self.stopped_sandboxes.retain(|id| observed.sandboxes.iter().any(|sandbox| sandbox.id == *id));
         self.observed = Some(observed);
     }
@@ -205,6 +208,10 @@ impl State {
             (Action::FinishDeletion, Outcome::Done) => self.deletion_finished = true,
             (Action::StopSandbox { id }, Outcome::Done) => {
                 self.stopped_sandboxes.insert(id);
+            }
+            // However it went: a hook is run once.
+            (Action::RunPreStop { id, .. }, _) => {
+                self.pre_stopped.insert(id);
             }
             (Action::EnsureImage { container }, outcome) => self.image_checked(container, outcome, now),
             (Action::ResizeContainer { id, name, resources, .. }, Outcome::Done) => {
@@ -369,6 +376,11 @@ impl State {
 }
 
 impl End {
+    /// When the grace time is over.
+    pub(crate) fn deadline(&self) -> Timestamp {
+        later(self.since, self.grace)
+    }
+
     /// What is left of the grace time, and never less than a second.
     pub(crate) fn remaining(&self, now: Timestamp) -> Duration {
         let passed = Duration::try_from(now.duration_since(self.since)).unwrap_or_default();

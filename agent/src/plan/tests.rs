@@ -259,6 +259,47 @@ fn deletion_kills_main_containers_then_sidecars_backwards_then_tears_down() {
 }
 
 #[test]
+fn hooks_of_sidecars_run_at_once_and_their_signals_wait_for_their_turn() {
+    let sidecar = |name: &str| {
+        serde_json::json!({"name": name, "image": "i", "restartPolicy": "Always",
+            "lifecycle": {"preStop": {"exec": {"command": ["x"]}}}})
+    };
+    let spec = serde_json::json!({"initContainers": [sidecar("s1"), sidecar("s2")],
+        "containers": [{"name": "a", "image": "i"}]});
+    let records = |main: RunState| {
+        let side = |name: &str| container(name, name, RunState::Running);
+        vec![container("a", "a", main), side("s1"), side("s2")]
+    };
+    let mut state = running_pod(spec, records(RunState::Running));
+    state.finish_with(Why::Deleted, Duration::from_secs(30), at(20));
+    let hooks = |plan: &Plan| -> Vec<String> {
+        let hook = |action: &Action| match action {
+            Action::RunPreStop { name, .. } => Some(name.clone()),
+            _ => None,
+        };
+        plan.actions.iter().filter_map(hook).collect()
+    };
+    let made = plan(&state, at(20));
+    assert_eq!((hooks(&made), kills(&made).len()), (vec!["s1".to_owned(), "s2".to_owned()], 1));
+    for action in made.actions.iter().filter(|action| matches!(action, Action::RunPreStop { .. })) {
+        state.begin(action, at(20));
+    }
+    state.observe(2, Observed { sandboxes: vec![sandbox("s0", 0, true)], containers: records(RunState::Exited) });
+    assert_eq!(plan(&state, at(21)).actions, [], "the last sidecar's hook is not over");
+    state.finish(&Key::Hook("s2".into()), Outcome::Done, 0, at(22));
+    let made = plan(&state, at(22));
+    assert!(matches!(&made.actions[..], [Action::KillContainer { name, after_hook: true, .. }] if name == "s2"));
+    assert_eq!(made.wake_at, Some(at(50)));
+    // When time is up, nobody waits for a turn.
+    assert_eq!(kills(&plan(&state, at(50))).len(), 2);
+    // A shorter grace cuts a hook off, which is not run again.
+    state.finish_with(Why::Deleted, Duration::from_secs(0), at(23));
+    assert!(plan(&state, at(23)).actions.contains(&Action::Cancel(Key::Hook("s1".into()))));
+    state.finish(&Key::Hook("s1".into()), Outcome::Cancelled, 0, at(23));
+    assert!(hooks(&plan(&state, at(23))).is_empty());
+}
+
+#[test]
 fn a_shorter_grace_hurries_a_kill_under_way() {
     let spec = serde_json::json!({"containers": [{"name": "a", "image": "i"}]});
     let mut state = running_pod(spec, vec![container("c1", "a", RunState::Running)]);

@@ -50,6 +50,7 @@ pub(crate) struct ContainerView {
     pub sized: bool,
     pub startup_probe: bool,
     pub readiness_probe: bool,
+    pub pre_stop: bool,
     /// terminationGracePeriodSeconds of the liveness and startup probes.
     pub liveness_grace: Option<Duration>,
     pub startup_grace: Option<Duration>,
@@ -161,6 +162,7 @@ fn view(container: &Container, role: Role, fallback: RestartPolicy) -> Container
         sized: resize::is_sized(container),
         startup_probe: container.startup_probe.is_some(),
         readiness_probe: container.readiness_probe.is_some(),
+        pre_stop: container.lifecycle.as_ref().is_some_and(|lifecycle| lifecycle.pre_stop.is_some()),
         liveness_grace: probe_grace(&container.liveness_probe),
         startup_grace: probe_grace(&container.startup_probe),
     }

@@ -22,6 +22,8 @@ use crate::users::Range;
 /// Volumes wait for API objects and mounts.
 const VOLUMES: Duration = Duration::from_secs(120);
 const CALL: Duration = Duration::from_secs(10);
+/// Between SIGTERM and SIGKILL, however little grace there is; as upstream's.
+const LEAST_GRACE: Duration = Duration::from_secs(2);
 
 /// One action with all it needs.
 pub(super) struct Job {
@@ -46,8 +48,11 @@ impl Job {
             Action::CreateSandbox { attempt, stop } => self.create_sandbox(attempt, stop).await,
             Action::EnsureImage { container } => self.cancellable(self.ensure_image(&container)).await,
             Action::StartContainer { name, restart_count } => self.start_container(&name, restart_count).await,
-            Action::KillContainer { id, name, deadline, why } => {
-                self.cancellable(self.kill_container(&id, &name, deadline, why)).await
+            Action::KillContainer { id, name, deadline, why, after_hook } => {
+                self.cancellable(self.kill_container(&id, &name, deadline, (why, after_hook))).await
+            }
+            Action::RunPreStop { id, name, deadline } => {
+                self.cancellable(self.run_pre_stop(&id, &name, deadline)).await
             }
             Action::RemoveContainer { id, name } => self.remove_container(&id, &name).await,
             Action::ResizeContainer { id, name, confirm, .. } => self.resize_container(&id, &name, confirm).await,
@@ -223,7 +228,23 @@ impl Job {
         }
     }
 
-    async fn kill_container(&self, id: &ContainerId, name: &str, deadline: Timestamp, why: KillReason) -> Outcome {
+    async fn run_pre_stop(&self, id: &ContainerId, name: &str, deadline: Timestamp) -> Outcome {
+        let left = Duration::try_from(deadline.duration_since(Timestamp::now())).unwrap_or_default();
+        if let Some(container) = self.container(name) {
+            self.pre_stop(&container, id, left).await;
+        }
+        Outcome::Done
+    }
+
+    /// `why` comes with whether the preStop hook has run.
+    async fn kill_container(
+        &self,
+        id: &ContainerId,
+        name: &str,
+        deadline: Timestamp,
+        why: (KillReason, bool),
+    ) -> Outcome {
+        let (why, after_hook) = why;
         let message = match why {
             KillReason::PodEnding => format!("Stopping container {name}"),
             KillReason::SandboxChanged => format!("Stopping container {name}"),
@@ -237,11 +258,11 @@ impl Job {
         };
         self.shared.recorder.container(&self.pod, name, Level::Normal, "Killing", message);
         let left = || Duration::try_from(deadline.duration_since(Timestamp::now())).unwrap_or_default();
-        if let Some(container) = self.container(name) {
+        if let Some(container) = self.container(name).filter(|_| !after_hook) {
             self.pre_stop(&container, id, left()).await;
         }
         // A hook may have used the time up; the container still gets a moment after SIGTERM.
-        let grace = left().max(Duration::from_secs(1));
+        let grace = left().max(LEAST_GRACE);
         let whole_seconds = Duration::from_secs_f64(grace.as_secs_f64().round());
         match self.shared.runtime.stop_container(id.as_str(), whole_seconds).await {
             Ok(()) => Outcome::Done,

@@ -191,6 +191,39 @@ async fn a_mirror_pod_opens_nothing_to_its_node() {
 }
 
 #[tokio::test]
+async fn a_mirror_pod_is_owned_by_its_own_node_or_by_nobody() {
+    let fixture = Fixture::new().await;
+    fixture.namespace("work").await;
+    let node = fixture.as_user("system:node:n1", &["system:nodes"]);
+    let made = node.post("/api/v1/nodes", &json!({"metadata": {"name": "n1"}})).await.ok();
+    let uid = made["metadata"]["uid"].clone();
+    let own = json!({"apiVersion": "v1", "kind": "Node", "name": "n1", "uid": uid, "controller": true});
+    let mirror = |name: &str, owners: Value| {
+        json!({"metadata": {"name": name, "annotations": {"kubernetes.io/config.mirror": "hash"},
+            "ownerReferences": owners}, "spec": {"nodeName": "n1", "containers": [{"name": "c", "image": "i"}]}})
+    };
+    let with = |field: &str, value: Value| {
+        let mut owner = own.clone();
+        owner[field] = value;
+        json!([owner])
+    };
+    let second = json!({"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "r", "uid": "u"});
+    for (owners, why) in [
+        (json!([own, second]), "with a single owner reference set to itself"),
+        (with("name", json!("n2")), "with an owner reference set to itself"),
+        (with("kind", json!("Pod")), "with an owner reference set to itself"),
+        (with("controller", json!(false)), "with a controller owner reference set to itself"),
+        (with("blockOwnerDeletion", json!(true)), "must not set blockOwnerDeletion on an owner reference"),
+        (with("uid", json!("other")), "UID mismatch: expected other got"),
+    ] {
+        let refused = node.post("/api/v1/namespaces/work/pods", &mirror("p", owners)).await;
+        assert!(refused.code == 403 && refused.message().contains(why), "{refused:?}");
+    }
+    let taken = node.post("/api/v1/namespaces/work/pods", &mirror("p", json!([own]))).await;
+    assert_eq!(taken.code, 201, "{taken:?}");
+}
+
+#[tokio::test]
 async fn a_node_evicts_only_its_own_pods() {
     let fixture = Fixture::new().await;
     fixture.namespace("work").await;

@@ -46,6 +46,7 @@ pub(crate) fn on_create(ctx: &Context, target: &Target, object: &Value) -> ApiRe
                     &format!("node \"{node}\" can only create pods with spec.nodeName set to itself"),
                 );
             }
+            owned_by_its_node(ctx, target, node, object)?;
             refers_to_nothing(target, node, object)
         }
         _ => Ok(()),
@@ -92,6 +93,40 @@ pub(crate) fn on_delete(ctx: &Context, target: &Target) -> ApiResult<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// A pod that a node makes up goes with the node, and keeps nothing else from going.
+fn owned_by_its_node(ctx: &Context, target: &Target, node: &str, pod: &Value) -> ApiResult<()> {
+    let owner = match pod.pointer("/metadata/ownerReferences").and_then(Value::as_array).map_or(&[][..], Vec::as_slice)
+    {
+        [] => return Ok(()),
+        [owner] => owner,
+        _ => {
+            let why = format!("node \"{node}\" can only create pods with a single owner reference set to itself");
+            return refuse(target, &why);
+        }
+    };
+    let is = |field: &str, wanted: &str| owner.get(field).and_then(Value::as_str) == Some(wanted);
+    if !(is("apiVersion", "v1") && is("kind", "Node") && is("name", node)) {
+        let why = format!("node \"{node}\" can only create pods with an owner reference set to itself");
+        return refuse(target, &why);
+    }
+    if owner.get("controller") != Some(&Value::Bool(true)) {
+        let why = format!("node \"{node}\" can only create pods with a controller owner reference set to itself");
+        return refuse(target, &why);
+    }
+    if owner.get("blockOwnerDeletion") == Some(&Value::Bool(true)) {
+        let why = format!("node \"{node}\" must not set blockOwnerDeletion on an owner reference");
+        return refuse(target, &why);
+    }
+    let nodes = oarlock_kinds::find("", "v1", "nodes").ok_or_else(ApiError::no_such_resource)?;
+    let record = ctx.core.store.get(&object::key(nodes, "", node)).ok_or_else(|| ApiError::not_found(nodes, node))?;
+    let found = object::parse(&record);
+    let (asked, own) = (object::text(owner, "/uid"), object::text(&found, "/metadata/uid"));
+    if asked != own {
+        return refuse(target, &format!("node {node} UID mismatch: expected {asked} got {own}"));
+    }
+    Ok(())
 }
 
 /// A pod that a node makes up must not open to the node what the pod refers to.

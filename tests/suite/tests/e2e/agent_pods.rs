@@ -108,6 +108,8 @@ fn static_pod(cluster: &Cluster) {
         ready.status.success().then_some(())
     });
     let first = cluster.get(&format!("pod {name}"));
+    let owner = &first["metadata"]["ownerReferences"][0];
+    assert_eq!(owner["uid"], cluster.get(&format!("node {node}"))["metadata"]["uid"], "it goes with its node");
     // Deleting what shows it does not end it. The new one is there so soon that kubectl would take it for the old one.
     cluster.kubectl(&format!("delete pod {name} --wait=false"));
     wait_for("the mirror to be back", PATIENCE, || {
