@@ -185,7 +185,7 @@ impl Hub {
     fn note_world(&self) {
         let mut world = World::default();
         for (addresses, only) in self.announced.values() {
-            // Two Services do not have one address; while they seem to, the first by name decides.
+            // Services that share an address have the same policy and endpoints; where they do not yet, the first by name decides.
             for address in addresses {
                 world.addresses.entry(*address).or_insert_with(|| only.clone());
             }

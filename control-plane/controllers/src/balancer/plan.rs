@@ -1,10 +1,11 @@
 //! Which balancer address belongs to which Service. Pure: from the Services as they are, and nothing else, so that a
 //! controller that starts anew comes to the same answer.
 //!
-//! A Service keeps what its status says. Of two with one address the older one keeps it. What is left is handed out in the
-//! order of age, the lowest free address first.
+//! A Service keeps what its status says. Of two with one address the older one keeps it, unless they share it: both ask for
+//! that by the same word, have no port in common, and lead packets to the same nodes. What is left is handed out in the
+//! order of age, the lowest address first that is shared or free.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -15,6 +16,9 @@ use oarlock_machinery::Key;
 
 /// The addresses that a Service wants, separated by commas, at most one of each family.
 pub(crate) const WISH_ANNOTATION: &str = "oarlock.io/load-balancer-ips";
+
+/// A word of the Service's choice: those that say the same one may have one address together.
+pub(crate) const SHARING_ANNOTATION: &str = "oarlock.io/allow-shared-ip";
 
 /// What has to change.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -87,9 +91,63 @@ fn wishes(service: &Service) -> Result<Vec<IpAddr>, String> {
     parts.map(|part| part.parse().map_err(|_| format!("{part:?} is not an address"))).collect()
 }
 
+/// What decides with whom a Service can share an address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Sharing {
+    word: String,
+    ports: BTreeSet<(String, i32)>,
+    /// With policy Local only nodes with endpoints take the address's packets, so all that share it have the same ones.
+    local: Option<BTreeMap<String, String>>,
+}
+
+impl Sharing {
+    fn of(service: &Service) -> Option<Sharing> {
+        let word = service.annotations().get(SHARING_ANNOTATION).filter(|word| !word.is_empty())?.clone();
+        let spec = service.spec.as_ref()?;
+        let protocol = |protocol: &Option<String>| protocol.clone().unwrap_or_else(|| "TCP".to_owned());
+        let ports = spec.ports.iter().flatten().map(|port| (protocol(&port.protocol), port.port)).collect();
+        let is_local = spec.external_traffic_policy.as_deref() == Some("Local");
+        Some(Sharing { word, ports, local: is_local.then(|| spec.selector.clone().unwrap_or_default()) })
+    }
+
+    fn suits(&self, other: &Sharing) -> bool {
+        self.word == other.word && self.local == other.local && self.ports.is_disjoint(&other.ports)
+    }
+}
+
+/// Who has which addresses.
+#[derive(Debug, Default)]
+struct Taken(HashMap<IpAddr, Vec<(Key, Option<Sharing>)>>);
+
+impl Taken {
+    /// Who keeps a Service from having an address too; nobody where it is free or can be shared.
+    fn owner(&self, address: &IpAddr, sharing: Option<&Sharing>) -> Option<&Key> {
+        let suits = |theirs: &Option<Sharing>| match (sharing, theirs) {
+            (Some(own), Some(theirs)) => own.suits(theirs),
+            _ => false,
+        };
+        self.0.get(address)?.iter().find(|(_, theirs)| !suits(theirs)).map(|(key, _)| key)
+    }
+
+    fn is_free(&self, address: &IpAddr) -> bool {
+        !self.0.contains_key(address)
+    }
+
+    /// The lowest address of a family that somebody shares with such a Service.
+    fn shared(&self, is_ipv4: bool, sharing: &Sharing) -> Option<IpAddr> {
+        let of_family = self.0.keys().filter(|address| address.is_ipv4() == is_ipv4);
+        of_family.filter(|address| self.owner(address, Some(sharing)).is_none()).min().copied()
+    }
+
+    fn take(&mut self, address: IpAddr, key: &Key, sharing: Option<&Sharing>) {
+        self.0.entry(address).or_default().push((key.clone(), sharing.cloned()));
+    }
+}
+
 /// One Service's way through the plan.
 struct Case<'a> {
     key: Key,
+    sharing: Option<Sharing>,
     service: &'a Service,
     has: Vec<IpAddr>,
     wishes: Vec<IpAddr>,
@@ -110,15 +168,16 @@ impl Case<'_> {
 /// What has to change so that every Service has its addresses.
 pub(super) fn plan(services: &[Arc<Service>], provider: &Provider) -> Plan {
     let mut plan = Plan::default();
-    let mut taken: HashMap<IpAddr, Key> = HashMap::new();
+    let mut taken = Taken::default();
     let mut cases = Vec::new();
     for service in services {
         let (key, has) = (Key::of(service.as_ref()), ingress(service));
         if provider.serves(service) {
-            cases.push(Case { key, service, has, wishes: Vec::new(), gets: Vec::new(), problems: Vec::new() });
+            let sharing = Sharing::of(service);
+            cases.push(Case { key, sharing, service, has, wishes: Vec::new(), gets: Vec::new(), problems: Vec::new() });
         } else if service.spec.as_ref().is_some_and(is_balanced) {
             // Another provider's, even where the address is one of ours.
-            has.into_iter().for_each(|address| drop(taken.insert(address, key.clone())));
+            has.into_iter().for_each(|address| taken.take(address, &key, None));
         } else if !has.is_empty() && has.iter().all(|address| provider.has(address)) {
             plan.write.push((key, Vec::new()));
         }
@@ -158,36 +217,36 @@ pub(super) fn plan(services: &[Arc<Service>], provider: &Provider) -> Plan {
 }
 
 /// What the status says stays, unless it is not ours to give, somebody older has it, or something else is wished for.
-fn keep(case: &mut Case<'_>, provider: &Provider, taken: &mut HashMap<IpAddr, Key>) {
+fn keep(case: &mut Case<'_>, provider: &Provider, taken: &mut Taken) {
     let families = families(case.service);
     for address in case.has.clone() {
         let fits = provider.has(&address)
             && families.contains(&address.is_ipv4())
             && !case.has_family(address.is_ipv4())
             && case.wish(address.is_ipv4()).is_none_or(|wish| wish == address);
-        if fits && !taken.contains_key(&address) {
-            taken.insert(address, case.key.clone());
+        if fits && taken.owner(&address, case.sharing.as_ref()).is_none() {
+            taken.take(address, &case.key, case.sharing.as_ref());
             case.gets.push(address);
         }
     }
 }
 
-fn fulfil_wishes(case: &mut Case<'_>, provider: &Provider, taken: &mut HashMap<IpAddr, Key>) {
+fn fulfil_wishes(case: &mut Case<'_>, provider: &Provider, taken: &mut Taken) {
     for is_ipv4 in families(case.service) {
         let Some(wish) = case.wish(is_ipv4).filter(|_| !case.has_family(is_ipv4)) else { continue };
         if !provider.has(&wish) {
             case.problems.push(format!("{wish} is in no pool"));
-        } else if let Some(owner) = taken.get(&wish) {
+        } else if let Some(owner) = taken.owner(&wish, case.sharing.as_ref()) {
             case.problems.push(format!("{wish} belongs to Service {}/{}", owner.namespace, owner.name));
         } else {
-            taken.insert(wish, case.key.clone());
+            taken.take(wish, &case.key, case.sharing.as_ref());
             case.gets.push(wish);
         }
     }
 }
 
 /// An address of each family that the Service has none of and wishes none of.
-fn hand_out(case: &mut Case<'_>, provider: &Provider, free: &mut Free, taken: &mut HashMap<IpAddr, Key>) {
+fn hand_out(case: &mut Case<'_>, provider: &Provider, free: &mut Free, taken: &mut Taken) {
     let families = families(case.service);
     let has_pool = |is_ipv4: bool| provider.pools.iter().any(|pool| pool.addr().is_ipv4() == is_ipv4);
     for is_ipv4 in &families {
@@ -195,9 +254,10 @@ fn hand_out(case: &mut Case<'_>, provider: &Provider, free: &mut Free, taken: &m
         if is_settled || !has_pool(*is_ipv4) {
             continue;
         }
-        match free.next(*is_ipv4, taken) {
+        let shared = case.sharing.as_ref().and_then(|sharing| taken.shared(*is_ipv4, sharing));
+        match shared.or_else(|| free.next(*is_ipv4, taken)) {
             Some(address) => {
-                taken.insert(address, case.key.clone());
+                taken.take(address, &case.key, case.sharing.as_ref());
                 case.gets.push(address);
             }
             None => case.problems.push(format!("no {} address is free", name(*is_ipv4))),
@@ -229,8 +289,8 @@ impl Free {
         Free { walks: [walk(true), walk(false)] }
     }
 
-    fn next(&mut self, is_ipv4: bool, taken: &HashMap<IpAddr, Key>) -> Option<IpAddr> {
-        self.walks[usize::from(!is_ipv4)].find(|address| !taken.contains_key(address))
+    fn next(&mut self, is_ipv4: bool, taken: &Taken) -> Option<IpAddr> {
+        self.walks[usize::from(!is_ipv4)].find(|address| taken.is_free(address))
     }
 }
 
@@ -304,6 +364,47 @@ mod tests {
         assert_eq!(written(&half, "both").unwrap(), ["192.0.2.8"]);
         let none = plan(&[service("six", 1, json!({"ipFamilies": ["IPv6"]}), &[])], &provider(&["192.0.2.8/29"]));
         assert_eq!((none.write.len(), problem(&none, "six")), (0, "there is no pool of IPv6"));
+    }
+
+    /// A Service that says a word by which it shares its address.
+    fn sharing(name: &str, age: u32, spec: Value, has: &[&str]) -> Arc<Service> {
+        let mut service = (*service(name, age, spec, has)).clone();
+        service.annotations_mut().insert(SHARING_ANNOTATION.to_owned(), "word".to_owned());
+        Arc::new(service)
+    }
+
+    #[test]
+    fn services_that_say_so_share_an_address_as_long_as_nothing_is_ambiguous() {
+        let port = |protocol: &str, number: i32| json!([{"protocol": protocol, "port": number}]);
+        let services = [
+            sharing("tcp", 1, json!({"ports": port("TCP", 53)}), &[]),
+            sharing("udp", 2, json!({"ports": port("UDP", 53)}), &[]),
+            sharing("same-port", 3, json!({"ports": port("TCP", 53)}), &[]),
+            sharing("local", 4, json!({"ports": port("TCP", 80), "externalTrafficPolicy": "Local"}), &[]),
+            service("alone", 5, json!({"ports": port("TCP", 81)}), &[]),
+            sharing("late", 6, json!({"ports": port("TCP", 443)}), &[]),
+        ];
+        let plan = plan(&services, &provider(&["192.0.2.0/29"]));
+        let got =
+            ["tcp", "udp", "same-port", "local", "alone", "late"].map(|name| written(&plan, name).unwrap().join(","));
+        assert_eq!(got, ["192.0.2.0", "192.0.2.0", "192.0.2.1", "192.0.2.2", "192.0.2.3", "192.0.2.0"]);
+        assert_eq!(plan.problems, []);
+    }
+
+    #[test]
+    fn a_shared_address_stays_shared_and_can_be_wished_for() {
+        let ports = |number: i32| json!([{"port": number}]);
+        let wish = |number: i32| json!({"ports": ports(number), "loadBalancerIP": "192.0.2.1"});
+        let services = [
+            sharing("one", 1, json!({"ports": ports(80)}), &["192.0.2.1"]),
+            sharing("two", 2, json!({"ports": ports(81)}), &["192.0.2.1"]),
+            sharing("wishes", 3, wish(82), &[]),
+            service("stranger", 4, wish(83), &[]),
+        ];
+        let plan = plan(&services, &provider(&["192.0.2.0/29"]));
+        assert_eq!((written(&plan, "one"), written(&plan, "two")), (None, None));
+        assert_eq!(written(&plan, "wishes").unwrap(), ["192.0.2.1"]);
+        assert_eq!(problem(&plan, "stranger"), "192.0.2.1 belongs to Service ns/one");
     }
 
     #[test]
