@@ -4,8 +4,9 @@
 mod backends;
 mod legacy;
 mod slices;
+mod topology;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -101,15 +102,28 @@ impl Controller {
         }
     }
 
-    /// Only a node's zone matters here.
+    /// A node's zone matters to all Services, and what else decides about zones' shares to those that go by them.
     fn node_changed(&self, change: &Change<'_, k8s_openapi::api::core::v1::Node>) {
-        let Change::Updated { old, new } = change else { return };
-        if backends::zone(old) == backends::zone(new) {
+        let (is_moved, is_resized) = match change {
+            Change::Updated { old, new } => {
+                (backends::zone(old) != backends::zone(new), topology::of_node(old) != topology::of_node(new))
+            }
+            _ => (false, true),
+        };
+        if !is_moved && !is_resized {
             return;
         }
         for service in self.shared.services.list() {
-            self.slices.add(Key::of(service.as_ref()));
+            if is_moved || topology::is_automatic(&service) {
+                self.slices.add(Key::of(service.as_ref()));
+            }
         }
+    }
+
+    /// The zones' shares of the cluster, for a Service whose endpoints go by them.
+    fn shares(&self, service: &Service) -> Option<BTreeMap<String, f64>> {
+        let nodes = topology::is_automatic(service).then(|| self.shared.nodes.list())?;
+        topology::shares(nodes.iter().filter_map(|node| topology::of_node(node)))
     }
 
     fn slice_changed(&self, change: &Change<'_, EndpointSlice>) {
@@ -175,7 +189,8 @@ impl Controller {
             return Ok(Next::After(ECHO_LIMIT));
         }
         let zone_of = |node: &str| self.shared.nodes.get("", node).and_then(|node| backends::zone(&node).cloned());
-        let plan = slices::plan(&service, &self.backends(&service, &selector), &existing, zone_of);
+        let (pods, shares) = (self.backends(&service, &selector), self.shares(&service));
+        let plan = slices::plan(&service, &pods, &existing, zone_of, shares.as_ref());
         for slice in plan.create {
             match call("create endpointslice", api.create(&PostParams::default(), &slice)).await {
                 Ok(created) => self.note(&key, &created),

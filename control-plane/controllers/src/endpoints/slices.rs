@@ -11,7 +11,7 @@ use k8s_openapi::api::discovery::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
 
-use super::{SERVICE_NAME_LABEL, backends, families};
+use super::{SERVICE_NAME_LABEL, backends, families, topology};
 use crate::owners::controller_reference;
 use crate::pods::{is_ready, is_terminal, is_terminating};
 
@@ -44,11 +44,14 @@ fn group_of(slice: &EndpointSlice) -> Group {
     (slice.address_type.clone(), ports)
 }
 
+/// `shares` are the zones' shares of the cluster's processors, where they are known and the Service's endpoints are to be
+/// meant for zones by them.
 pub(super) fn plan(
     service: &Service,
     pods: &[Arc<Pod>],
     existing: &[Arc<EndpointSlice>],
     zone_of: impl Fn(&str) -> Option<String>,
+    shares: Option<&BTreeMap<String, f64>>,
 ) -> Plan {
     let mut wanted: BTreeMap<Group, Vec<Endpoint>> = BTreeMap::new();
     for family in families(service) {
@@ -64,6 +67,9 @@ pub(super) fn plan(
             let endpoint = endpoint(service, pod, address, &zone_of);
             wanted.entry((family.to_owned(), ports)).or_default().push(endpoint);
         }
+    }
+    if let Some(shares) = shares {
+        families(service).into_iter().for_each(|family| allot(family, &mut wanted, shares));
     }
     let mut current: BTreeMap<Group, Vec<&Arc<EndpointSlice>>> = BTreeMap::new();
     for slice in existing.iter().filter(|slice| slice.metadata.deletion_timestamp.is_none()) {
@@ -83,6 +89,18 @@ pub(super) fn plan(
     }
     plan.delete.extend(current.into_values().flatten().cloned());
     plan
+}
+
+/// Means the ready endpoints of a family for zones, all or none of them.
+fn allot(family: &str, wanted: &mut BTreeMap<Group, Vec<Endpoint>>, shares: &BTreeMap<String, f64>) {
+    let of_family = wanted.iter_mut().filter(|(group, _)| group.0 == family).flat_map(|(_, endpoints)| endpoints);
+    let is_ready = |endpoint: &Endpoint| endpoint.conditions.as_ref().and_then(|all| all.ready) == Some(true);
+    let mut ready: Vec<&mut Endpoint> = of_family.filter(|endpoint| is_ready(endpoint)).collect();
+    let zones: Vec<Option<&str>> = ready.iter().map(|endpoint| endpoint.zone.as_deref()).collect();
+    let Some(meant) = topology::allot(&zones, shares) else { return };
+    for (endpoint, zone) in ready.iter_mut().zip(meant) {
+        endpoint.hints = Some(EndpointHints { for_zones: Some(vec![ForZone { name: zone }]), for_nodes: None });
+    }
 }
 
 fn plan_group(
@@ -200,6 +218,10 @@ fn endpoint(service: &Service, pod: &Pod, address: &str, zone_of: impl Fn(&str) 
 
 /// Whom the endpoint is meant for, where the Service prefers near ones: its own zone, and for the nearest its own node.
 fn hints(service: &Service, zone: Option<&str>, node: Option<&str>) -> Option<EndpointHints> {
+    // The annotation wins, and then all endpoints together decide.
+    if topology::is_automatic(service) {
+        return None;
+    }
     let distribution = service.spec.as_ref()?.traffic_distribution.as_deref()?;
     let for_zones = || zone.map(|zone| vec![ForZone { name: zone.to_owned() }]);
     match distribution {
@@ -281,7 +303,7 @@ mod tests {
     }
 
     fn plan_of(service: &Service, pods: &[Arc<Pod>], existing: &[Arc<EndpointSlice>]) -> Plan {
-        plan(service, pods, existing, |_| Some("z1".into()))
+        plan(service, pods, existing, |_| Some("z1".into()), None)
     }
 
     /// Carries a plan out, as the API would.
@@ -329,7 +351,7 @@ mod tests {
         let pods = [pod(0, true, false), pod(1, false, false)];
         let hints = |distribution: Option<&str>, zone: Option<&str>| {
             let service = service(json!({"ports": [{"port": 80}], "trafficDistribution": distribution}));
-            let plan = plan(&service, &pods, &[], |_| zone.map(str::to_owned));
+            let plan = plan(&service, &pods, &[], |_| zone.map(str::to_owned), None);
             let shown = plan.create[0].endpoints.as_ref().unwrap().iter().map(|endpoint| endpoint.hints.clone());
             let [ready, not_ready] = shown.collect::<Vec<_>>().try_into().unwrap();
             assert_eq!(not_ready, None, "only ready endpoints are meant for anybody");
@@ -343,6 +365,24 @@ mod tests {
         }
         assert_eq!(hints(Some("PreferSameNode"), Some("z1")), json!({"forZones": zone, "forNodes": node}));
         assert_eq!(hints(Some("PreferSameNode"), None), json!({"forNodes": node}));
+    }
+
+    #[test]
+    fn with_mode_auto_the_ready_endpoints_are_meant_for_zones_by_their_shares() {
+        let mut service = service(json!({"ports": [{"port": 80}], "trafficDistribution": "PreferSameNode"}));
+        let pods = [pod(0, true, false), pod(1, true, false), pod(2, false, false)];
+        let shares = BTreeMap::from([("z1".to_owned(), 0.5), ("z2".to_owned(), 0.5)]);
+        service.annotations_mut().insert("service.kubernetes.io/topology-mode".into(), "Auto".into());
+        let hints = |pods: &[Arc<Pod>], shares| {
+            let plan = plan(&service, pods, &[], |_| Some("z1".into()), shares);
+            let endpoints = plan.create.iter().flat_map(|slice| slice.endpoints.clone().unwrap());
+            let name = |hints: EndpointHints| hints.for_zones.unwrap()[0].name.clone();
+            endpoints.map(|endpoint| endpoint.hints.map(name)).collect::<Vec<_>>()
+        };
+        let both = vec![Some("z1".to_owned()), Some("z2".to_owned()), None];
+        assert_eq!(hints(&pods, Some(&shares)), both);
+        assert_eq!(hints(&pods, None), [None, None, None], "nothing is known of the zones");
+        assert_eq!(hints(&pods[..1], Some(&shares)), [None], "too few");
     }
 
     #[test]
