@@ -145,7 +145,10 @@ impl Runtime {
         }
         let _ = tokio::time::timeout(DRAIN_LIMIT, core.plugins.shut_down()).await;
         let _ = fs::remove_file(&socket);
-        if let Some(Err(error)) = core.mounts_below.as_deref().map(mounts::give_up_apart) {
+        // A pod's shim counts on it for as long as it lives.
+        if has_no_pods(&core.paths)
+            && let Some(Err(error)) = core.mounts_below.as_deref().map(mounts::give_up_apart)
+        {
             tracing::warn!(error = %error.full_message(), "the run directory stays a mount");
         }
         drop(lock);
@@ -232,11 +235,22 @@ fn take_directories(config: &Config, paths: &Paths) -> Result<Flock<fs::File>, E
     })
 }
 
+/// Takes away the mount by which the run directory shows itself, unless something is mounted below it. For a node that is taken apart.
+pub fn give_up_run_directory(run_dir: &Path) -> Result<(), Error> {
+    match fs::canonicalize(run_dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        resolved => mounts::give_up_apart(&resolved.map_err(Error::io("look at", run_dir))?),
+    }
+}
+
+fn has_no_pods(paths: &Paths) -> bool {
+    let is_empty = |directory: PathBuf| fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_none());
+    is_empty(paths.sandboxes()) && is_empty(paths.containers())
+}
+
 /// Makes the run directory a mount of its own while it is empty. Nothing depends on it but speed.
 fn set_apart(config: &Config, paths: &Paths) -> Option<PathBuf> {
-    let is_empty = |directory: PathBuf| fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_none());
-    let may_begin = is_empty(paths.sandboxes()) && is_empty(paths.containers());
-    match mounts::set_apart(&config.run_dir, may_begin) {
+    match mounts::set_apart(&config.run_dir, has_no_pods(paths)) {
         Ok(point) => point,
         Err(error) => {
             tracing::warn!(error = %error.full_message(), "the run directory is no mount of its own; many pods start slower");

@@ -37,7 +37,7 @@ mod stats;
 mod view;
 
 pub use config::{CgroupDriver, Config, Registries};
-pub use daemon::Runtime;
+pub use daemon::{Runtime, give_up_run_directory};
 pub use error::Error;
 pub use oarlock_images::Thresholds as ImageThresholds;
 pub use oarlock_nri::Config as PluginConfig;

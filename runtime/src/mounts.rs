@@ -109,43 +109,75 @@ fn mounting(target: &Path) -> impl FnOnce(Errno) -> Error {
 }
 
 /// Makes `directory` a mount point that shows itself, with peers of its own, so that all that is mounted below it later can be
-/// detached at once. Returns its path without links; None when there already are mounts below it and nothing may begin.
+/// detached at once; finishes what a daemon that died began. Returns its path without links; None when it is not there and may not begin, or when
+/// something is mounted below already, which would be hidden.
 pub(crate) fn set_apart(directory: &Path, may_begin: bool) -> Result<Option<PathBuf>, Error> {
     let point = fs::canonicalize(directory).map_err(Error::io("look at", directory))?;
     let table = fs::read("/proc/thread-self/mountinfo").map_err(Error::io("read", "/proc/thread-self/mountinfo"))?;
-    if shows_itself(&table, &point) {
-        return Ok(Some(point));
-    }
-    if !may_begin {
-        return Ok(None);
-    }
-    let failed = mounting(&point);
     let change = |flags| mount(None::<&str>, &point, None::<&str>, flags, None::<&str>);
-    let made = mount(Some(&point), &point, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-        // Two steps: as a peer of what it lies on, each mount below it would be there twice.
-        .and_then(|()| change(MsFlags::MS_PRIVATE))
-        .and_then(|()| change(MsFlags::MS_SHARED));
-    made.map(|()| Some(point.clone())).map_err(failed)
-}
-
-/// Ends what [`set_apart`] began, if nothing is mounted below.
-pub(crate) fn give_up_apart(point: &Path) -> Result<(), Error> {
-    if mount_points(point)?.iter().all(|mounted| mounted == point) { unmount(point) } else { Ok(()) }
-}
-
-/// Whether `point` is a mount of a directory that has the same path in the file system of the mount around it.
-fn shows_itself(table: &[u8], point: &Path) -> bool {
-    let field = |line: &[u8], index| line.split(|byte| *byte == b' ').nth(index).map(unescape);
-    let lines = || table.split(|byte| *byte == b'\n');
-    let Some(own) = lines().rfind(|line| field(line, 4).as_deref() == Some(point)) else { return false };
-    let around = |line: &&[u8]| field(line, 4).is_some_and(|other| other != point && point.starts_with(other));
-    let Some(outer) = lines().filter(around).max_by_key(|line| field(line, 4).map(|path| path.components().count()))
-    else {
-        return false;
+    // Two steps: as a peer of what it lies on, each mount below it would be there twice.
+    let with_own_peers = || change(MsFlags::MS_PRIVATE).and_then(|()| change(MsFlags::MS_SHARED));
+    let made = match apartness(&table, &point) {
+        Apartness::Whole => Ok(()),
+        Apartness::Begun => with_own_peers(),
+        Apartness::None if may_begin && !has_mounts_below(&table, &point) => {
+            mount(Some(&point), &point, None::<&str>, MsFlags::MS_BIND, None::<&str>).and_then(|()| with_own_peers())
+        }
+        Apartness::None => return Ok(None),
     };
-    let (Some(root), Some(outer_point)) = (field(outer, 3), field(outer, 4)) else { return false };
-    let Ok(inner) = point.strip_prefix(outer_point) else { return false };
-    field(own, 2) == field(outer, 2) && field(own, 3) == Some(root.join(inner))
+    made.map_err(mounting(&point))?;
+    Ok(Some(point))
+}
+
+/// Ends what [`set_apart`] began, if nothing is mounted below. What the mount lay on stays, also where that is a mount.
+pub(crate) fn give_up_apart(point: &Path) -> Result<(), Error> {
+    let table = fs::read("/proc/thread-self/mountinfo").map_err(Error::io("read", "/proc/thread-self/mountinfo"))?;
+    if apartness(&table, point) == Apartness::None || has_mounts_below(&table, point) {
+        return Ok(());
+    }
+    let failed = |errno: Errno| Error::Io { operation: "unmount", path: point.to_owned(), source: errno.into() };
+    umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW).map_err(failed)
+}
+
+/// How far a directory is a mount that shows itself.
+#[derive(Debug, PartialEq, Eq)]
+enum Apartness {
+    None,
+    /// Without peers, or with those of what it lies on.
+    Begun,
+    Whole,
+}
+
+fn has_mounts_below(table: &[u8], point: &Path) -> bool {
+    points_in(table).iter().any(|mounted| mounted != point && mounted.starts_with(point))
+}
+
+/// Whether the mount on `point` is one of the directory that is below it.
+fn apartness(table: &[u8], point: &Path) -> Apartness {
+    let lines: Vec<Vec<&[u8]>> =
+        table.split(|byte| *byte == b'\n').map(|line| line.split(|byte| *byte == b' ').collect()).collect();
+    let place = |line: &Vec<&[u8]>| line.get(4).map(|field| unescape(field));
+    let mut here = lines.iter().filter(|line| place(line).as_deref() == Some(point)).rev();
+    let Some(own) = here.next() else { return Apartness::None };
+    let around = |line: &&Vec<&[u8]>| place(line).is_some_and(|other| other != point && point.starts_with(other));
+    let depth = |line: &&Vec<&[u8]>| place(line).map(|path| path.components().count());
+    let Some(outer) = here.next().or_else(|| lines.iter().filter(around).max_by_key(depth)) else {
+        return Apartness::None;
+    };
+    let inner = place(outer).and_then(|outer| point.strip_prefix(outer).map(Path::to_owned).ok()).unwrap_or_default();
+    let expected =
+        outer.get(3).map(|root| if inner.as_os_str().is_empty() { unescape(root) } else { unescape(root).join(inner) });
+    if own.get(2) != outer.get(2) || own.get(3).map(|root| unescape(root)) != expected {
+        return Apartness::None;
+    }
+    let peers = |line: &Vec<&[u8]>| {
+        let optional = line.iter().skip(6).take_while(|field| **field != b"-");
+        optional.filter(|field| field.starts_with(b"shared:")).map(|field| field.to_vec()).next()
+    };
+    match peers(own) {
+        Some(own) if peers(outer) != Some(own.clone()) => Apartness::Whole,
+        _ => Apartness::Begun,
+    }
 }
 
 /// Detaches everything mounted on `target`; nothing there is as good.
@@ -209,6 +241,10 @@ fn remove_entry(path: &Path) -> Result<(), Error> {
         Ok(false) => {}
         Ok(true) => {
             unmount(path)?;
+            // A mount that this process may not take away is there still.
+            if idmap::is_mount_point(path).unwrap_or(false) {
+                return Err(Error::io("unmount", path)(io::ErrorKind::ResourceBusy.into()));
+            }
             return remove_entry(path);
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -310,12 +346,20 @@ mod tests {
 2 1 0:2 / /run rw shared:2 - tmpfs tmpfs rw
 3 2 0:2 /pods /run/pods rw shared:3 - tmpfs tmpfs rw
 4 2 0:9 / /run/own rw shared:4 - tmpfs tmpfs rw
-5 2 0:2 /elsewhere /run/bound rw shared:2 - tmpfs tmpfs rw
+5 2 0:2 /elsewhere /run/bound rw shared:5 - tmpfs tmpfs rw
+6 2 0:2 /peer /run/peer rw shared:2 - tmpfs tmpfs rw
+7 2 0:2 /private /run/private rw - tmpfs tmpfs rw
+8 2 0:10 / /run/twice rw shared:6 - tmpfs tmpfs rw
+9 8 0:10 / /run/twice rw shared:7 - tmpfs tmpfs rw
+10 9 0:11 / /run/twice/below rw shared:8 - tmpfs tmpfs rw
 ";
-        assert!(shows_itself(table, Path::new("/run/pods")));
+        let of = |path: &str| apartness(table, Path::new(path));
+        assert_eq!([of("/run/pods"), of("/run/twice")], [Apartness::Whole, Apartness::Whole]);
+        assert_eq!([of("/run/peer"), of("/run/private")], [Apartness::Begun, Apartness::Begun], "a daemon died");
         for other in ["/run/own", "/run/bound", "/run", "/run/none"] {
-            assert!(!shows_itself(table, Path::new(other)), "{other}");
+            assert_eq!(of(other), Apartness::None, "{other}");
         }
+        assert!(has_mounts_below(table, Path::new("/run/twice")) && !has_mounts_below(table, Path::new("/run/pods")));
     }
 
     #[test]

@@ -189,7 +189,7 @@ fn token_wish(fields: TokenFields, api_version: &str) -> Result<TokenWish, (&'st
         [(&must, ".requiredServiceAccountAnnotationKeys"), (&may, ".optionalServiceAccountAnnotationKeys")]
     {
         if !keys.iter().all(|key| is_annotation_key(key)) {
-            return Err((field, "must hold lower-case names of annotations"));
+            return Err((field, "must hold qualified names of annotations"));
         }
         if keys.iter().enumerate().any(|(place, key)| keys[..place].contains(key)) {
             return Err((field, "holds a name twice"));
@@ -207,9 +207,10 @@ fn token_wish(fields: TokenFields, api_version: &str) -> Result<TokenWish, (&'st
     })
 }
 
-/// A name with an optional DNS prefix, in lower case.
+/// A name with an optional DNS prefix. Case does not matter, as for annotations themselves.
 fn is_annotation_key(key: &str) -> bool {
-    let (prefix, name) = key.rsplit_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    let key = key.to_ascii_lowercase();
+    let (prefix, name) = key.rsplit_once('/').map_or((None, key.as_str()), |(prefix, name)| (Some(prefix), name));
     let end = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
     let plain = |text: &str, inner: &[char]| {
         text.starts_with(end) && text.ends_with(end) && text.chars().all(|c| end(c) || inner.contains(&c))
@@ -229,6 +230,16 @@ mod tests {
 
     fn refused(text: &str) -> String {
         parse(text, Path::new("providers.yaml")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn annotation_keys_are_qualified_names_in_either_case() {
+        for good in ["plain", "example.com/roleARN", "azure.workload.identity/clientID", "A_b.c"] {
+            assert!(is_annotation_key(good), "{good}");
+        }
+        for bad in ["", "A b", "/x", "a/", "-a", "a_b.com/x"] {
+            assert!(!is_annotation_key(bad), "{bad}");
+        }
     }
 
     #[test]
@@ -290,7 +301,7 @@ mod tests {
                 "  args: [get]",
                 "  tokenAttributes: {serviceAccountTokenAudience: a, cacheType: Token, requireServiceAccount: true, \
                  optionalServiceAccountAnnotationKeys: [A b]}",
-                "optionalServiceAccountAnnotationKeys: must hold lower-case names",
+                "optionalServiceAccountAnnotationKeys: must hold qualified names",
             ),
         ] {
             assert!(GOOD.contains(from), "{from}");

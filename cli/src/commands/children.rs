@@ -2,6 +2,7 @@
 //!
 //! Any of the children may be killed at any time; it is started again and the others do not notice.
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
@@ -16,6 +17,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::reset::{self, POD_UID};
 use super::{daemon, images};
 use crate::config::{ConfigFlags, Settings};
 
@@ -181,14 +183,18 @@ pub(crate) async fn keep(
     outcome
 }
 
-/// Stops every pod sandbox through the runtime, several at a time, within a bound.
+/// Stops every pod sandbox of ours through the runtime, several at a time, within a bound.
 async fn stop_pods(settings: &Settings) {
     let stopping = async {
         let channel = images::connect(settings).await?;
         let mut client = RuntimeServiceClient::new(channel);
         let pods =
             client.list_pod_sandbox(ListPodSandboxRequest::default()).await.map_err(images::status)?.into_inner();
-        let stops = pods.items.into_iter().map(|pod| {
+        // In a runtime that is not ours others may have pods too.
+        let uids = reset::own_pod_uids(settings);
+        let is_ours = |labels: &HashMap<String, String>| labels.get(POD_UID).is_some_and(|uid| uids.contains(uid));
+        let ours = pods.items.into_iter().filter(|pod| settings.has_own_runtime() || is_ours(&pod.labels));
+        let stops = ours.map(|pod| {
             let mut client = client.clone();
             async move { client.stop_pod_sandbox(StopPodSandboxRequest { pod_sandbox_id: pod.id }).await }
         });

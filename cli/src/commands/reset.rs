@@ -29,7 +29,7 @@ const CGROUPS: &[&str] = &["kubepods", "oarlock"];
 const SLICES: &[&str] = &["kubepods.slice", "oarlock.slice"];
 
 /// The label by which a kubelet's sandboxes are known.
-const POD_UID: &str = "io.kubernetes.pod.uid";
+pub(super) const POD_UID: &str = "io.kubernetes.pod.uid";
 /// How long removing all pods may take.
 const REMOVAL: Duration = Duration::from_secs(90);
 
@@ -94,12 +94,7 @@ fn confirmed(settings: &Settings) -> anyhow::Result<bool> {
 
 /// Log directories of the pods of this installation: `<namespace>_<name>_<uid>`, known by the agent's pod directories.
 fn pod_log_directories(settings: &Settings) -> Vec<PathBuf> {
-    let uids: BTreeSet<String> = fs::read_dir(settings.layout.agent_dir().join("pods"))
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .collect();
+    let uids = own_pod_uids(settings);
     let log_dir = settings.layout.pod_logs_dir();
     fs::read_dir(log_dir)
         .into_iter()
@@ -110,6 +105,12 @@ fn pod_log_directories(settings: &Settings) -> Vec<PathBuf> {
         .collect()
 }
 
+/// The pods that this installation's agent has, by their directories.
+pub(super) fn own_pod_uids(settings: &Settings) -> BTreeSet<String> {
+    let entries = fs::read_dir(settings.layout.agent_dir().join("pods")).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
 /// Removes every pod: through the node's other runtime, and what ours has.
 fn remove_pods(settings: &Settings) -> anyhow::Result<()> {
     if settings.has_own_runtime() || !settings.layout.agent_dir().exists() {
@@ -118,17 +119,19 @@ fn remove_pods(settings: &Settings) -> anyhow::Result<()> {
     let asynchronous = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let removal = async {
         let channel = images::connect(settings).await?;
-        tokio::time::timeout(REMOVAL, remove_sandboxes(channel)).await.context("removing pods took over 90 s")?
+        tokio::time::timeout(REMOVAL, remove_sandboxes(channel, &own_pod_uids(settings)))
+            .await
+            .context("removing pods took over 90 s")?
     };
     asynchronous.block_on(removal)?;
     remove_own_pods(settings)
 }
 
-/// Stops and removes the sandboxes that kubelets of this machine made.
-async fn remove_sandboxes(channel: Channel) -> anyhow::Result<()> {
+/// Stops and removes the sandboxes of our pods: another kubelet, or people, may use the same runtime.
+async fn remove_sandboxes(channel: Channel, uids: &BTreeSet<String>) -> anyhow::Result<()> {
     let mut client = RuntimeServiceClient::new(channel);
     let pods = client.list_pod_sandbox(ListPodSandboxRequest::default()).await.map_err(images::status)?.into_inner();
-    for pod in pods.items.into_iter().filter(|pod| pod.labels.contains_key(POD_UID)) {
+    for pod in pods.items.into_iter().filter(|pod| pod.labels.get(POD_UID).is_some_and(|uid| uids.contains(uid))) {
         let request = StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
         client.stop_pod_sandbox(request).await.map_err(images::status)?;
         let request = RemovePodSandboxRequest { pod_sandbox_id: pod.id };
@@ -208,19 +211,11 @@ fn abandon_volumes(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Detaches every mount of ours at or below our directories, deepest first.
+/// Detaches every mount below our directories, deepest first, and the one by which the run directory shows itself.
 fn unmount_all(settings: &Settings) -> anyhow::Result<()> {
-    let roots = [settings.layout.data_dir().to_owned(), settings.layout.run_dir()];
-    let mut points: Vec<PathBuf> = procfs::process::Process::myself()
-        .and_then(|own| own.mountinfo())
-        .context("cannot read the mount table")?
-        .0
-        .into_iter()
-        // The run directory shows itself by a mount of the runtime's; a file system that somebody gave it stays.
-        .filter(|mount| mount.mount_point != roots[1] || mount.root != "/")
-        .map(|mount| mount.mount_point)
-        .filter(|point| roots.iter().any(|root| point.starts_with(root)) && *point != roots[0])
-        .collect();
+    let roots = own_roots(settings);
+    oarlock_runtime::give_up_run_directory(&settings.layout.run_dir())?;
+    let mut points = mounts_below(&roots)?;
     points.sort_by_key(|point| std::cmp::Reverse(point.components().count()));
     for point in points {
         match umount2(&point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
@@ -228,7 +223,30 @@ fn unmount_all(settings: &Settings) -> anyhow::Result<()> {
             Err(error) => return Err(error).with_context(|| format!("cannot unmount {}", point.display())),
         }
     }
-    Ok(())
+    oarlock_runtime::give_up_run_directory(&settings.layout.run_dir())?;
+    nothing_mounted_below(&roots)
+}
+
+/// The data and run directories as the mount table names them.
+fn own_roots(settings: &Settings) -> [PathBuf; 2] {
+    let resolved = |path: PathBuf| fs::canonicalize(&path).unwrap_or(path);
+    [resolved(settings.layout.data_dir().to_owned()), resolved(settings.layout.run_dir())]
+}
+
+/// What is mounted below the directories. A file system that somebody gave one of them is theirs.
+fn mounts_below(roots: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let table =
+        procfs::process::Process::myself().and_then(|own| own.mountinfo()).context("cannot read the mount table")?;
+    let points = table.0.into_iter().map(|mount| mount.mount_point);
+    Ok(points.filter(|point| roots.iter().any(|root| point.starts_with(root) && point != root)).collect())
+}
+
+/// Deleting goes through mounts, into volumes that are somebody's data: it must find none.
+fn nothing_mounted_below(roots: &[PathBuf]) -> anyhow::Result<()> {
+    match mounts_below(roots)?.first() {
+        Some(point) => anyhow::bail!("{} is mounted still", point.display()),
+        None => Ok(()),
+    }
 }
 
 /// Stops our slices; one that still has processes belongs to somebody else.
@@ -314,6 +332,7 @@ fn remove_profile() -> anyhow::Result<()> {
 
 fn remove_files(settings: &Settings, logs: &[PathBuf]) -> anyhow::Result<()> {
     let layout = &settings.layout;
+    nothing_mounted_below(&own_roots(settings))?;
     let mut paths = vec![
         settings.cni_conf_dir.join("10-oarlock.conflist"),
         layout.admin_kubeconfig(),

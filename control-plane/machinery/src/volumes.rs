@@ -67,11 +67,13 @@ pub fn requested_bytes(claim: &PersistentVolumeClaim) -> i64 {
     bytes(resources.and_then(|resources| resources.requests.as_ref()?.get("storage")))
 }
 
-/// Large enough, and of the claim's mode.
+/// Large enough, of the claim's mode, and there to stay.
 fn holds(claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> bool {
     let (Some(wanted), Some(offered)) = (&claim.spec, &volume.spec) else { return false };
     let mode = |mode: &Option<String>| mode.clone().unwrap_or_else(|| "Filesystem".to_owned());
-    mode(&wanted.volume_mode) == mode(&offered.volume_mode) && capacity_bytes(volume) >= requested_bytes(claim)
+    volume.metadata.deletion_timestamp.is_none()
+        && mode(&wanted.volume_mode) == mode(&offered.volume_mode)
+        && capacity_bytes(volume) >= requested_bytes(claim)
 }
 
 fn suits(claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> bool {
@@ -81,8 +83,7 @@ fn suits(claim: &PersistentVolumeClaim, volume: &PersistentVolume) -> bool {
     let selected = wanted.selector.as_ref().is_none_or(|selector| {
         Selector::compile(Some(selector)).is_ok_and(|s| s.matches(volume.metadata.labels.as_ref()))
     });
-    volume.metadata.deletion_timestamp.is_none()
-        && text(&wanted.storage_class_name) == text(&offered.storage_class_name)
+    text(&wanted.storage_class_name) == text(&offered.storage_class_name)
         && text(&wanted.volume_attributes_class_name) == text(&offered.volume_attributes_class_name)
         && wanted.access_modes.iter().flatten().all(|mode| modes.contains(mode))
         && selected

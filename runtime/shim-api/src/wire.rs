@@ -145,6 +145,9 @@ pub enum Transport {
 pub struct CreateReply {
     /// The first process, in the shim's PID namespace.
     pub pid: i32,
+    /// It was made out of sight of other pods' mounts. A shim of an earlier version does not say.
+    #[serde(default)]
+    pub secluded: bool,
 }
 
 /// What a shim knows.

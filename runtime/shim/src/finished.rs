@@ -63,6 +63,10 @@ impl Server {
             Purpose::Undo { container, to, error } => {
                 if let Err(also) = finished {
                     eprintln!("clearing away a failed creation: {also}");
+                    let removed = self.containers.get_mut(container as usize).and_then(Option::as_mut);
+                    for to in removed.map(|container| std::mem::take(&mut container.removers)).unwrap_or_default() {
+                        self.reply(to, Err(also.clone()), Vec::new());
+                    }
                 }
                 self.forget(container as usize);
                 self.reply(to, Err(error), Vec::new());
@@ -127,8 +131,8 @@ impl Server {
 
     fn created(&mut self, slot: u32, to: ReplyTo, finished: Finished) {
         match finished.and_then(|(report, fds)| self.adopt(slot, report, fds)) {
-            Ok(pid) => {
-                self.reply(to, Ok(Reply::Created(CreateReply { pid })), Vec::new());
+            Ok((pid, secluded)) => {
+                self.reply(to, Ok(Reply::Created(CreateReply { pid, secluded })), Vec::new());
                 self.not_busy(slot);
             }
             Err(error) => self.undo(slot, to, error),
@@ -136,7 +140,7 @@ impl Server {
     }
 
     /// Takes a created container on: handle, terminal, and the watch for lack of memory, before anything runs in it.
-    fn adopt(&mut self, slot: u32, report: Report, fds: Vec<OwnedFd>) -> Result<i32, RemoteError> {
+    fn adopt(&mut self, slot: u32, report: Report, fds: Vec<OwnedFd>) -> Result<(i32, bool), RemoteError> {
         let gone = || RemoteError::new(ErrorKind::Engine, "the container is gone");
         let container = self.containers.get_mut(slot as usize).and_then(Option::as_mut).ok_or_else(gone)?;
         let pid = Pid::from_raw(report.pid);
@@ -156,7 +160,7 @@ impl Server {
             container.oom = Some(watch);
         }
         container.cgroup = report.cgroup;
-        Ok(report.pid)
+        Ok((report.pid, report.secluded))
     }
 
     fn undo(&mut self, slot: u32, to: ReplyTo, error: RemoteError) {

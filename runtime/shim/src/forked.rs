@@ -28,6 +28,8 @@ pub(crate) struct Report {
     pub(crate) private_pid_namespace: bool,
     /// Starting has to go through the engine, for its hooks.
     pub(crate) start_hooks: bool,
+    /// The container was made out of sight of other pods' mounts.
+    pub(crate) secluded: bool,
 }
 
 /// A finished job: its report, and descriptors (the terminal).

@@ -131,6 +131,9 @@ impl Server {
                 return;
             }
             let lost = log.abandon();
+            if lost == 0 {
+                continue;
+            }
             eprintln!("the disk does not take the log of a container that is removed: {lost} bytes of it are lost");
             bytes -= lost;
         }

@@ -103,6 +103,7 @@ async fn in_engine(
     let limit = core.config.shim_timeout;
     let engine = async {
         let created = shim.create(request).instrument(debug_span!("engine creates")).await?;
+        tracing::debug!(container.id = %record.id, container.secluded = created.secluded, "container made");
         step("the engine has made the container");
         shim.start(&record.id).instrument(debug_span!("engine starts")).await?;
         step("the engine has started the container");

@@ -52,7 +52,8 @@ pub fn visit_network<T: Send>(namespace: BorrowedFd<'_>, work: impl FnOnce() -> 
         return run_in_fd(namespace, work);
     }
     let home = File::open(home).map_err(|source| NetnsError::Open { path: home.to_owned(), source })?;
-    enter(namespace)?;
+    setns(namespace, CloneFlags::CLONE_NEWNET)
+        .map_err(|errno| NetnsError::Enter { path: "an open file".into(), source: errno.into() })?;
     let outcome = catch_unwind(AssertUnwindSafe(work));
     if setns(&home, CloneFlags::CLONE_NEWNET).is_err() {
         std::process::abort();

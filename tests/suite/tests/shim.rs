@@ -6,8 +6,11 @@ use std::fs;
 use std::io::{Read, Write};
 use std::time::Duration;
 
-use oarlock_shim_api::{ContainerStatus, ErrorKind, Event, ExecRequest, Shim, ShimError, read_exit_record};
-use oarlock_testkit::wait_for;
+use nix::mount::{MntFlags, MsFlags, mount, umount, umount2};
+use oarlock_shim_api::{
+    ContainerStatus, CreateRequest, ErrorKind, Event, ExecRequest, Shim, ShimError, SpawnOptions, read_exit_record,
+};
+use oarlock_testkit::{in_fresh_namespaces, wait_for};
 use serde_json::json;
 use shim_pod::{LIMIT, Pod, Wish, options, parse_log, process, process_json, read_all};
 
@@ -61,6 +64,44 @@ async fn a_created_container_waits_for_its_start_and_can_be_deleted_before() {
     pod.create("never", &Wish::new(&["true"])).await.unwrap();
     pod.shim.delete("never").await.unwrap();
     pod.finish().await;
+}
+
+#[test]
+fn a_container_is_made_out_of_sight_of_other_pods_where_their_mounts_lie_below_one() {
+    in_fresh_namespaces(|| {
+        let threads = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        threads.block_on(async {
+            let dir = tempfile::Builder::new().prefix("oarlock-secluded-").tempdir().unwrap();
+            let point = dir.path().canonicalize().unwrap();
+            let options = SpawnOptions { mounts_below: Some(point.clone()), ..options(&point, "secluded", false) };
+            let pod = Pod::start_in(dir, "secluded", options).await;
+            let made = async |id: &str| {
+                let bundle = pod.bundle(id, &Wish::new(&["true"]));
+                let rootfs = bundle.join("rootfs");
+                mount(Some(&rootfs), &rootfs, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+                let request = CreateRequest {
+                    container_id: id.into(),
+                    bundle,
+                    log_path: None,
+                    tty: false,
+                    stdin: false,
+                    stdin_once: false,
+                    oci_runtime: None,
+                };
+                let reply = pod.shim.create(request).await.unwrap();
+                pod.shim.start(id).await.unwrap();
+                pod.shim.delete(id).await.unwrap();
+                umount(&rootfs).unwrap();
+                reply.secluded
+            };
+            assert!(!made("before").await, "nothing to leave");
+            mount(Some(&point), &point, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+            assert!(made("beside").await);
+            umount2(&point, MntFlags::MNT_DETACH).unwrap();
+            assert!(!made("after").await, "a mount that is gone stops nobody");
+            pod.finish().await;
+        });
+    });
 }
 
 #[tokio::test]

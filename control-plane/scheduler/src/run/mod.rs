@@ -190,7 +190,7 @@ impl Owner {
 
     fn pod_gone(&mut self, uid: &str, now: Instant) {
         if let Some(reservation) = self.reservations.remove(uid) {
-            self.cache.storage.take_back(&reservation.choice);
+            self.take_back(&reservation.choice, now);
         }
         self.queue.remove(uid);
         self.said.remove(uid);

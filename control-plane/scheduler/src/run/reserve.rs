@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use super::{Effect, Owner};
 use crate::pod::PodInfo;
+use crate::queue::Wake;
 use crate::storage::{Choice, Progress, Written, reference, version};
 
 /// How long claims may take to get their volumes, as upstream's bindTimeoutSeconds.
@@ -57,11 +58,17 @@ impl Owner {
         });
     }
 
+    /// What was promised is to be had by others again, also by pods that were refused because of it.
+    pub(super) fn take_back(&mut self, choice: &Choice, now: Instant) {
+        self.cache.storage.take_back(choice);
+        self.queue.wake(Wake::StorageChanged, now);
+    }
+
     /// The choice was written, or was not.
     pub(super) fn reserved(&mut self, pod: Arc<PodInfo>, choice: Choice, result: Result<Written, ApiError>) {
         if !self.cache.is_assumed(&pod.uid) {
             // It went meanwhile.
-            return self.cache.storage.take_back(&choice);
+            return self.take_back(&choice, Instant::now());
         }
         match result {
             Ok(written) => {
@@ -70,7 +77,7 @@ impl Owner {
                 self.follow_reservations(Instant::now());
             }
             Err(error) => {
-                self.cache.storage.take_back(&choice);
+                self.take_back(&choice, Instant::now());
                 self.not_bound(&pod, failure(&error.user_message()));
             }
         }
@@ -93,7 +100,7 @@ impl Owner {
             let Some(one) = self.reservations.remove(&uid) else { continue };
             match progress {
                 Progress::Failed(why) => {
-                    self.cache.storage.take_back(&one.choice);
+                    self.take_back(&one.choice, now);
                     tracing::debug!(pod = %one.pod.key, cause = why, "volumes were not bound");
                     self.not_bound(&one.pod, failure(&why));
                 }

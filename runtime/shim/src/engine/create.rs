@@ -62,9 +62,11 @@ pub(crate) fn create(job: CreateJob) -> Finished {
     confine_devices(layout, &facts.place.cgroup, &spec)?;
     own_streams(&job.ends, &spec);
     let console = if job.terminal { Some(listen(&adapted)?) } else { None };
-    if let Some(point) = &job.mounts_below {
-        seclude::from_other_pods(point, &job.bundle, &spec).map_err(io_failed("leave the host's mount namespace"))?;
-    }
+    let secluded = match &job.mounts_below {
+        Some(point) => seclude::from_other_pods(point, &job.bundle, &spec)
+            .map_err(io_failed("leave the host's mount namespace"))?,
+        None => false,
+    };
     let container = build(job, &adapted, program)?;
     let pid = container
         .pid()
@@ -83,6 +85,7 @@ pub(crate) fn create(job: CreateJob) -> Finished {
         cgroup: Some(facts.place.cgroup),
         private_pid_namespace: facts.private_pid_namespace,
         start_hooks: facts.start_hooks,
+        secluded,
     };
     Ok((report, fds))
 }

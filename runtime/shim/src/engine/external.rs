@@ -107,7 +107,7 @@ impl External {
         let text = fs::read_to_string(&pid_file).map_err(io_failed("read the container's pid"))?;
         let pid = text.trim().parse().map_err(|error| failed("read the container's pid", &error))?;
         let fds = console.map(|console| receive_master(&console)).transpose()?.into_iter().collect();
-        Ok((Report { pid, cgroup: Some(place.cgroup), private_pid_namespace, start_hooks: true }, fds))
+        Ok((Report { pid, cgroup: Some(place.cgroup), private_pid_namespace, start_hooks: true, secluded: false }, fds))
     }
 
     /// A command that takes only the container's id, such as `start`, `pause` and `resume`.

@@ -29,24 +29,30 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::{Mount, Spec};
 
-/// Leaves the host's mount namespace, unless the container needs to be made in it. `bundle` is kept in sight, as is everything below
-/// `point` that the specification names.
+/// Leaves the host's mount namespace, unless the container needs to be made in it, and says whether it did. `bundle` is kept in sight, as is
+/// everything below `point` that the specification names.
 ///
 /// # Errors
 /// Only when this process can no longer go on as it is; a kernel that cannot do it is no error.
-pub(super) fn from_other_pods(point: &Path, bundle: &Path, spec: &Spec) -> io::Result<()> {
+pub(super) fn from_other_pods(point: &Path, bundle: &Path, spec: &Spec) -> io::Result<bool> {
     let resolved = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let Some(kept) = plan(point, bundle, spec, resolved, Path::is_dir) else { return Ok(()) };
+    let Some(kept) = plan(point, bundle, spec, resolved, Path::is_dir) else {
+        return Ok(false);
+    };
+    // The daemon may have taken the mount away, or somebody else.
+    if !is_mount_point(point) {
+        return Ok(false);
+    }
     let Ok(trees) = kept.iter().map(|path| take_aside(path)).collect::<io::Result<Vec<OwnedFd>>>() else {
-        return Ok(());
+        return Ok(false);
     };
     if unshare(CloneFlags::CLONE_NEWNS).is_err() {
-        return Ok(());
+        return Ok(false);
     }
     // What happens here stays here; what the host mounts later still arrives, for containers that are to hear of it.
     mount(None::<&Path>, "/", None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>)?;
     umount2(point, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)?;
-    kept.iter().zip(&trees).try_for_each(|(path, tree)| put_back(tree, path))
+    kept.iter().zip(&trees).try_for_each(|(path, tree)| put_back(tree, path)).map(|()| true)
 }
 
 /// What has to stay in sight below `point`: each entry two levels below it that is named. None: everything has to. Pure but for the two
@@ -63,7 +69,7 @@ fn plan(
     if passes_mounts_on || spec.hooks().is_some() {
         return None;
     }
-    let mut kept = BTreeSet::from([entry_of(point, bundle)?]);
+    let mut kept = BTreeSet::from([entry_of(point, &resolved(bundle))?]);
     let sources =
         spec.mounts().iter().flatten().filter(|mount| is_bind(mount)).filter_map(|mount| mount.source().clone());
     for source in sources.map(|source| resolved(&source)) {
@@ -90,6 +96,16 @@ fn is_bind(mount: &Mount) -> bool {
 fn entry_of(point: &Path, path: &Path) -> Option<PathBuf> {
     let mut parts = path.strip_prefix(point).ok()?.components();
     Some(point.join(parts.next()?).join(parts.next()?))
+}
+
+fn is_mount_point(path: &Path) -> bool {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    // SAFETY: an all-zero value is a valid one of this plain C struct.
+    let mut status: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a C string, and both it and the structure live over the call.
+    let done =
+        unsafe { libc::statx(libc::AT_FDCWD, path.as_ptr(), libc::AT_SYMLINK_NOFOLLOW, libc::STATX_TYPE, &mut status) };
+    done == 0 && status.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0
 }
 
 /// A directory with all that is mounted in it, without a place.

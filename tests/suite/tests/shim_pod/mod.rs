@@ -44,10 +44,15 @@ impl Pod {
     }
 
     pub async fn start_with(name: &str, shared_pids: bool) -> Pod {
-        require_root();
         let dir = tempfile::Builder::new().prefix(&format!("oarlock-{name}-")).tempdir().unwrap();
+        let options = options(dir.path(), name, shared_pids);
+        Self::start_in(dir, name, options).await
+    }
+
+    pub async fn start_in(dir: tempfile::TempDir, name: &str, options: SpawnOptions) -> Pod {
+        require_root();
         let before = Snapshot::take(&dir.path().to_string_lossy());
-        let shim = Shim::spawn(options(dir.path(), name, shared_pids)).await.unwrap();
+        let shim = Shim::spawn(options).await.unwrap();
         let events = shim.subscribe();
         Pod { shim, events, dir, name: name.to_owned(), before }
     }
