@@ -83,7 +83,7 @@ impl Connection {
         let mut line = Vec::new();
         while !line.ends_with(b"\r\n") {
             let mut byte = [0];
-            self.receive_into(&mut byte, Some(limit), "the greeting")?;
+            self.receive_into(&mut byte, Some(limit), "answer to the greeting")?;
             line.extend(byte);
             if line.len() > LINE_BYTES_MAX {
                 return Err(Error::Malformed("a greeting without end"));
@@ -179,7 +179,7 @@ impl Connection {
         limit: Option<Instant>,
         operation: &'static str,
     ) -> Result<(), Error> {
-        let timed_out = || Error::TimedOut { operation, limit: CALL_LIMIT };
+        let timed_out = || Error::TimedOut { operation };
         let mut filled = 0;
         while filled < buffer.len() {
             let left = limit.map(|limit| limit.saturating_duration_since(Instant::now()));

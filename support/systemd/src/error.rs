@@ -2,7 +2,6 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// systemd's name for a unit that it does not know.
 const NO_SUCH_UNIT: &str = "org.freedesktop.systemd1.NoSuchUnit";
@@ -39,8 +38,8 @@ pub enum Error {
     #[error("the job for {unit} ended as {result:?}")]
     Job { unit: String, result: String },
     /// No answer in time.
-    #[error("no answer to {operation} within {limit:?}")]
-    TimedOut { operation: &'static str, limit: Duration },
+    #[error("waited in vain for {operation}")]
+    TimedOut { operation: &'static str },
 }
 
 impl Error {
