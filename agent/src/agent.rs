@@ -29,6 +29,7 @@ use crate::pods::{Pods, Source};
 use crate::pull_credentials::Providers;
 use crate::server::{ApiAuthorizer, Backend};
 use crate::shared::{PodTable, Shared};
+use crate::turns::taking_turns;
 use crate::users::UserRanges;
 use crate::watched::Watched;
 use crate::{Config, Error, eviction, inhibitor, logs, pleg, recorder, reserved, shutdown, sources, storage, users};
@@ -53,6 +54,7 @@ impl ExecProbe for RuntimeExec {
 /// Runs the agent until it is `asked` to end.
 pub(crate) async fn run(mut config: Config, connection: Connection, asked: CancellationToken) -> Result<(), Error> {
     let Connection { client, keeper } = connection;
+    let client = taking_turns(client);
     let serving = if config.server_tls_bootstrap { Some(credentials::serving(&config)?) } else { None };
     if let Some(rotation) = &serving {
         config.cert_file = rotation.store.file().to_owned();

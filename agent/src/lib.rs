@@ -41,6 +41,7 @@ mod spec;
 mod status;
 mod storage;
 mod termination;
+mod turns;
 mod users;
 mod watched;
 mod worker;
