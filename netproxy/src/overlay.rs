@@ -63,6 +63,13 @@ fn mac_of(node: &str) -> Mac {
     Mac([0x0e, a, b, c, d, e])
 }
 
+/// Whether a network of this node is one that others know it by. Through another one it would find nodes near that do not
+/// find it near: they would send into a tunnel, at whose other end nobody listens.
+fn is_shared(net: IpNet, internal: &[IpAddr]) -> bool {
+    let mut of_family = internal.iter().filter(|address| address.is_ipv4() == net.addr().is_ipv4()).peekable();
+    of_family.peek().is_none() || of_family.any(|address| net.contains(address))
+}
+
 /// `is_secure` says whether this node can be reached through WireGuard, and others know that.
 fn plan(others: &BTreeMap<String, Node>, own_networks: &[(u32, IpNet)], tunnel: Tunnel, is_secure: bool) -> Ways {
     let mut ways = Ways::default();
@@ -115,11 +122,12 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
     let ours = |link: &Link| crate::node::is_cluster_link(&link.name);
     let devices: Vec<u32> = connection.links()?.iter().filter(|link| ours(link)).map(|link| link.index).collect();
     let addresses = connection.addresses()?;
-    let networks: Vec<(u32, IpNet)> = addresses
+    let networks = addresses
         .iter()
         .filter(|address| !devices.contains(&address.link) && address.net.prefix_len() < address.net.max_prefix_len())
-        .map(|address| (address.link, address.net))
-        .collect();
+        .map(|address| (address.link, address.net));
+    let internal = own.node.map(|node| node.internal.as_slice()).unwrap_or_default();
+    let networks: Vec<(u32, IpNet)> = networks.filter(|(_, net)| is_shared(*net, internal)).collect();
     let is_own = |node: &Node| node.internal.iter().any(|one| addresses.iter().any(|own| own.net.addr() == *one));
     let foreign: BTreeMap<String, Node> =
         others.iter().filter(|(_, node)| !is_own(node)).map(|(name, node)| (name.clone(), node.clone())).collect();
@@ -337,6 +345,15 @@ mod tests {
         assert_eq!(counts(Tunnel::Vxlan, false), (1, 2, vec![]));
         assert_eq!(counts(Tunnel::Wireguard, true), (0, 0, vec![2, 1]), "and never in plain sight");
         assert_eq!(counts(Tunnel::Wireguard, false), (0, 0, vec![]));
+    }
+
+    #[test]
+    fn only_networks_that_others_know_this_node_by_make_nodes_near() {
+        let internal: Vec<IpAddr> = vec!["192.168.0.1".parse().unwrap()];
+        assert!(is_shared(net("192.168.0.1/24"), &internal));
+        assert!(!is_shared(net("172.16.0.1/24"), &internal), "the node's second link");
+        assert!(is_shared(net("fd07::1/64"), &internal), "a family in which others do not know it");
+        assert!(is_shared(net("172.16.0.1/24"), &[]));
     }
 
     #[test]
