@@ -30,6 +30,7 @@ const PACKAGES: &[&str] = &[
     "crun",
     "curl",
     "iproute2",
+    "iputils-ping",
     "linux-image-cloud-amd64",
     "netbase",
     "nftables",
@@ -64,12 +65,44 @@ pub(crate) const DEFAULT_TESTS: &[&str] = &[
     "sctp",
     "shim",
 ];
+/// The test programs that `lab network` runs in the guest: all that send packets.
+const NETWORK_TESTS: &[&str] = &[
+    "balancer",
+    "cni",
+    "cni_chained",
+    "netpolicy",
+    "netproxy",
+    "netproxy_random",
+    "nft",
+    "node_routes",
+    "sctp",
+    "several_nodes",
+];
 /// Whether this machine can run the guest.
 pub(crate) const CAN_RUN: bool = cfg!(target_arch = "x86_64");
 const MEMORY_MEGABYTES: u32 = 1536;
 const DISK_MEGABYTES: u32 = 4096;
-/// How long the guest may take in all.
+/// Kernel modules that the guest loads while it boots. Emulated in software, each that has to be loaded on first use takes
+/// seconds, which add up to more than daemons are given to start.
+const MODULES: &[&str] = &[
+    "br_netfilter",
+    "nf_conntrack_netlink",
+    "nft_ct",
+    "nft_fib_ipv4",
+    "nft_fib_ipv6",
+    "nft_masq",
+    "nft_nat",
+    "nft_numgen",
+    "nft_reject_ipv4",
+    "nft_reject_ipv6",
+    "overlay",
+    "veth",
+    "vxlan",
+    "wireguard",
+];
+/// How long the guest may take in all, and with the tests of the network.
 const DEADLINE: Duration = Duration::from_secs(20 * 60);
+const NETWORK_DEADLINE: Duration = Duration::from_secs(60 * 60);
 /// What the guest prints at its end.
 const FINISHED: &str = "the guest has finished";
 
@@ -93,25 +126,52 @@ enum LabChore {
         #[arg(long, value_name = "DIR")]
         bin: Option<PathBuf>,
     },
-    /// Start three guests on one segment as a cluster: a server and two machines that join it
+    /// Run every test that sends packets in a guest, then the checks between three guests
+    Network {
+        /// Use KVM instead of software emulation
+        #[arg(long)]
+        kvm: bool,
+        /// Take the programs from this directory instead of building them
+        #[arg(long, value_name = "DIR")]
+        bin: Option<PathBuf>,
+    },
+    /// Start three guests on two segments as a cluster: a server, which is the router, and two machines that join it
     Up(lab_cluster::UpFlags),
 }
 
 pub(crate) fn run(flags: &LabFlags) -> anyhow::Result<()> {
     let (only, kvm, bin) = match &flags.chore {
         LabChore::Test { only, kvm, bin } => (only, kvm, bin),
+        LabChore::Network { kvm, bin } => return network(*kvm, bin.as_deref()),
         LabChore::Up(flags) => return lab_cluster::run(flags),
     };
     let bin = bin.clone().map_or_else(build::run, Ok)?;
     let only: Vec<&str> = only.iter().map(String::as_str).collect();
-    let (counts, succeeded) = test(&bin, if only.is_empty() { DEFAULT_TESTS } else { &only }, *kvm)?;
+    let tested = if only.is_empty() { DEFAULT_TESTS } else { &only };
+    verdict(run_tests(&bin, tested, *kvm, DEADLINE)?)
+}
+
+/// Every test that sends packets, on the guest's kernel and between guests.
+fn network(kvm: bool, bin: Option<&Path>) -> anyhow::Result<()> {
+    let bin = bin.map_or_else(build::run, |bin| Ok(bin.to_owned()))?;
+    let in_guest = run_tests(&bin, NETWORK_TESTS, kvm, NETWORK_DEADLINE).and_then(verdict);
+    // Whatever became of the first half, the second has something of its own to say.
+    lab_cluster::run(&lab_cluster::UpFlags::checks(kvm, &bin)).and(in_guest)
+}
+
+fn verdict((counts, succeeded): (Counts, bool)) -> anyhow::Result<()> {
     println!("{} passed, {} failed, {} skipped", counts.passed, counts.failed, counts.not_run);
     anyhow::ensure!(succeeded && counts.failed == 0 && counts.passed > 0, "the tests in the guest failed");
     Ok(())
 }
 
-/// Makes the guest, runs the test programs of these names in it and adds up their results.
+/// As [`run_tests`], within the time that is meant for one in every run.
 pub(crate) fn test(bin: &Path, names: &[&str], kvm: bool) -> anyhow::Result<(Counts, bool)> {
+    run_tests(bin, names, kvm, DEADLINE)
+}
+
+/// Makes the guest, runs the test programs of these names in it and adds up their results.
+fn run_tests(bin: &Path, names: &[&str], kvm: bool, deadline: Duration) -> anyhow::Result<(Counts, bool)> {
     anyhow::ensure!(CAN_RUN, "the guest is an x86_64 machine; this one is not");
     packages::ensure(packages::LAB)?;
     let lab = target_dir().join("lab");
@@ -121,13 +181,12 @@ pub(crate) fn test(bin: &Path, names: &[&str], kvm: bool) -> anyhow::Result<(Cou
     remove(&root)?;
     fs::create_dir_all(&root)?;
     step::run("unpack the guest's system", Command::new("tar").arg("xf").arg(&system).arg("-C").arg(&root))?;
-    let tests = test_programs()?;
-    let tests: Vec<_> = tests.into_iter().filter(|(name, _)| names.contains(&name.as_str())).collect();
+    let tests = test_programs(names)?;
     anyhow::ensure!(tests.len() == names.len(), "not all of these are test programs: {}", names.join(" "));
     furnish(&root, bin, &tests)?;
     let guest = Guest::make(&lab, &root, "disk.img")?;
     remove(&root)?;
-    guest.run(kvm)
+    guest.run(kvm, deadline)
 }
 
 /// The minimal system as a tar archive, made once.
@@ -150,17 +209,12 @@ pub(crate) fn system(lab: &Path) -> anyhow::Result<PathBuf> {
     Ok(archive)
 }
 
-/// Name and executable of each test program of the suite.
-fn test_programs() -> anyhow::Result<Vec<(String, PathBuf)>> {
-    let output = step::output(step::cargo().args([
-        "test",
-        "--package",
-        "oarlock-tests",
-        "--tests",
-        "--locked",
-        "--no-run",
-        "--message-format=json",
-    ]))?;
+/// Name and executable of these test programs of the suite.
+fn test_programs(names: &[&str]) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let mut command = step::cargo();
+    command.args(["test", "--package", "oarlock-tests", "--locked", "--no-run", "--message-format=json"]);
+    command.args(names.iter().flat_map(|name| ["--test", name]));
+    let output = step::output(&mut command).context("not all of these are test programs")?;
     let mut programs = Vec::new();
     for line in output.lines() {
         let Ok(message) = serde_json::from_str::<Value>(line) else { continue };
@@ -204,6 +258,8 @@ pub(crate) fn equip(root: &Path, bin: &Path, name: &str, network: &str, script: 
 
     let etc = root.join("etc");
     fs::write(etc.join("hostname"), format!("{name}\n"))?;
+    fs::create_dir_all(etc.join("modules-load.d"))?;
+    fs::write(etc.join("modules-load.d/lab.conf"), MODULES.join("\n") + "\n")?;
     fs::write(etc.join("fstab"), "/dev/vda / ext4 rw 0 1\n")?;
     fs::create_dir_all(etc.join("systemd/network"))?;
     fs::write(etc.join("systemd/network/10-lab.network"), network)?;
@@ -294,7 +350,7 @@ impl Guest {
     }
 
     /// Boots it, shows what it says, and returns once it has powered off. It is ended when it takes too long.
-    fn run(&self, kvm: bool) -> anyhow::Result<(Counts, bool)> {
+    fn run(&self, kvm: bool, deadline: Duration) -> anyhow::Result<(Counts, bool)> {
         println!("==> tests in the guest");
         let child = self
             .command(kvm, MEMORY_MEGABYTES)
@@ -303,7 +359,7 @@ impl Guest {
             .stdout(Stdio::piped())
             .spawn()
             .context("cannot start qemu-system-x86_64")?;
-        let outcome = Ended(child).follow();
+        let outcome = Ended(child).follow(deadline);
         remove(&self.disk)?;
         outcome
     }
@@ -313,7 +369,7 @@ impl Guest {
 struct Ended(Child);
 
 impl Ended {
-    fn follow(mut self) -> anyhow::Result<(Counts, bool)> {
+    fn follow(mut self, deadline: Duration) -> anyhow::Result<(Counts, bool)> {
         let output = self.0.stdout.take().context("the guest has no serial port")?;
         let (sender, lines) = mpsc::sync_channel(64);
         let reader = std::thread::spawn(move || {
@@ -330,7 +386,7 @@ impl Ended {
         let mut counts = Counts::default();
         let (mut finished, mut failed) = (false, false);
         loop {
-            let left = DEADLINE.saturating_sub(start.elapsed());
+            let left = deadline.saturating_sub(start.elapsed());
             match lines.recv_timeout(left) {
                 Ok(line) => {
                     println!("    | {line}");
@@ -343,7 +399,7 @@ impl Ended {
                 }
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
                 Err(mpsc::RecvTimeoutError::Timeout) => {
-                    println!("    the guest did not finish within {} s", DEADLINE.as_secs());
+                    println!("    the guest did not finish within {} s", deadline.as_secs());
                     break;
                 }
             }

@@ -1,7 +1,8 @@
-//! `cargo xtask lab up`: three virtual machines on one segment as a cluster, a server and two machines that join it by the
-//! commands that a user would type. What the server prints for them is typed on their consoles.
+//! `cargo xtask lab up`: three virtual machines as a cluster, a server and two machines that join it by the commands that a
+//! user would type. Two of them are on one segment, the third is on another, and the server is the router between.
 //!
-//! The machines are those of `lab test` ([`crate::lab`]); the segment is a multicast group on loopback.
+//! The machines are those of `lab test` ([`crate::lab`]); a segment is a multicast group on loopback. What a machine prints
+//! for another one, as `to NAME: COMMAND`, is typed on that one's console.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -16,22 +17,77 @@ use crate::lab::{self, Guest};
 use crate::{build, packages, step, target_dir};
 
 const MEMORY_MEGABYTES: u32 = 1024;
-/// The machines and their addresses on the segment, the server first.
-const MACHINES: [(&str, &str); 3] = [("server", "192.0.2.1"), ("one", "192.0.2.2"), ("two", "192.0.2.3")];
 /// How long all of it may take, emulated in software.
-const DEADLINE: Duration = Duration::from_secs(15 * 60);
-const SEGMENT: &str = "230.0.0.79:16479";
+const DEADLINE: Duration = Duration::from_secs(40 * 60);
+/// The multicast groups that are the segments.
+const SEGMENTS: [&str; 2] = ["230.0.0.79:16479", "230.0.0.79:16480"];
 /// The port on this machine that leads to the API server.
 const API_PORT: u16 = 16_443;
-/// Begins a line of the server's that is to be typed on the others' consoles.
-const JOIN: &str = "oarlock join ";
 /// A machine says so once it listens to its console.
-const LISTENS: &str = "waiting for the command by which to join";
+const LISTENS: &str = "listening to the console";
 /// Before the administrator's kubeconfig, in base64.
 const KUBECONFIG: &str = "kubeconfig: ";
+/// What the server says once all machines are nodes.
+const COMPLETE: &str = "three machines are one cluster";
 /// What the server says at the end of its checks.
 const PASSED: &str = "all checks passed";
 const FAILED: &str = "a check failed";
+/// What the checks need of the server's console.
+const CHECKS: &str = include_str!("lab_checks.sh");
+/// Largest packets of pods, by tunnel: a link's 1500 bytes without the outer headers, which VXLAN has in IPv6 too.
+const TUNNELS: [(&str, u32); 2] = [("vxlan", 1430), ("wireguard", 1440)];
+
+/// A machine's link to a segment.
+struct Port {
+    segment: usize,
+    last: u8,
+}
+
+/// A machine, with the link first by which others know it.
+struct Place {
+    name: &'static str,
+    ports: &'static [Port],
+}
+
+/// The server first. It has the first address of both segments.
+const MACHINES: [Place; 3] = [
+    Place { name: "server", ports: &[Port { segment: 0, last: 1 }, Port { segment: 1, last: 1 }] },
+    Place { name: "one", ports: &[Port { segment: 0, last: 2 }] },
+    Place { name: "two", ports: &[Port { segment: 1, last: 3 }] },
+];
+
+impl Port {
+    fn hardware_address(&self) -> String {
+        format!("52:54:00:00:{:02x}:{:02x}", self.segment + 2, self.last)
+    }
+
+    /// The address of each family.
+    fn addresses(&self, last: u8) -> [String; 2] {
+        [
+            format!("{}.{last}", ["192.0.2", "198.51.100"][self.segment]),
+            format!("fd07:0:0:{}::{last}", self.segment + 1),
+        ]
+    }
+
+    /// As systemd-networkd reads it.
+    fn network(&self) -> String {
+        let ([v4, v6], gateways) = (self.addresses(self.last), self.addresses(1));
+        let mut text = format!(
+            "[Match]\nMACAddress={}\n[Network]\nAddress={v4}/24\nAddress={v6}/64\nIPv6AcceptRA=no\n",
+            self.hardware_address()
+        );
+        if self.last != 1 {
+            gateways.iter().for_each(|gateway| text.push_str(&format!("Gateway={gateway}\n")));
+        }
+        text
+    }
+}
+
+impl Place {
+    fn addresses(&self) -> [String; 2] {
+        self.ports[0].addresses(self.ports[0].last)
+    }
+}
 
 #[derive(clap::Args)]
 pub(crate) struct UpFlags {
@@ -44,9 +100,22 @@ pub(crate) struct UpFlags {
     /// Take the programs from this directory instead of building them
     #[arg(long, value_name = "DIR")]
     bin: Option<PathBuf>,
-    /// How packets get to other machines' pods: auto, vxlan or wireguard
-    #[arg(long, default_value = "wireguard")]
-    tunnel: String,
+    /// How packets get to other machines' pods: auto, vxlan or wireguard; the checks look at the last two without it
+    #[arg(long)]
+    tunnel: Option<String>,
+}
+
+impl UpFlags {
+    pub(crate) fn checks(kvm: bool, bin: &Path) -> UpFlags {
+        UpFlags { check: true, kvm, bin: Some(bin.to_owned()), tunnel: None }
+    }
+
+    /// The tunnels that are looked at, one after the other, with the largest packets of pods.
+    fn tunnels(&self) -> anyhow::Result<Vec<(&'static str, u32)>> {
+        let Some(asked) = &self.tunnel else { return Ok(TUNNELS.to_vec()) };
+        let known = TUNNELS.into_iter().find(|(name, _)| name == asked);
+        known.map(|one| vec![one]).with_context(|| format!("{asked} cannot be checked; vxlan and wireguard can"))
+    }
 }
 
 pub(crate) fn run(flags: &UpFlags) -> anyhow::Result<()> {
@@ -58,109 +127,139 @@ pub(crate) fn run(flags: &UpFlags) -> anyhow::Result<()> {
     let system = lab::system(&lab)?;
     let (sender, said) = mpsc::sync_channel(256);
     let mut machines = Vec::new();
-    for (number, (name, address)) in MACHINES.into_iter().enumerate() {
-        let guest = make(&lab, &system, &bin, (name, address), flags)?;
-        machines.push(Machine::boot(&guest, name, number, flags.kvm, sender.clone())?);
+    for place in &MACHINES {
+        let guest = make(&lab, &system, &bin, place, flags)?;
+        machines.push(Machine::boot(&guest, place, flags.kvm, sender.clone())?);
     }
     drop(sender);
     let outcome = follow(&mut machines, &said, flags, &lab);
     drop(machines);
-    for (name, _) in MACHINES {
-        lab::remove(&lab.join(format!("{name}.img")))?;
+    for place in &MACHINES {
+        lab::remove(&lab.join(format!("{}.img", place.name)))?;
     }
     outcome
 }
 
+fn is_server(place: &Place) -> bool {
+    place.name == MACHINES[0].name
+}
+
 /// Makes a machine's disk.
-fn make(lab: &Path, system: &Path, bin: &Path, machine: (&str, &str), flags: &UpFlags) -> anyhow::Result<Guest> {
-    let (name, address) = machine;
+fn make(lab: &Path, system: &Path, bin: &Path, place: &Place, flags: &UpFlags) -> anyhow::Result<Guest> {
+    let name = place.name;
     let root = lab.join("root");
     lab::remove(&root)?;
     fs::create_dir_all(&root)?;
     step::run(&format!("the system of {name}"), Command::new("tar").arg("xf").arg(system).arg("-C").arg(&root))?;
-    let network = format!(
-        "[Match]\nMACAddress={}\n[Network]\nAddress={address}/24\nIPv6AcceptRA=no\n",
-        hardware_address(address)
-    );
-    let is_server = name == MACHINES[0].0;
-    let script = if is_server { server_script(flags.check, &flags.tunnel) } else { node_script(name, address) };
-    lab::equip(&root, bin, name, &network, &script)?;
-    if is_server {
+    let script = if is_server(place) { server_script(flags)? } else { node_script(place) };
+    lab::equip(&root, bin, name, &place.ports[0].network(), &script)?;
+    let networks = root.join("etc/systemd/network");
+    for (number, port) in place.ports.iter().enumerate().skip(1) {
+        fs::write(networks.join(format!("1{number}-lab.network")), port.network())?;
+    }
+    if is_server(place) {
         // The way by which this machine reaches the API server.
         fs::write(
-            root.join("etc/systemd/network/20-host.network"),
+            networks.join("20-host.network"),
             "[Match]\nName=en*\n[Network]\nAddress=10.0.2.15/24\nIPv6AcceptRA=no\n",
         )?;
-        fs::create_dir_all(root.join("etc/oarlock"))?;
-        fs::write(root.join("etc/oarlock/config.yaml"), format!("nodeTunnel: {}\n", flags.tunnel))?;
+        fs::write(root.join("opt/checks"), CHECKS)?;
         fs::write(root.join("opt/pods.yaml"), pods())?;
+        fs::write(root.join("opt/policy.yaml"), POLICY)?;
     }
     let guest = Guest::make(lab, &root, &format!("{name}.img"))?;
     lab::remove(&root)?;
     Ok(guest)
 }
 
-fn hardware_address(address: &str) -> String {
-    format!("52:54:00:00:02:0{}", address.rsplit('.').next().unwrap_or_default())
-}
-
 const HEAD: &str = "#!/bin/bash\nexec >/dev/ttyS0 2>&1 </dev/ttyS0\nstty -echo\nexport PATH=/opt/oarlock:$PATH HOME=/root KUBECONFIG=/etc/oarlock/admin.kubeconfig\necho \"kernel $(uname -r), $(stat -fc %T /sys/fs/cgroup), up $(cut -d' ' -f1 /proc/uptime) s\"\n";
 
-fn node_script(name: &str, address: &str) -> String {
+fn own_flags(place: &Place) -> String {
+    format!("--node-name {} --node-ip {} --detach", place.name, place.addresses().join(","))
+}
+
+/// Carries out what is typed on the console.
+fn node_script(place: &Place) -> String {
+    let flags = own_flags(place);
     format!(
-        "{HEAD}echo '{LISTENS}'\nread -r command\n$command --node-name {name} --node-ip {address} --detach || {{ echo '{FAILED}: cannot join'; tail -n 5 /var/lib/oarlock/log/*.log; }}\noarlock images import /opt/oarlock/testimage.tar\n"
+        r#"{HEAD}
+logs() {{ tail -n 5 /var/lib/oarlock/log/*.log; return 1; }}
+joins() {{ oarlock stop --keep-pods >/dev/null 2>&1; "$@" {flags} || logs; }}
+echo '{LISTENS}'
+while read -r line; do eval "$line"; done
+"#
     )
 }
 
-fn server_script(check: bool, tunnel: &str) -> String {
-    let (name, address) = MACHINES[0];
+/// Starts the cluster, lets the others join, and with checks starts it again with each tunnel.
+fn server_script(flags: &UpFlags) -> anyhow::Result<String> {
+    let (own, nodes) = (own_flags(&MACHINES[0]), "one two");
     let mut script = format!(
-        "{HEAD}oarlock up --node-name {name} --node-ip {address} --detach || {{ echo '{FAILED}: up'; tail -n 5 /var/lib/oarlock/log/*.log; }}\necho \"{KUBECONFIG}$(base64 -w0 $KUBECONFIG)\"\noarlock token create --ttl 1h\noarlock images import /opt/oarlock/testimage.tar\n"
+        r#"{HEAD}
+echo '{LISTENS}'
+number=0
+# Lets another machine carry out a command; as successful as that.
+on() {{
+  number=$((number + 1))
+  echo "to $1: $2; echo \"to server: $number \$?\""
+  while read -r -t 240 answered status; do
+    [ "$answered" = $number ] && return "$status"
+  done
+  return 1
+}}
+# start TUNNEL
+start() {{
+  mkdir -p /etc/oarlock
+  printf '%s\n' "nodeTunnel: $1" 'clusterCIDR: 10.42.0.0/16,fd2a::/48' 'serviceCIDR: 10.43.0.0/16,fd2b::/112' 'loadBalancerPools: ["192.0.2.240/29", "fd07:0:0:1::f0/125"]' >/etc/oarlock/config.yaml
+  oarlock stop --keep-pods >/dev/null 2>&1
+  oarlock up {own} || {{ echo '{FAILED}: up'; tail -n 5 /var/lib/oarlock/log/*.log; }}
+  for node in {nodes}; do
+    on $node "joins $(oarlock token create --ttl 1h | grep -o 'oarlock join .*')" || echo "{FAILED}: $node cannot join"
+  done
+}}
+start {first}
+echo "{KUBECONFIG}$(base64 -w0 $KUBECONFIG)"
+oarlock images import /opt/oarlock/testimage.tar
+for node in {nodes}; do on $node 'oarlock images import /opt/oarlock/testimage.tar'; done
+echo '{COMPLETE}'
+"#,
+        first = if flags.check { flags.tunnels()?[0].0 } else { flags.tunnel.as_deref().unwrap_or("auto") },
     );
-    if check {
-        // On one segment only WireGuard is asked for by name: the others are for packets that a router sees.
-        let way = if tunnel == "wireguard" { "dev oar-wg0" } else { "via 192.0.2.3" };
-        script.push_str(&format!("way='{way}'\n"));
-        script.push_str(CHECKS);
-        script.push_str(&format!("[ $failed = 0 ] && echo '{PASSED}' || echo '{FAILED}'\n"));
+    if !flags.check {
+        return Ok(script);
     }
-    script
+    script.push_str(". /opt/checks\n");
+    let addresses: Vec<String> = MACHINES.iter().flat_map(Place::addresses).collect();
+    for (number, (tunnel, mtu)) in flags.tunnels()?.into_iter().enumerate() {
+        if number > 0 {
+            // Pods get links for the other tunnel.
+            script.push_str(&format!("kubectl delete --now -f /opt/pods.yaml\nstart {tunnel}\n"));
+        }
+        script.push_str(&format!("check {tunnel} {mtu} '{}'\n", addresses.join(" ")));
+    }
+    script.push_str(&format!("[ $failed = 0 ] && echo '{PASSED}' || echo '{FAILED}'\n"));
+    Ok(script)
 }
 
-/// What is looked at between the machines: pods, names, ports of other machines, the tunnel, and consoles.
-const CHECKS: &str = r#"
-failed=0
-expect() { echo "$1: $2"; case "$2" in *$3*) ;; *) failed=1; echo "  not as expected: $3" ;; esac; }
-until [ "$(kubectl get nodes --no-headers 2>/dev/null | grep -cw Ready)" = 3 ]; do sleep 1; done
-kubectl get nodes -o wide
-kubectl apply -f /opt/pods.yaml
-kubectl wait --for=condition=Ready pod --all --timeout=240s || { failed=1; kubectl describe pods; }
-kubectl get pods -o wide
-for to in server one two; do
-  ip=$(kubectl get pod web-$to -o jsonpath={.status.podIP})
-  for from in server one two; do
-    expect "web-$from to web-$to" "$(kubectl exec web-$from -- /bin/fetch $ip:8080/hostname 10)" web-$to
-  done
-done
-for from in one two; do
-  expect "web-$from to the Service's name" "$(kubectl exec web-$from -- /bin/fetch first.default:80/hostname 10)" web-server
-done
-for address in 192.0.2.2 192.0.2.3; do
-  expect "node port of $address" "$(curl -sS -m 10 http://$address:30080/hostname)" web-server
-done
-ip=$(kubectl get pod web-two -o jsonpath={.status.podIP})
-expect "the way to web-two" "$(ip route get $ip)" "$way"
-expect "proxy's certificates" "$(kubectl get csr | grep -c 'kube-apiserver-client .*Approved,Issued')" 2
-"#;
+const POLICY: &str = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: guard}\nspec:\n  podSelector: {matchLabels: {place: two}}\n  policyTypes: [Ingress]\n  ingress: [{from: [{podSelector: {matchLabels: {place: one}}}]}]\n";
 
+/// A page on each machine, and Services of each kind.
 fn pods() -> String {
     let mut all = String::new();
-    for (node, _) in MACHINES {
+    for Place { name, .. } in MACHINES {
         all.push_str(&format!(
-            "apiVersion: v1\nkind: Pod\nmetadata: {{name: web-{node}, labels: {{on: {node}}}}}\nspec:\n  nodeName: {node}\n  containers:\n  - {{name: web, image: \"oarlock.local/testimage:1\", imagePullPolicy: IfNotPresent, command: [/bin/http, \"8080\"]}}\n---\n"
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: web-{name}, labels: {{app: web, place: {name}}}}}\nspec:\n  nodeName: {name}\n  hostname: web-{name}\n  subdomain: each\n  containers:\n  - {{name: web, image: \"oarlock.local/testimage:1\", imagePullPolicy: IfNotPresent, command: [/bin/http, \"8080\"]}}\n---\n"
         ));
     }
-    all.push_str("apiVersion: v1\nkind: Service\nmetadata: {name: first}\nspec: {type: NodePort, selector: {on: server}, ports: [{port: 80, targetPort: 8080, nodePort: 30080}]}\n");
+    let both = "ipFamilyPolicy: RequireDualStack";
+    let ports = "ports: [{port: 80, targetPort: 8080";
+    for (name, spec) in [
+        ("first", format!("type: NodePort, selector: {{place: server}}, {both}, {ports}, nodePort: 30080}}]")),
+        ("balanced", format!("type: LoadBalancer, selector: {{app: web}}, {both}, {ports}}}]")),
+        ("each", format!("clusterIP: None, selector: {{app: web}}, {both}, {ports}}}]")),
+    ] {
+        all.push_str(&format!("apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{{spec}}}\n---\n"));
+    }
     all
 }
 
@@ -170,24 +269,22 @@ struct Machine {
     child: Child,
     console: ChildStdin,
     listens: bool,
+    waiting: Vec<String>,
 }
 
 type Said = (&'static str, String);
 
 impl Machine {
-    fn boot(
-        guest: &Guest,
-        name: &'static str,
-        number: usize,
-        kvm: bool,
-        sender: mpsc::SyncSender<Said>,
-    ) -> anyhow::Result<Self> {
+    fn boot(guest: &Guest, place: &Place, kvm: bool, sender: mpsc::SyncSender<Said>) -> anyhow::Result<Self> {
+        let name = place.name;
         let mut command = guest.command(kvm, MEMORY_MEGABYTES);
-        let hardware = hardware_address(MACHINES[number].1);
-        command
-            .args(["-netdev", &format!("socket,id=segment,mcast={SEGMENT},localaddr=127.0.0.1")])
-            .args(["-device", &format!("virtio-net-pci,netdev=segment,mac={hardware}")]);
-        if number == 0 {
+        for port in place.ports {
+            let id = format!("segment{}", port.segment);
+            command
+                .args(["-netdev", &format!("socket,id={id},mcast={},localaddr=127.0.0.1", SEGMENTS[port.segment])])
+                .args(["-device", &format!("virtio-net-pci,netdev={id},mac={}", port.hardware_address())]);
+        }
+        if is_server(place) {
             let forward = format!("user,restrict=on,model=virtio-net-pci,hostfwd=tcp:127.0.0.1:{API_PORT}-:6443");
             command.args(["-nic", &forward]);
         }
@@ -204,7 +301,19 @@ impl Machine {
                 line.clear();
             }
         });
-        Ok(Self { name, child, console, listens: false })
+        Ok(Self { name, child, console, listens: false, waiting: Vec::new() })
+    }
+
+    /// Types a line on the console, or keeps it until somebody listens there.
+    fn tell(&mut self, line: &str) -> anyhow::Result<()> {
+        self.waiting.push(line.to_owned());
+        if self.listens {
+            for line in self.waiting.drain(..) {
+                writeln!(self.console, "{line}")
+                    .with_context(|| format!("cannot type on the console of {}", self.name))?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -219,7 +328,6 @@ impl Drop for Machine {
 /// as the machines run.
 fn follow(machines: &mut [Machine], said: &mpsc::Receiver<Said>, flags: &UpFlags, lab: &Path) -> anyhow::Result<()> {
     let start = Instant::now();
-    let (mut nodes, mut join) = (0, None);
     let outcome = loop {
         let line = if flags.check {
             said.recv_timeout(DEADLINE.saturating_sub(start.elapsed()))
@@ -235,34 +343,30 @@ fn follow(machines: &mut [Machine], said: &mpsc::Receiver<Said>, flags: &UpFlags
             keep_kubeconfig(encoded, &lab.join("admin.kubeconfig"))?;
             continue;
         }
+        if let Some((to, command)) = line.strip_prefix("to ").and_then(|rest| rest.split_once(": ")) {
+            for machine in machines.iter_mut().filter(|machine| machine.name == to) {
+                machine.tell(command)?;
+            }
+            continue;
+        }
         if !line.is_empty() {
             println!("    {name:>6} | {line}");
         }
-        if line == LISTENS {
-            machines.iter_mut().filter(|machine| machine.name == name).for_each(|machine| machine.listens = true);
-        }
-        if line.starts_with(JOIN) && name == MACHINES[0].0 {
-            join = Some(line.clone());
-        }
-        if let Some(command) = &join {
-            for machine in machines.iter_mut().filter(|machine| machine.listens) {
-                writeln!(machine.console, "{command}").context("cannot type on a console")?;
-                machine.listens = false;
+        match line.as_str() {
+            LISTENS => {
+                for machine in machines.iter_mut().filter(|machine| machine.name == name) {
+                    machine.listens = true;
+                    machine.tell("true")?;
+                }
             }
-        }
-        nodes += usize::from(line.contains("this machine is a node of the cluster"));
-        if nodes == MACHINES.len() - 1 && !flags.check && line.contains("this machine is a node") {
-            println!(
+            COMPLETE => println!(
                 "three machines are up after {:.0} s; Ctrl-C ends them. kubectl --kubeconfig {} get nodes",
                 start.elapsed().as_secs_f64(),
                 lab.join("admin.kubeconfig").display()
-            );
-        }
-        if line == PASSED {
-            break Ok(());
-        }
-        if line.starts_with(FAILED) && flags.check {
-            break Err(anyhow::anyhow!("{name}: {line}"));
+            ),
+            PASSED => break Ok(()),
+            _ if line.starts_with(FAILED) && flags.check => break Err(anyhow::anyhow!("{name}: {line}")),
+            _ => {}
         }
     };
     println!("    {:.0} s", start.elapsed().as_secs_f64());
@@ -275,5 +379,29 @@ fn keep_kubeconfig(encoded: &str, path: &Path) -> anyhow::Result<()> {
         Command::new("base64").arg("-d").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("base64")?;
     child.stdin.take().context("base64 has no input")?.write_all(encoded.as_bytes())?;
     let text = String::from_utf8(child.wait_with_output()?.stdout).context("the kubeconfig is not text")?;
-    fs::write(path, text.replace(":6443", &format!(":{API_PORT}"))).context("cannot write the kubeconfig")
+    fs::write(path, text.replace("[::1]:6443", &format!("127.0.0.1:{API_PORT}"))).context("cannot write the kubeconfig")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_machines_run_is_bash() {
+        let flags = UpFlags::checks(false, Path::new("/opt"));
+        let scripts = [server_script(&flags).expect("a script"), node_script(&MACHINES[1]), CHECKS.to_owned()];
+        for script in scripts {
+            let status = Command::new("bash").args(["-n", "-c", &script]).status().expect("bash");
+            assert!(status.success(), "{script}");
+        }
+    }
+
+    #[test]
+    fn each_machine_is_another_one_on_its_segments() {
+        let mut all: Vec<String> = MACHINES.iter().flat_map(|place| place.ports).map(Port::hardware_address).collect();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), 4);
+        assert_eq!(MACHINES[2].addresses(), ["198.51.100.3", "fd07:0:0:2::3"]);
+    }
 }
