@@ -32,7 +32,9 @@ use crate::shared::{PodTable, Shared};
 use crate::turns::taking_turns;
 use crate::users::UserRanges;
 use crate::watched::Watched;
-use crate::{Config, Error, eviction, inhibitor, logs, pleg, recorder, reserved, shutdown, sources, storage, users};
+use crate::{
+    Config, Error, eviction, inhibitor, logs, memory, pleg, recorder, reserved, shutdown, sources, storage, users,
+};
 
 const NEWS: usize = 1024;
 const PROBE_UPDATES: usize = 1024;
@@ -172,6 +174,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
     tasks.spawn("evictions", finished(evictions));
     tasks.spawn("image collection", finished(images.run(token.clone())));
     tasks.spawn("logs", finished(logs::rotate(shared.clone(), token.clone())));
+    tasks.spawn("memory", finished(memory::give_back(token.clone())));
     let watch = sources::watch_api(client, config.node_name.clone(), news, mirror_touched, token.clone());
     tasks.spawn("pod watch", finished(watch));
     tasks.spawn("node API", api.run(token));

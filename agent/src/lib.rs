@@ -23,6 +23,7 @@ mod images;
 mod inhibitor;
 mod kubelet_config;
 mod logs;
+mod memory;
 mod model;
 mod node;
 mod objects;

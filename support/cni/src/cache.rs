@@ -92,19 +92,28 @@ impl Cache {
         let path = self.path(&entry.network_name, &entry.container_id, &entry.if_name);
         let write = || -> io::Result<()> {
             fs::create_dir_all(&self.directory)?;
-            let temporary = self.directory.join(format!(".{}-{}.tmp", entry.container_id, entry.if_name));
+            let temporary = self.partial(&entry.container_id, &entry.if_name);
             fs::File::create(&temporary)?.write_all(&serde_json::to_vec(entry)?)?;
             fs::rename(&temporary, &path)
         };
         write().map_err(|source| CniError::Cache { path: path.clone(), source })
     }
 
+    /// Removes the record, and what a writer that died left of one.
     pub fn remove(&self, network: &str, container_id: &str, ifname: &str) -> Result<(), CniError> {
-        let path = self.path(network, container_id, ifname);
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(CniError::Cache { path, source }),
-            _ => Ok(()),
+        for path in [self.partial(container_id, ifname), self.path(network, container_id, ifname)] {
+            match fs::remove_file(&path) {
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    return Err(CniError::Cache { path, source });
+                }
+                _ => {}
+            }
         }
+        Ok(())
+    }
+
+    fn partial(&self, container_id: &str, ifname: &str) -> PathBuf {
+        self.directory.join(format!(".{container_id}-{ifname}.tmp"))
     }
 
     /// The record of a container's interface, whatever the network.
@@ -148,4 +157,27 @@ fn read(path: &Path) -> Option<Entry> {
         return None;
     }
     serde_json::from_slice::<Entry>(&fs::read(path).ok()?).ok().filter(|entry| entry.kind == KIND)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_goes_with_what_a_writer_that_died_left_and_others_stay() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::new(directory.path());
+        let source = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
+        let network = NetworkList::parse(source).unwrap();
+        for id in ["one", "two", "other-one"] {
+            let attachment = Attachment::for_pod(id, Path::new("/run/netns/a"), "default", "p", "u");
+            cache.store(&Entry::new(&network, &attachment, None)).unwrap();
+        }
+        fs::write(cache.partial("one", "eth0"), "{").unwrap();
+        assert_eq!(cache.find("one", "eth0").unwrap().unwrap().container_id, "one");
+        cache.remove("net", "one", "eth0").unwrap();
+        cache.remove("net", "one", "eth0").unwrap();
+        assert!(cache.find("one", "eth0").unwrap().is_none() && !cache.partial("one", "eth0").exists());
+        assert_eq!(cache.all().unwrap().len(), 2);
+    }
 }
