@@ -7,7 +7,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ const WHO: &str = "kubelet";
 const WHY: &str = "Kubelet needs time to handle node shutdown";
 /// The file of the node's in login1's directory of such.
 const DROP_IN: &str = "99-kubelet.conf";
+/// While it is written.
+const PARTIAL: &str = "partial";
 const HEADER: &str = "# Written by Oarlock's agent, for pods to end before the machine stops.";
 /// How long login1 may take to read its configuration again.
 const RELOAD_LIMIT: Duration = Duration::from_secs(5);
@@ -63,6 +65,8 @@ impl LoginConfig {
     /// Takes away what an agent has laid over login1's configuration. One of another kubelet stays.
     pub fn give_back(&self) -> Result<(), HoldError> {
         let path = self.drop_in();
+        // What an agent that died while it wrote has left; login1 does not read it.
+        let _ = fs::remove_file(path.with_extension(PARTIAL));
         match fs::read_to_string(&path) {
             Ok(text) if text.starts_with(HEADER) => {}
             _ => return Ok(()),
@@ -98,10 +102,11 @@ pub enum HoldError {
 /// Ends pods before the machine stops, until `rest`.
 pub(crate) async fn hold(shared: Arc<Shared>, news: mpsc::Sender<News>, rest: CancellationToken) {
     let (mut pause, mut told) = (PAUSE_MIN, false);
+    let told_of_stop = AtomicBool::new(false);
     while !shared.config.shutdown.groups.is_empty() {
         let start = Instant::now();
         let ended = tokio::select! {
-            ended = follow(&shared, &news) => ended,
+            ended = follow(&shared, &news, &told_of_stop) => ended,
             () = rest.cancelled() => return,
         };
         if start.elapsed() > PAUSE_MAX {
@@ -127,28 +132,38 @@ pub(crate) async fn hold(shared: Arc<Shared>, news: mpsc::Sender<News>, rest: Ca
 }
 
 /// Holds the lock and does as login1 says, until the connection breaks.
-async fn follow(shared: &Arc<Shared>, news: &mpsc::Sender<News>) -> Result<(), HoldError> {
+async fn follow(shared: &Arc<Shared>, news: &mpsc::Sender<News>, told_of_stop: &AtomicBool) -> Result<(), HoldError> {
     let config = shared.config.shutdown.clone();
     let wanted: Duration = config.groups.iter().map(|(_, period)| *period).sum();
     let login = config.login.clone();
     let (mut heard, lock, _hang_up) = blocking(move || listen(&login, wanted)).await?;
     tracing::info!(?wanted, "the machine waits for pods to end before it stops");
+    // A stop that was begun and called off while nobody listened: login1 gives no lock while it goes on.
+    if told_of_stop.swap(false, Ordering::Relaxed) {
+        called_off(shared);
+    }
     let mut held = Some(lock);
     while let Some(word) = heard.recv().await {
         if word? {
             tracing::info!("the machine is about to stop");
+            told_of_stop.store(true, Ordering::Relaxed);
             shutdown::end_all(shared, news).await;
             held = None;
         } else {
-            tracing::info!("the machine's stop is called off");
-            shared.shutting_down.store(false, Ordering::Relaxed);
-            shared.node_changed.notify_one();
+            told_of_stop.store(false, Ordering::Relaxed);
+            called_off(shared);
             let bus = config.login.bus.clone();
             held = Some(blocking(move || Ok(Login::at(&bus)?.delay_shutdown(WHO, WHY)?)).await?);
         }
     }
     drop(held);
     Err(HoldError::Thread)
+}
+
+fn called_off(shared: &Shared) {
+    tracing::info!("the machine's stop is called off");
+    shared.shutting_down.store(false, Ordering::Relaxed);
+    shared.node_changed.notify_one();
 }
 
 async fn blocking<T: Send + 'static>(
@@ -213,7 +228,7 @@ InhibitDelayMaxSec={seconds}
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }
-    let partial = path.with_extension("partial");
+    let partial = path.with_extension(PARTIAL);
     fs::write(&partial, text)?;
     fs::rename(&partial, path)
 }

@@ -39,5 +39,6 @@ mod view;
 pub use config::{CgroupDriver, Config, Registries};
 pub use daemon::{Runtime, give_up_run_directory};
 pub use error::Error;
+pub use mounts::all_mount_points;
 pub use oarlock_images::Thresholds as ImageThresholds;
 pub use oarlock_nri::Config as PluginConfig;

@@ -266,8 +266,13 @@ fn remove_entry(path: &Path) -> Result<(), Error> {
 
 /// The mount points at and below `root` in this thread's mount namespace.
 fn mount_points(root: &Path) -> Result<Vec<PathBuf>, Error> {
+    Ok(all_mount_points()?.into_iter().filter(|point| point.starts_with(root)).collect())
+}
+
+/// Where anything is mounted in this thread's mount namespace, with blanks and such as they are.
+pub fn all_mount_points() -> Result<Vec<PathBuf>, Error> {
     let table = fs::read("/proc/thread-self/mountinfo").map_err(Error::io("read", "/proc/thread-self/mountinfo"))?;
-    Ok(points_in(&table).into_iter().filter(|point| point.starts_with(root)).collect())
+    Ok(points_in(&table))
 }
 
 fn points_in(table: &[u8]) -> Vec<PathBuf> {

@@ -48,18 +48,23 @@ pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<Exit
     }
     let mut problems = Vec::new();
     let mut step = |what: &str, outcome: anyhow::Result<()>| {
+        let is_done = outcome.is_ok();
         if let Err(error) = outcome {
             problems.push(format!("{what}: {error:#}"));
         }
+        is_done
     };
     if let Some(supervisor) = stop::running(settings)? {
         step("stop", stop::stop(settings, supervisor, false, Duration::from_secs(90)));
     }
     let logs = pod_log_directories(settings);
-    step("pods", remove_pods(settings));
+    // Which pods of another runtime are ours is known by their directories: those stay until the pods are gone.
+    let may_forget = step("pods", remove_pods(settings)) || settings.has_own_runtime();
     step("processes", end_leftover_processes(settings));
     step("volumes", abandon_volumes(settings));
-    step("mounts", unmount_all(settings));
+    if may_forget {
+        step("mounts", unmount_all(settings));
+    }
     step("login1", LoginConfig::default().give_back().map_err(anyhow::Error::from));
     step("slices", stop_slices());
     step("cgroups", remove_cgroups());
@@ -67,7 +72,9 @@ pub(crate) fn run(settings: &Settings, flags: ResetFlags) -> anyhow::Result<Exit
     step("proxy", oarlock_netproxy::remove_everything(&netproxy::proxy_config(settings)).map_err(anyhow::Error::from));
     step("nftables", remove_tables());
     step("AppArmor", remove_profile());
-    step("files", remove_files(settings, &logs));
+    if may_forget {
+        step("files", remove_files(settings, &logs));
+    }
     if problems.is_empty() {
         println!("reset: nothing of {} is left", settings.layout.data_dir().display());
         if let Some(server) = &settings.joined {
@@ -235,9 +242,7 @@ fn own_roots(settings: &Settings) -> [PathBuf; 2] {
 
 /// What is mounted below the directories. A file system that somebody gave one of them is theirs.
 fn mounts_below(roots: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
-    let table =
-        procfs::process::Process::myself().and_then(|own| own.mountinfo()).context("cannot read the mount table")?;
-    let points = table.0.into_iter().map(|mount| mount.mount_point);
+    let points = oarlock_runtime::all_mount_points()?.into_iter();
     Ok(points.filter(|point| roots.iter().any(|root| point.starts_with(root) && point != root)).collect())
 }
 

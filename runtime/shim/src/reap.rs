@@ -72,6 +72,8 @@ impl Server {
     }
 
     fn container_exited(&mut self, slot: usize, exit_code: i32, signal: Option<i32>) {
+        // Looked at now: with its last process systemd takes the group away, and what the kernel counted in it.
+        self.on_oom(slot as u32);
         let Some(container) = &mut self.containers[slot] else { return };
         let deadline = Instant::now() + LOG_LIMIT;
         container.ended = Some(Ended { exit_code, signal, at_nanos: stdio::now_nanos(), deadline });

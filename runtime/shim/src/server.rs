@@ -178,7 +178,7 @@ impl Server {
         }
     }
 
-    fn on_oom(&mut self, slot: u32) {
+    pub(crate) fn on_oom(&mut self, slot: u32) {
         let Some(Some(container)) = self.containers.get_mut(slot as usize) else { return };
         let Some(watch) = &mut container.oom else { return };
         if watch.take() > 0 {

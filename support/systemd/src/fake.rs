@@ -25,6 +25,7 @@ pub struct World {
     /// How the next jobs end; "done" otherwise.
     pub results: Vec<&'static str>,
     pub inhibit_delay_usec: u64,
+    pub is_stopping: bool,
     /// A file that says otherwise, as the real one's configuration does.
     pub configuration: Option<PathBuf>,
     /// The other ends of locks.
@@ -65,6 +66,12 @@ impl Fake {
 
     /// Tells all followers that the machine is about to stop, or that this is called off.
     pub fn prepare_for_shutdown(&self, begins: bool) {
+        self.world().is_stopping = begins;
+        self.say_shutdown(begins);
+    }
+
+    /// The same words by somebody who is not login1.
+    pub fn say_shutdown(&self, begins: bool) {
         let bytes = signal("PrepareForShutdown", |body| body.bool(begins)).encode();
         self.world().followers.retain_mut(|stream| stream.write_all(&bytes).is_ok());
     }
@@ -135,6 +142,7 @@ fn answer(stream: &mut UnixStream, world: &Mutex<World>, call: &Message) {
         "Get" => {
             let value = match arguments.text().unwrap() {
                 "Version" => Value::Text("257".into()),
+                "PreparingForShutdown" => Value::Bool(world.is_stopping),
                 _ => Value::U64(world.configured_delay().unwrap_or(world.inhibit_delay_usec)),
             };
             let mut body = Encoder::default();

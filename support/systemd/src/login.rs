@@ -35,6 +35,8 @@ impl Drop for HangUp {
 #[derive(Debug)]
 pub struct Login {
     connection: Connection,
+    /// Whether the machine was about to stop when that was told last.
+    stopping: bool,
 }
 
 impl Login {
@@ -47,14 +49,29 @@ impl Login {
     pub fn at(path: &Path) -> Result<Login, Error> {
         let mut connection = Connection::open(path, SHUTDOWN)?;
         connection.join_bus(NAME, MANAGER, SHUTDOWN)?;
-        Ok(Login { connection })
+        Ok(Login { connection, stopping: false })
     }
 
     /// How long a stop may be held up.
     pub fn longest_delay(&mut self) -> Result<Duration, Error> {
+        match self.property("InhibitDelayMaxUSec")? {
+            Value::U64(micros) => Ok(Duration::from_micros(micros)),
+            _ => Err(Error::Malformed("a delay that is not a number")),
+        }
+    }
+
+    /// Whether the machine is about to stop.
+    fn is_stopping(&mut self) -> Result<bool, Error> {
+        match self.property("PreparingForShutdown")? {
+            Value::Bool(stopping) => Ok(stopping),
+            _ => Err(Error::Malformed("a state that is neither true nor false")),
+        }
+    }
+
+    fn property(&mut self, name: &str) -> Result<Value, Error> {
         let mut body = Encoder::default();
         body.text(MANAGER);
-        body.text("InhibitDelayMaxUSec");
+        body.text(name);
         let call = Call {
             destination: NAME,
             path: OBJECT,
@@ -63,10 +80,7 @@ impl Login {
             signature: "ss",
             body: body.finish(),
         };
-        match Decoder::new(&self.connection.call(call)?.body).variant()? {
-            Value::U64(micros) => Ok(Duration::from_micros(micros)),
-            _ => Err(Error::Malformed("a delay that is not a number")),
-        }
+        Decoder::new(&self.connection.call(call)?.body).variant()
     }
 
     /// Has the machine's stop wait.
@@ -93,8 +107,16 @@ impl Login {
     }
 
     /// Waits for word of the machine's stop: true when it begins, false when it is called off.
+    ///
+    /// Anybody on a bus may send a signal of that name to this connection, so it says no more than that login1 is to be asked.
     pub fn next_shutdown(&mut self) -> Result<bool, Error> {
-        let signal = self.connection.signal(None)?;
-        Decoder::new(&signal.body).bool()
+        loop {
+            self.connection.signal(None)?;
+            let stopping = self.is_stopping()?;
+            if stopping != self.stopping {
+                self.stopping = stopping;
+                return Ok(stopping);
+            }
+        }
     }
 }

@@ -104,8 +104,12 @@ fn a_lock_holds_the_machine_up_until_it_is_dropped() {
     assert_eq!(login.longest_delay().unwrap(), Duration::from_secs(5));
     let lock = login.delay_shutdown("kubelet", "pods end first").unwrap();
     assert_eq!(fake.locks_held(), 1);
+    // Words that login1 does not confirm, in either direction, are nobody's.
+    fake.say_shutdown(true);
+    fake.say_shutdown(false);
     fake.prepare_for_shutdown(true);
     assert!(login.next_shutdown().unwrap(), "it begins");
+    fake.say_shutdown(false);
     fake.prepare_for_shutdown(false);
     assert!(!login.next_shutdown().unwrap(), "it is called off");
     drop(lock);

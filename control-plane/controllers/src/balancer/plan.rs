@@ -97,7 +97,7 @@ struct Sharing {
     word: String,
     ports: BTreeSet<(String, i32)>,
     /// With policy Local only nodes with endpoints take the address's packets, so all that share it have the same ones.
-    local: Option<BTreeMap<String, String>>,
+    local: Option<(String, BTreeMap<String, String>)>,
 }
 
 impl Sharing {
@@ -107,7 +107,11 @@ impl Sharing {
         let protocol = |protocol: &Option<String>| protocol.clone().unwrap_or_else(|| "TCP".to_owned());
         let ports = spec.ports.iter().flatten().map(|port| (protocol(&port.protocol), port.port)).collect();
         let is_local = spec.external_traffic_policy.as_deref() == Some("Local");
-        Some(Sharing { word, ports, local: is_local.then(|| spec.selector.clone().unwrap_or_default()) })
+        let backends = || (service.namespace().unwrap_or_default(), spec.selector.clone().unwrap_or_default());
+        // Without a selector nobody knows whether two have the same endpoints.
+        let local = is_local.then(backends);
+        let is_known = local.as_ref().is_none_or(|(_, selector)| !selector.is_empty());
+        is_known.then_some(Sharing { word, ports, local })
     }
 
     fn suits(&self, other: &Sharing) -> bool {

@@ -10,7 +10,7 @@ use oarlock_machinery::quantity;
 use super::backends;
 
 const MODE_ANNOTATION: &str = "service.kubernetes.io/topology-mode";
-/// The annotation's former name.
+/// The annotation's former name, which goes first where both are there, as upstream has it.
 const FORMER_ANNOTATION: &str = "service.kubernetes.io/topology-aware-hints";
 const CONTROL_PLANE_LABELS: [&str; 2] = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"];
 /// How much more than its share an endpoint may get, as a part of the share.
@@ -19,7 +19,7 @@ const OVERLOAD: f64 = 0.2;
 /// Whether a Service leaves it to the cluster which endpoints are for which zone.
 pub(super) fn is_automatic(service: &Service) -> bool {
     let annotations = service.annotations();
-    let mode = annotations.get(MODE_ANNOTATION).or_else(|| annotations.get(FORMER_ANNOTATION));
+    let mode = annotations.get(FORMER_ANNOTATION).or_else(|| annotations.get(MODE_ANNOTATION));
     mode.is_some_and(|mode| mode == "Auto" || mode == "auto")
 }
 

@@ -25,12 +25,17 @@ pub(super) struct Holder(Pid);
 
 impl Holder {
     fn new() -> nix::Result<Holder> {
+        let helper = nix::unistd::getpid().as_raw();
         // SAFETY: a helper has one thread; the child calls nothing but async-signal-safe functions.
         match unsafe { fork() }? {
             ForkResult::Parent { child } => Ok(Holder(child)),
             // SAFETY: numbers only; the descriptors are copies, of which this process needs none.
             ForkResult::Child => unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+                // A helper that was killed before that is nobody's parent any more.
+                if libc::getppid() != helper {
+                    libc::_exit(1);
+                }
                 libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0);
                 loop {
                     libc::pause();
