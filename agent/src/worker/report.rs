@@ -169,9 +169,14 @@ pub(super) async fn send(client: kube::Client, pod: &Pod, patch: Value, status: 
     let call = api.patch_status(spec::pod_name(pod), &params, &patch);
     match tokio::time::timeout(CALL, call).await {
         Ok(Ok(answer)) => Sent::Done { status: Box::new(status), answer: Box::new(answer) },
-        // The mirror of a static pod may only be about to be made.
-        Ok(Err(kube::Error::Api(refusal))) if refusal.code == 404 && spec::is_static(pod) => Sent::Failed,
-        Ok(Err(kube::Error::Api(refusal))) if refusal.code == 404 || refusal.code == 409 => Sent::Gone,
+        // The mirror of a static pod may only be about to be made, or be made anew at this very moment.
+        Ok(Err(kube::Error::Api(refusal))) if matches!(refusal.code, 404 | 409) => {
+            if spec::is_static(pod) {
+                Sent::Failed
+            } else {
+                Sent::Gone
+            }
+        }
         Ok(Err(error)) => {
             tracing::debug!(pod.name = spec::pod_name(pod), %error, "pod status was not taken");
             Sent::Failed
