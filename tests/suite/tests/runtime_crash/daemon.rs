@@ -155,6 +155,8 @@ impl Daemon {
 
     pub fn finish(mut self) {
         self.stop();
+        // A daemon that is killed leaves the mount to the next one.
+        oarlock_runtime::give_up_run_directory(&self.path().join("run")).expect("unmount the run directory");
         Cgroup::new(&self.cgroup_root).and_then(|group| group.remove()).expect("remove the control group");
     }
 
