@@ -9,6 +9,7 @@ use std::time::Duration;
 use oarlock_netlink::{Connection, Protocol as NetlinkProtocol, WireguardKey};
 use parking_lot::RwLock;
 use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -30,6 +31,12 @@ const EVENT_BATCH: usize = 4096;
 const AUDIT_INTERVAL: Duration = Duration::from_secs(3);
 const ANNOTATION_TIMEOUT: Duration = Duration::from_secs(5);
 const HOST_AUDIT_INTERVAL: Duration = Duration::from_secs(30);
+/// How soon after a change of the nodes WireGuard is asked who has answered, and how rarely in the end: the kernel tells
+/// nobody.
+const FIRST_CALL_CHECK: Duration = Duration::from_millis(50);
+const LAST_CALL_CHECK: Duration = Duration::from_secs(10);
+/// How long the other end of a tunnel may go on sending through VXLAN: it asks as rarely as this node.
+const VXLAN_REST: Duration = Duration::from_secs(12);
 
 /// The owner of the cluster's state.
 pub struct Hub {
@@ -95,6 +102,7 @@ impl Hub {
         let mut host_audit = tokio::time::interval(HOST_AUDIT_INTERVAL);
         let mut batch = Vec::with_capacity(EVENT_BATCH);
         let mut conflist_pending = false;
+        let mut calls = Calls::default();
         loop {
             let nodes_changed = tokio::select! {
                 biased;
@@ -113,9 +121,11 @@ impl Hub {
                     }
                     if nodes_changed {
                         self.note_world();
+                        calls.again();
                     }
                     nodes_changed
                 }
+                () = sleep_until(calls.next.unwrap_or_else(Instant::now)), if calls.next.is_some() => true,
                 _ = audit.tick() => {
                     // A full queue means that the worker is busy, and the next tick is soon.
                     let _ = self.jobs.try_send(Job::Audit);
@@ -127,7 +137,7 @@ impl Hub {
                 }
             };
             if nodes_changed && self.listed.contains(&Kind::Nodes) {
-                conflist_pending = !self.sync_nodes().await;
+                conflist_pending = !self.sync_nodes(&mut calls).await;
             }
         }
     }
@@ -249,8 +259,9 @@ impl Hub {
     }
 
     /// The CNI configuration and the routes to other nodes; says whether all of it could be done.
-    async fn sync_nodes(&self) -> bool {
+    async fn sync_nodes(&self, calls: &mut Calls) -> bool {
         let config = self.config.clone();
+        let keeps_vxlan = calls.keeps_vxlan();
         let own = self.nodes.get(config.node_name.as_str()).cloned();
         let others: BTreeMap<String, Node> = self
             .nodes
@@ -266,11 +277,14 @@ impl Hub {
                 node: own.as_ref(),
                 tunnel: config.tunnel,
                 wireguard_key: config.wireguard_key.as_deref(),
+                keeps_vxlan,
             };
             let mut key = None;
+            let mut peers = None;
             match overlay::sync(this, &others) {
                 Ok(synced) => {
                     (mtu, key) = (synced.mtu, synced.wireguard_key);
+                    peers = Some((synced.secure, synced.called));
                     if synced.changed > 0 {
                         info!(changed = synced.changed, "ways to other nodes changed");
                     }
@@ -298,9 +312,12 @@ impl Hub {
                     }
                 }
             }
-            (complete, key)
+            (complete, key, peers)
         };
-        let Ok((complete, key)) = tokio::task::spawn_blocking(work).await else { return false };
+        let Ok((complete, key, peers)) = tokio::task::spawn_blocking(work).await else { return false };
+        if let Some((secure, called)) = peers {
+            calls.done(secure, called);
+        }
         complete & self.announce_key(key).await
     }
 
@@ -336,6 +353,40 @@ impl Hub {
             Ok(Err(error)) => warn!(error = &error as &dyn std::error::Error, "forwarding cannot be switched on"),
             _ => debug!("host checked"),
         }
+    }
+}
+
+/// Peers of WireGuard that are called, and when to look next.
+#[derive(Debug, Default)]
+struct Calls {
+    next: Option<Instant>,
+    delay: Duration,
+    called: usize,
+    /// Until when VXLAN devices stay for the sake of others.
+    vxlan_until: Option<Instant>,
+}
+
+impl Calls {
+    /// Nodes have changed, so answers may come soon.
+    fn again(&mut self) {
+        self.delay = Duration::ZERO;
+    }
+
+    fn keeps_vxlan(&self) -> bool {
+        self.called > 0 || self.vxlan_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// What there is now: peers that packets go to, and such as have not answered.
+    fn done(&mut self, secure: usize, called: usize) {
+        let now = Instant::now();
+        if called < self.called {
+            info!(secure, called, "nodes answer through WireGuard");
+            self.vxlan_until = Some(now + VXLAN_REST);
+        }
+        self.called = called;
+        self.vxlan_until = self.vxlan_until.filter(|until| now < *until);
+        self.delay = (self.delay * 2).clamp(FIRST_CALL_CHECK, LAST_CALL_CHECK);
+        self.next = if called > 0 { Some(now + self.delay) } else { self.vxlan_until };
     }
 }
 

@@ -2,7 +2,8 @@
 //! it is not.
 //!
 //! A node says by an annotation that it can be reached through WireGuard. Two nodes use it when both say so, which both know
-//! from the API, so they come to the same answer.
+//! from the API, so they come to the same answer. Where VXLAN may be used too it carries until the other end has answered,
+//! so a firewall in between costs nothing but the encryption.
 //!
 //! One VXLAN device for each address family, made only when some node needs it. It learns nothing: for each such node there
 //! is a route to its pods through the first address of their network, a permanent neighbour that says which Ethernet
@@ -52,6 +53,8 @@ pub struct Own<'a> {
     pub tunnel: Tunnel,
     /// Where the key of WireGuard is kept.
     pub wireguard_key: Option<&'a Path>,
+    /// Whether VXLAN devices stay that this node does not send through: others may do so still.
+    pub keeps_vxlan: bool,
 }
 
 /// The Ethernet address of a node's VXLAN device: locally administered, of the node's name.
@@ -70,15 +73,27 @@ fn is_shared(net: IpNet, internal: &[IpAddr]) -> bool {
     of_family.peek().is_none() || of_family.any(|address| net.contains(address))
 }
 
-/// `is_secure` says whether this node can be reached through WireGuard, and others know that.
-fn plan(others: &BTreeMap<String, Node>, own_networks: &[(u32, IpNet)], tunnel: Tunnel, is_secure: bool) -> Ways {
+/// `answered` are the peers that have answered through WireGuard; none if this node cannot be reached through it, or others do
+/// not know that yet.
+fn plan(
+    others: &BTreeMap<String, Node>,
+    own_networks: &[(u32, IpNet)],
+    tunnel: Tunnel,
+    answered: Option<&[WireguardKey]>,
+) -> Ways {
     let mut ways = Ways::default();
     let is_near = |address: &IpAddr| own_networks.iter().any(|(_, own)| own.contains(address));
     for (name, node) in others {
         let is_far = tunnel == Tunnel::Wireguard || !node.internal.iter().any(is_near);
-        if let (true, Some(key), Some(address)) = (is_far && is_secure, node.wireguard_key, node.internal.first()) {
-            ways.secure.push(Peer { key, node: *address, pods: node.pod_cidrs.iter().map(IpNet::trunc).collect() });
-            continue;
+        if let (true, Some(answered), Some(key), Some(address)) =
+            (is_far, answered, node.wireguard_key, node.internal.first())
+        {
+            let carries = tunnel == Tunnel::Wireguard || answered.contains(&key);
+            let pods = node.pod_cidrs.iter().map(IpNet::trunc).collect();
+            ways.secure.push(Peer { key, node: *address, pods, carries });
+            if carries {
+                continue;
+            }
         }
         if tunnel == Tunnel::Wireguard {
             // Its key will come; until then nothing goes there in plain sight.
@@ -114,6 +129,10 @@ pub struct Synced {
     pub mtu: u32,
     /// What the annotation of this node has to say, as long as somebody could need it.
     pub wireguard_key: Option<WireguardKey>,
+    /// Peers that packets go to through WireGuard.
+    pub secure: usize,
+    /// Peers that have not answered through WireGuard yet, so that packets go another way.
+    pub called: usize,
 }
 
 /// Makes our routes in the kernel the wanted ones. `own` is this node, by name.
@@ -138,12 +157,16 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
         Tunnel::Wireguard => !foreign.is_empty(),
         Tunnel::Auto => foreign.values().any(|node| !is_near(node)),
     };
+    let mut device = None;
     if let Some(key_file) = own.wireguard_key.filter(|_| needs_wireguard) {
-        synced.wireguard_key = wireguard::ensure(&mut connection, key_file)?;
+        device = wireguard::ensure(&mut connection, key_file)?;
     }
+    synced.wireguard_key = device.as_ref().map(|device| device.key);
     let announced = own.node.and_then(|node| node.wireguard_key);
-    let is_secure = synced.wireguard_key.is_some() && announced == synced.wireguard_key;
-    let ways = plan(&foreign, &networks, own.tunnel, is_secure);
+    let answered = device.as_ref().filter(|device| announced == Some(device.key)).map(|device| &*device.answered);
+    let ways = plan(&foreign, &networks, own.tunnel, answered);
+    synced.secure = ways.secure.iter().filter(|peer| peer.carries).count();
+    synced.called = ways.secure.len() - synced.secure;
     let mut wanted = ways.direct;
     if synced.wireguard_key.is_some() {
         wanted.extend(sync_wireguard(&mut connection, own, &ways.secure, &mut synced)?);
@@ -153,8 +176,9 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
     for is_ipv4 in [true, false] {
         let tunnels: Vec<&VxlanWay> = ways.tunnels.iter().filter(|one| one.pods.addr().is_ipv4() == is_ipv4).collect();
         let name = DEVICES[usize::from(!is_ipv4)];
+        let is_needed = !tunnels.is_empty() || (own.keeps_vxlan && connection.link(name)?.is_some());
         let own = (own.name, own.node);
-        let Some((device, mtu)) = ensure_device(&mut connection, name, own, is_ipv4, !tunnels.is_empty())? else {
+        let Some((device, mtu)) = ensure_device(&mut connection, name, own, is_ipv4, is_needed)? else {
             continue;
         };
         synced.mtu = if synced.mtu == 0 { mtu } else { synced.mtu.min(mtu) };
@@ -188,7 +212,7 @@ fn sync_wireguard(
     if !peers.is_empty() {
         synced.mtu = mtu;
     }
-    let nets = peers.iter().flat_map(|peer| &peer.pods);
+    let nets = peers.iter().filter(|peer| peer.carries).flat_map(|peer| &peer.pods);
     let route = |net: &IpNet| Route { protocol: ROUTE_PROTOCOL, ..Route::new(*net, None, device) };
     Ok(nets.map(route).collect())
 }
@@ -318,7 +342,7 @@ mod tests {
             ("near".to_owned(), node(&["10.42.1.0/24", "fd42:0:0:1::/64"], &["192.168.0.2"])),
             ("far".to_owned(), node(&["10.42.2.0/24"], &["172.16.0.2"])),
         ]);
-        let ways = plan(&others, &[(2, net("192.168.0.1/24"))], Tunnel::Auto, true);
+        let ways = plan(&others, &[(2, net("192.168.0.1/24"))], Tunnel::Auto, Some(&[]));
         assert_eq!(ways.direct.len(), 1, "the near node has no IPv6 address");
         let route = &ways.direct[0];
         assert_eq!((route.destination, route.link), (net("10.42.1.0/24"), 2));
@@ -328,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_with_keys_are_reached_through_wireguard_once_they_know_this_ones() {
+    fn nodes_with_keys_are_reached_through_wireguard_once_they_know_this_ones_and_answer() {
         let with_key = |node: Node, last: u8| Node { wireguard_key: Some([last; 32]), ..node };
         let others = BTreeMap::from([
             ("near".to_owned(), with_key(node(&["10.42.1.0/24"], &["192.168.0.2"]), 1)),
@@ -336,15 +360,18 @@ mod tests {
             ("old".to_owned(), node(&["10.42.3.0/24"], &["172.16.0.3"])),
         ]);
         let own = [(2, net("192.168.0.1/24"))];
-        let counts = |tunnel, is_secure| {
-            let ways = plan(&others, &own, tunnel, is_secure);
-            (ways.direct.len(), ways.tunnels.len(), ways.secure.iter().map(|peer| peer.key[0]).collect::<Vec<_>>())
+        let counts = |tunnel, answered: Option<&[WireguardKey]>| {
+            let ways = plan(&others, &own, tunnel, answered);
+            let secure = ways.secure.iter().map(|peer| (peer.key[0], peer.carries)).collect::<Vec<_>>();
+            (ways.direct.len(), ways.tunnels.len(), secure)
         };
-        assert_eq!(counts(Tunnel::Auto, true), (1, 1, vec![2]));
-        assert_eq!(counts(Tunnel::Auto, false), (1, 2, vec![]));
-        assert_eq!(counts(Tunnel::Vxlan, false), (1, 2, vec![]));
-        assert_eq!(counts(Tunnel::Wireguard, true), (0, 0, vec![2, 1]), "and never in plain sight");
-        assert_eq!(counts(Tunnel::Wireguard, false), (0, 0, vec![]));
+        assert_eq!(counts(Tunnel::Auto, Some(&[])), (1, 2, vec![(2, false)]), "it has not answered");
+        assert_eq!(counts(Tunnel::Auto, Some(&[[2; 32]])), (1, 1, vec![(2, true)]));
+        assert_eq!(counts(Tunnel::Auto, None), (1, 2, vec![]));
+        assert_eq!(counts(Tunnel::Vxlan, None), (1, 2, vec![]));
+        let both = vec![(2, true), (1, true)];
+        assert_eq!(counts(Tunnel::Wireguard, Some(&[])), (0, 0, both), "and never in plain sight");
+        assert_eq!(counts(Tunnel::Wireguard, None), (0, 0, vec![]));
     }
 
     #[test]

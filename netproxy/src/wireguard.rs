@@ -17,6 +17,8 @@ pub const DEVICE: &str = "oar-wg0";
 pub const ANNOTATION: &str = "oarlock.io/wireguard-public-key";
 /// The usual one.
 const PORT: u16 = 51_820;
+/// Makes the kernel call a new peer at once and again until it answers, and one that has come back soon.
+const KEEPALIVE_SECS: u16 = 25;
 const OVERHEAD_IPV4_BYTES: u32 = 60;
 const OVERHEAD_IPV6_BYTES: u32 = 80;
 
@@ -35,6 +37,8 @@ pub struct Peer {
     pub key: WireguardKey,
     pub node: IpAddr,
     pub pods: Vec<IpNet>,
+    /// Whether packets go this way, or it is only called yet.
+    pub carries: bool,
 }
 
 pub fn read_key(text: &str) -> Option<WireguardKey> {
@@ -70,8 +74,17 @@ fn private_key(path: &Path) -> io::Result<WireguardKey> {
     Ok(key)
 }
 
-/// The device with the key of the file, made if need be, and its public key. Nothing where the kernel has no WireGuard.
-pub fn ensure(connection: &mut Connection, key_file: &Path) -> Result<Option<WireguardKey>, WireguardError> {
+/// The device as [`ensure`] found or made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// This node's public key.
+    pub key: WireguardKey,
+    /// The keys of the peers that have answered.
+    pub answered: Vec<WireguardKey>,
+}
+
+/// The device with the key of the file, made if need be. Nothing where the kernel has no WireGuard.
+pub fn ensure(connection: &mut Connection, key_file: &Path) -> Result<Option<Device>, WireguardError> {
     let link = match connection.link(DEVICE)? {
         Some(link) => link,
         None => match connection.create_wireguard(DEVICE, 0) {
@@ -93,7 +106,7 @@ pub fn ensure(connection: &mut Connection, key_file: &Path) -> Result<Option<Wir
         wireguard.set_identity(link.index, &private, PORT)?;
         device = wireguard.device(link.index)?;
     }
-    Ok(device.key)
+    Ok(device.key.map(|key| Device { key, answered: device.answered }))
 }
 
 /// Makes the device's peers these, its size that of the way there, and `address` its own; says its index, how large a packet
@@ -126,7 +139,8 @@ pub fn sync(
 fn as_peer(peer: &Peer) -> WireguardPeer {
     let mut networks: Vec<IpNet> = peer.pods.iter().map(IpNet::trunc).collect();
     networks.sort();
-    WireguardPeer { key: peer.key, endpoint: Some(SocketAddr::new(peer.node, PORT)), networks }
+    let endpoint = Some(SocketAddr::new(peer.node, PORT));
+    WireguardPeer { key: peer.key, endpoint, keepalive_secs: KEEPALIVE_SECS, networks }
 }
 
 /// Takes the device away, with its peers.

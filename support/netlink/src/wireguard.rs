@@ -23,6 +23,8 @@ const DEVICE_PEERS: u16 = 8;
 const PEER_KEY: u16 = 1;
 const PEER_FLAGS: u16 = 3;
 const PEER_ENDPOINT: u16 = 4;
+const PEER_KEEPALIVE: u16 = 5;
+const PEER_LAST_HANDSHAKE: u16 = 6;
 const PEER_NETWORKS: u16 = 9;
 const NETWORK_FAMILY: u16 = 1;
 const NETWORK_ADDRESS: u16 = 2;
@@ -41,6 +43,9 @@ pub type Key = [u8; 32];
 pub struct WireguardPeer {
     pub key: Key,
     pub endpoint: Option<SocketAddr>,
+    /// How often something is sent to the peer even if there is nothing to say; 0 for never. A peer that is set with it is
+    /// called at once.
+    pub keepalive_secs: u16,
     /// What is sent to the peer, and what may come from it; sorted.
     pub networks: Vec<IpNet>,
 }
@@ -52,6 +57,8 @@ pub struct WireguardDevice {
     pub key: Option<Key>,
     pub port: u16,
     pub peers: Vec<WireguardPeer>,
+    /// Those of the peers with whom keys were agreed on since they were set.
+    pub answered: Vec<Key>,
 }
 
 impl Connection {
@@ -100,7 +107,7 @@ impl Wireguard {
                 match kind {
                     DEVICE_PUBLIC_KEY => device.key = value.try_into().ok(),
                     DEVICE_PORT => device.port = read_u16(value).unwrap_or(0),
-                    DEVICE_PEERS => add_peers(&mut device.peers, value),
+                    DEVICE_PEERS => add_peers(&mut device, value),
                     _ => {}
                 }
             }
@@ -154,6 +161,7 @@ fn write_peer(w: &mut Writer, peer: &WireguardPeer) {
     if let Some(endpoint) = peer.endpoint {
         w.attribute(PEER_ENDPOINT, &socket_bytes(endpoint));
     }
+    w.u16(PEER_KEEPALIVE, peer.keepalive_secs);
     w.nest(PEER_NETWORKS, |w| {
         for net in &peer.networks {
             w.nest(0, |w| {
@@ -167,15 +175,22 @@ fn write_peer(w: &mut Writer, peer: &WireguardPeer) {
 }
 
 /// The peers of one message. A peer with many networks goes on in the next one.
-fn add_peers(peers: &mut Vec<WireguardPeer>, list: &[u8]) {
+fn add_peers(device: &mut WireguardDevice, list: &[u8]) {
     for (_, value) in attributes(list) {
         let Some(key) = attribute(value, PEER_KEY).and_then(|key| key.try_into().ok()) else { continue };
         let endpoint = attribute(value, PEER_ENDPOINT).and_then(read_socket);
         let networks = attributes(attribute(value, PEER_NETWORKS).unwrap_or_default());
         let networks: Vec<IpNet> = networks.filter_map(|(_, value)| read_network(value)).collect();
-        match peers.iter_mut().find(|peer| peer.key == key) {
+        // The time of the last one: all zeros if there was none. Only the first part of a peer has it.
+        if attribute(value, PEER_LAST_HANDSHAKE).is_some_and(|time| time.iter().any(|byte| *byte != 0)) {
+            device.answered.push(key);
+        }
+        match device.peers.iter_mut().find(|peer| peer.key == key) {
             Some(known) => known.networks.extend(networks),
-            None => peers.push(WireguardPeer { key, endpoint, networks }),
+            None => {
+                let keepalive_secs = attribute(value, PEER_KEEPALIVE).and_then(read_u16).unwrap_or(0);
+                device.peers.push(WireguardPeer { key, endpoint, keepalive_secs, networks });
+            }
         }
     }
 }
@@ -223,9 +238,10 @@ mod tests {
         let peer = |last: u8, networks: &[&str]| WireguardPeer {
             key: [last; 32],
             endpoint: Some(if last == 1 { "192.0.2.1:51820" } else { "[2001:db8::2]:7" }.parse().unwrap()),
+            keepalive_secs: 25,
             networks: networks.iter().map(|text| text.parse().unwrap()).collect(),
         };
-        let mut found = Vec::new();
+        let mut found = WireguardDevice::default();
         for part in [peer(1, &["10.42.1.0/24"]), peer(2, &["10.42.2.0/24", "fd42:2::/64"]), peer(1, &["fd42:1::/64"])] {
             let mut writer = Writer::new();
             writer.message(20, 0, 1, |w| w.nest(DEVICE_PEERS, |w| w.nest(0, |w| write_peer(w, &part))));
@@ -234,6 +250,6 @@ mod tests {
             add_peers(&mut found, attribute(message.payload, DEVICE_PEERS).unwrap());
         }
         let expected = [peer(1, &["10.42.1.0/24", "fd42:1::/64"]), peer(2, &["10.42.2.0/24", "fd42:2::/64"])];
-        assert_eq!(found, expected);
+        assert_eq!(found.peers, expected);
     }
 }

@@ -6,6 +6,7 @@ mod netproxy_nodes;
 mod netproxy_world;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use netproxy_nodes::{Machine, bridge, net, number, pod, register, seen, underlay};
 use netproxy_world::{Family, TIMEOUT, netns};
@@ -24,6 +25,9 @@ with_each_families! {
 
 /// Segments of the underlay: a and c are on the first, b is on the second.
 const NODES: [(&str, u8); 3] = [("a", 1), ("b", 2), ("c", 1)];
+
+/// Calls are repeated every 5 s, looked after every 10 s at the least, and VXLAN stays for 12 s.
+const SWITCHING: Duration = Duration::from_secs(60);
 
 fn reaches(from: &str, family: Family, to: &str) {
     let client = wait_for(&format!("{from} to reach {to} by {family:?}"), TIMEOUT, || seen(from, family, to));
@@ -79,9 +83,17 @@ fn has_wireguard() -> bool {
     has
 }
 
-/// Where the kernel has no WireGuard, the same configuration leads to VXLAN.
+fn nft(arguments: &[&str]) {
+    let output = std::process::Command::new("nft").args(arguments).output().unwrap();
+    assert!(output.status.success(), "nft {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Where the kernel has no WireGuard, or something on the way drops it, the same configuration leads to VXLAN.
 fn wireguard_is_used_where_both_kernels_have_it(families: &[Family]) {
     let has_wireguard = has_wireguard();
+    nft(&["add table inet router"]);
+    nft(&["add chain inet router between { type filter hook forward priority 0; }"]);
+    nft(&["add rule inet router between udp dport 51820 drop"]);
     let (_router, api, _machines) = cluster(Tunnel::Auto, families);
     for family in families.iter().copied() {
         for (from, to) in [("a", "b"), ("b", "a"), ("a", "c"), ("c", "b")] {
@@ -92,9 +104,18 @@ fn wireguard_is_used_where_both_kernels_have_it(families: &[Family]) {
         assert_eq!((vxlan_links("a").len(), wireguard_peers("a")), (families.len(), None));
         return;
     }
-    wait_for("WireGuard in the place of VXLAN", TIMEOUT, || {
-        let counts = ["a", "b", "c"].map(|node| (vxlan_links(node).len(), wireguard_peers(node)));
-        (counts == [(0, Some(1)), (0, Some(2)), (0, Some(1))]).then_some(())
+    let counts = || ["a", "b", "c"].map(|node| (vxlan_links(node).len(), wireguard_peers(node)));
+    let both = [Some(1), Some(2), Some(1)].map(|peers| (families.len(), peers));
+    wait_for("peers to be called", TIMEOUT, || (counts() == both).then_some(()));
+    for family in families.iter().copied() {
+        [("a", "b"), ("b", "c")].iter().for_each(|(from, to)| reaches(from, family, to));
+    }
+    nft(&["flush chain inet router between"]);
+    wait_for("WireGuard in the place of VXLAN", SWITCHING, || {
+        for family in families.iter().copied() {
+            assert_eq!(seen("a", family, "b"), Some(pod(family, "a", 2)), "nobody is cut off meanwhile");
+        }
+        (counts() == [(0, Some(1)), (0, Some(2)), (0, Some(1))]).then_some(())
     });
     families.iter().for_each(|family| reaches("a", *family, "b"));
     // A node whose kernel loses it says so no more, and the others follow.

@@ -132,8 +132,11 @@ impl Machine {
         let listener = run_in(&pod_netns, || TcpListener::bind(("::", 8080)).unwrap()).unwrap();
         std::thread::spawn(move || {
             for mut stream in listener.incoming().flatten() {
-                let _ = stream.peer_addr().map(|peer| writeln!(stream, "{}", peer.ip().to_canonical()));
-                let _ = stream.write_all(&[b'x'; 200_000]);
+                // One that gets stuck where a way is cut holds up no other.
+                std::thread::spawn(move || {
+                    let _ = stream.peer_addr().map(|peer| writeln!(stream, "{}", peer.ip().to_canonical()));
+                    let _ = stream.write_all(&[b'x'; 200_000]);
+                });
             }
         });
         let directory = tempfile::tempdir().unwrap();
