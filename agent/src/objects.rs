@@ -177,7 +177,10 @@ impl ServiceWatch {
             };
             match event {
                 Some(Ok(event)) => {
-                    delays.reset();
+                    // A list begins each attempt, also one that fails.
+                    if !matches!(event, watcher::Event::Init) {
+                        delays.reset();
+                    }
                     writer.apply_watcher_event(&event);
                     if matches!(event, watcher::Event::InitDone) {
                         synced.send_replace(true);

@@ -57,8 +57,11 @@ pub(crate) async fn watch_api(
                 continue;
             }
         };
-        delays.reset();
-        told_trouble = false;
+        // A list begins each attempt, also one that fails.
+        if !matches!(event, watcher::Event::Init) {
+            delays.reset();
+            told_trouble = false;
+        }
         if let watcher::Event::Delete(pod) | watcher::Event::Apply(pod) = &event
             && spec::is_mirror(pod)
             && (pod.metadata.deletion_timestamp.is_some() || matches!(event, watcher::Event::Delete(_)))

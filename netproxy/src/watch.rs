@@ -1,6 +1,7 @@
 //! The watches of the API server as one bounded stream of reduced objects.
 
 use std::collections::HashSet;
+use std::error::Error;
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -87,6 +88,15 @@ pub async fn run<K, N, E>(
     run_with((api, watcher::Config::default()), listed, name, event, events, shutdown).await;
 }
 
+/// The last in an error's chain: those before it repeat it, some with every field of the answer.
+fn cause<'a>(error: &'a (dyn Error + 'static)) -> &'a (dyn Error + 'static) {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last
+}
+
 /// As [`run`], for the objects of `selected` that its configuration selects.
 pub async fn run_with<K, N, E>(
     selected: (Api<K>, watcher::Config),
@@ -114,7 +124,7 @@ pub async fn run_with<K, N, E>(
             None => return,
             Some(Err(error)) => {
                 // The stream goes on where it was, or starts over with a list, when it is asked again.
-                warn!(kind = %K::kind(&()), error = &error as &dyn std::error::Error, "watch was interrupted");
+                warn!(kind = %K::kind(&()), cause = %cause(&error), "watch was interrupted");
                 tokio::select! {
                     () = tokio::time::sleep(backoff) => {}
                     () = shutdown.cancelled() => return,
@@ -122,7 +132,11 @@ pub async fn run_with<K, N, E>(
                 backoff = (backoff * 2).min(LAST_BACKOFF);
                 continue;
             }
-            Some(Ok(WatcherEvent::Init)) => listing.clear(),
+            Some(Ok(WatcherEvent::Init)) => {
+                // It begins each attempt, also one that fails.
+                listing.clear();
+                continue;
+            }
             Some(Ok(WatcherEvent::InitApply(object))) => {
                 if let Some(name) = name(&object) {
                     listing.insert(name.clone());

@@ -6,12 +6,16 @@ use std::process::ExitCode;
 use anyhow::Context;
 use oarlock_runtime::Runtime;
 
-use super::daemon;
+use super::{daemon, machine};
 use crate::config::Settings;
 use crate::host;
 
 pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock runtime")?;
+    if settings.cni_bin_dirs.contains(&settings.layout.own_cni_bin_dir()) {
+        machine::prepare_directories(&settings)?;
+        machine::install_plugins(&settings)?;
+    }
     let export = settings.tracing.as_ref().map(|tracing| tracing.export("oarlock-runtime"));
     daemon::run_traced(&settings.clone(), 2, export.as_ref(), |shutdown| async move {
         let layout = &settings.layout;

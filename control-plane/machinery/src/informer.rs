@@ -172,7 +172,10 @@ where
             match event {
                 None => return,
                 Some(Ok(event)) => {
-                    pause = Backoff::default();
+                    // A list begins each attempt, also one that fails.
+                    if !matches!(event, Event::Init) {
+                        pause = Backoff::default();
+                    }
                     self.absorb(event, &mut seen);
                 }
                 Some(Err(error)) => {

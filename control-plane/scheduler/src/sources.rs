@@ -210,7 +210,11 @@ where
                         () = tokio::time::sleep(delay) => continue,
                     }
                 }
-                Some(Ok(watcher::Event::Init)) => listed.clear(),
+                Some(Ok(watcher::Event::Init)) => {
+                    // It begins each attempt, also one that fails.
+                    listed.clear();
+                    continue;
+                }
                 Some(Ok(watcher::Event::InitApply(object))) => {
                     listed.insert((self.identify)(&object));
                     out.push((self.seen)(object));

@@ -173,7 +173,10 @@ impl Collector {
                     }
                 }
                 Some(Ok(event)) => {
-                    pause = Backoff::default();
+                    // A list begins each attempt, also one that fails.
+                    if !matches!(event, watcher::Event::Init) {
+                        pause = Backoff::default();
+                    }
                     match event {
                         watcher::Event::Init => {
                             seen.clear();
