@@ -108,13 +108,22 @@ pub(crate) fn cdi_names(config: &cri::ContainerConfig) -> Vec<String> {
     cdi::names(field, config.annotations.iter().map(|(key, value)| (key.as_str(), value.as_str())))
 }
 
+/// Labels say nothing on a host without SELinux, as with other runtimes; where they do, none are set yet.
+pub(crate) fn check_selinux(
+    field: &str,
+    options: Option<&cri::SeLinuxOption>,
+    host: &HostFacts,
+) -> Result<(), SpecError> {
+    if host.selinux && options.is_some_and(|options| *options != cri::SeLinuxOption::default()) {
+        return Err(SpecError::unsupported(field, "this runtime sets no SELinux labels"));
+    }
+    Ok(())
+}
+
 #[allow(deprecated, reason = "older clients only set apparmor_profile")]
 fn check_security(context: &cri::LinuxContainerSecurityContext, host: &HostFacts) -> Result<(), SpecError> {
     let field = |name: &str| format!("linux.security_context.{name}");
-    if context.selinux_options.as_ref().is_some_and(|options| *options != cri::SeLinuxOption::default()) {
-        let reason = if host.selinux { "this runtime sets no SELinux labels" } else { "this host has no SELinux" };
-        return Err(SpecError::unsupported(field("selinux_options"), reason));
-    }
+    check_selinux(&field("selinux_options"), context.selinux_options.as_ref(), host)?;
     let policy = context.supplemental_groups_policy;
     cri::SupplementalGroupsPolicy::try_from(policy)
         .map_err(|_| SpecError::invalid(field("supplemental_groups_policy"), format!("unknown policy {policy}")))?;
@@ -343,7 +352,8 @@ mod tests {
         let selinux = with_context(|context| {
             context.selinux_options = Some(cri::SeLinuxOption { level: "s0".into(), ..cri::SeLinuxOption::default() });
         });
-        assert!(check(&selinux, &host).is_err());
+        assert!(check(&selinux, &HostFacts { selinux: true, ..HostFacts::default() }).is_err());
+        assert!(check(&selinux, &host).is_ok(), "where nothing is labelled, labels say nothing");
         let profile = with_context(|context| {
             let localhost = ProfileType::Localhost as i32;
             context.apparmor = Some(cri::SecurityProfile { profile_type: localhost, localhost_ref: "p".into() });

@@ -5,7 +5,7 @@ use oarlock_cgroup::{expand_slice, slice_name};
 use oarlock_proto::cri;
 
 use super::namespace::{self, SandboxModes};
-use super::{HostFacts, SpecError, resources};
+use super::{HostFacts, SpecError, container, resources};
 
 /// Longest hostname the kernel takes.
 const HOSTNAME_MAX: usize = 64;
@@ -85,12 +85,8 @@ pub(crate) fn decide(
 
 #[allow(deprecated, reason = "older clients set seccomp_profile_path; a sandbox without processes has no use for it")]
 fn check_security(context: &cri::LinuxSandboxSecurityContext, host: &HostFacts) -> Result<(), SpecError> {
-    let selinux = context.selinux_options.as_ref().is_some_and(|options| *options != cri::SeLinuxOption::default());
-    if selinux {
-        let reason = if host.selinux { "this runtime sets no SELinux labels" } else { "this host has no SELinux" };
-        return Err(SpecError::unsupported("config.linux.security_context.selinux_options", reason));
-    }
-    Ok(())
+    let field = "config.linux.security_context.selinux_options";
+    container::check_selinux(field, context.selinux_options.as_ref(), host)
 }
 
 fn in_field(error: SpecError, name: &str) -> SpecError {
