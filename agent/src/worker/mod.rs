@@ -32,7 +32,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::model::{ContainerId, Observed, PodUid};
+use crate::model::{ContainerId, Observed, PodUid, RunState};
 use crate::plan::{self, Action, Key, Outcome, PodView, State, Why};
 use crate::recorder::Level;
 use crate::resize::Pending;
@@ -40,6 +40,8 @@ use crate::shared::{PodEntry, Shared};
 use crate::{spec, status};
 
 pub(crate) const MAILBOX: usize = 64;
+/// How long readers of the status are spared a container's replacement. Upstream's kubelet looks at containers once a second.
+const REPLACEMENT: Duration = Duration::from_secs(1);
 
 /// Everything that can happen to a pod, from outside.
 #[derive(Debug)]
@@ -97,6 +99,8 @@ pub(crate) struct Worker {
     /// Contents changed since they were last brought up to date.
     refresh_wanted: bool,
     refreshing: bool,
+    /// Containers that make way for their new definition, and since when.
+    replaced: BTreeMap<ContainerId, tokio::time::Instant>,
     saved: ledger::Ledger,
 }
 
@@ -144,6 +148,7 @@ impl Worker {
             refresh_at: tokio::time::Instant::now() + upkeep::jittered(),
             refresh_wanted: false,
             refreshing: false,
+            replaced: BTreeMap::new(),
             saved,
         }
     }
@@ -350,6 +355,9 @@ impl Worker {
 
     fn begin(&mut self, action: Action, now: Timestamp) {
         let Some(key) = action.key() else { return };
+        if let Action::KillContainer { id, why: plan::KillReason::DefinitionChanged, .. } = &action {
+            self.replaced.entry(id.clone()).or_insert_with(tokio::time::Instant::now);
+        }
         self.state.begin(&action, now);
         let cancel = CancellationToken::new();
         self.cancels.insert(key.clone(), cancel.clone());
@@ -407,9 +415,32 @@ impl Worker {
         wake
     }
 
+    /// Until when the status waits for a container's successor, if there is one to wait for. What is replaced in
+    /// milliseconds was never away: telling both ends of it would be two patches and two moves of every endpoint.
+    fn replacing_until(&mut self) -> Option<tokio::time::Instant> {
+        let now = tokio::time::Instant::now();
+        let replaces = |id: &ContainerId| {
+            let containers = self.state.observed.iter().flat_map(|observed| &observed.containers);
+            let old = containers.clone().find(|one| one.id == *id)?;
+            let has_successor = containers.into_iter().any(|one| {
+                let is_later = one.name == old.name && one.restart_count > old.restart_count;
+                is_later && one.state == RunState::Running
+            });
+            Some(has_successor)
+        };
+        let ending = self.state.end.is_some();
+        self.replaced.retain(|id, since| {
+            !ending && *since + REPLACEMENT > now && replaces(id).is_some_and(|has_successor| !has_successor)
+        });
+        self.replaced.values().min().map(|since| *since + REPLACEMENT)
+    }
+
     fn send_status(&mut self) -> Option<tokio::time::Instant> {
         if self.state.gone {
             return None;
+        }
+        if let Some(until) = self.replacing_until() {
+            return Some(until);
         }
         let uid = Some(self.uid.as_str()).filter(|_| !spec::is_static(&self.pod));
         let patch = match self.report.next_patch(uid) {

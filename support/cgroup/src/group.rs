@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -357,8 +358,16 @@ fn attach_in(dir: &Path, pid: i32) -> Result<(), CgroupError> {
     Err(CgroupError::Io { operation: "attach a process through", path: file, source })
 }
 
+/// Makes a directory and what is missing above it. Whatever the process's mask, everybody may look into it: containers read
+/// their limits as whoever they run as.
 fn make_dirs(dir: &Path) -> Result<(), CgroupError> {
-    fs::create_dir_all(dir).map_err(|source| CgroupError::Io { operation: "create", path: dir.into(), source })
+    let missing: Vec<&Path> = dir.ancestors().take_while(|one| !one.is_dir()).collect();
+    let make = |one: &Path| match fs::create_dir(one) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made.and_then(|()| fs::set_permissions(one, fs::Permissions::from_mode(0o755))),
+    };
+    let made = missing.into_iter().rev().try_for_each(make);
+    made.map_err(|source| CgroupError::Io { operation: "create", path: dir.into(), source })
 }
 
 fn read(file: &Path) -> Result<String, CgroupError> {

@@ -587,6 +587,10 @@ async fn a_container_cannot_change_its_own_limits() {
     let file = if v2 { "/sys/fs/cgroup/pids.max" } else { "/sys/fs/cgroup/pids/pids.max" };
     let (output, _) = pod.exec("c", "read", process(&["cat", file])).await;
     assert_eq!(output.trim(), "50");
+    let mut of_user = process_json(&["cat", file], false);
+    of_user["user"] = json!({"uid": 1000, "gid": 1000});
+    let (output, _) = pod.exec("c", "of-user", serde_json::from_value(of_user).unwrap()).await;
+    assert_eq!(output.trim(), "50", "programs ask for their limits as whoever they run as");
     let (_, code) = pod.exec("c", "write", process(&["write", file, "5000"])).await;
     assert_ne!(code, 0);
     let (output, _) = pod.exec("c", "again", process(&["cat", file])).await;

@@ -77,11 +77,11 @@ impl Log {
         self.writer.fill(|out| split(pending, stream, text, clock::now_nanos(), out));
     }
 
-    /// The stream has ended: what lacks a newline is to be written.
+    /// The stream has ended: what lacks a newline is to be written, as a part of a line: readers add a newline to whole ones.
     pub(crate) fn finish(&mut self, stream: Stream) {
         let rest = std::mem::take(&mut self.pending[stream as usize]);
         if !rest.is_empty() {
-            self.writer.fill(|out| push_line(out, clock::now_nanos(), stream, true, &[&rest]));
+            self.writer.fill(|out| push_line(out, clock::now_nanos(), stream, false, &[&rest]));
         }
     }
 
@@ -279,7 +279,7 @@ mod tests {
         flush(&mut log);
         assert!(matches!(log.take_reopened()[..], [Ok(())]));
         assert!(std::fs::read_to_string(&old).unwrap().ends_with("stdout F two\n"));
-        assert!(std::fs::read_to_string(&path).unwrap().ends_with("stderr F three\n"));
+        assert!(std::fs::read_to_string(&path).unwrap().ends_with("stderr P three\n"));
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(Log::open(&link).is_err());

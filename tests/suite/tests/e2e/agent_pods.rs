@@ -12,6 +12,7 @@ use super::kubectl::pod;
 
 pub(crate) const CASES: &[Case] = &[
     ("resize_changes_the_cgroup_and_not_the_container", resize),
+    ("a_container_that_gets_another_image_is_never_seen_away", another_image),
     ("a_mounted_config_map_follows_its_object", follow),
     ("a_pod_beyond_its_disk_limit_is_evicted", disk_limit),
     ("a_manifest_on_the_node_runs_without_the_api", static_pod),
@@ -43,6 +44,28 @@ fn resize(cluster: &Cluster) {
     let reason = "get pod grows -o jsonpath={.status.conditions[?(@.type=='PodResizePending')].reason}";
     cluster.wait_for_output(reason, "the refusal", |text| text == "Infeasible");
     cluster.kubectl("delete pod grows --timeout=60s");
+}
+
+fn another_image(cluster: &Cluster) {
+    cluster.apply(&pod("changes", &["/bin/sleep"]));
+    cluster.kubectl("wait --for=condition=Ready pod/changes --timeout=60s");
+    let status = |pod: &serde_json::Value, field: &str| pod["status"]["containerStatuses"][0][field].clone();
+    let before = cluster.get("pod changes");
+    let (image, version) = (status(&before, "imageID"), &before["metadata"]["resourceVersion"]);
+    let patch = serde_json::json!({"spec": {"containers": [{"name": "main", "image": image}]}});
+    cluster.kubectl(&format!("patch pod changes -p {patch}"));
+    let restarts = "get pod changes -o jsonpath={.status.containerStatuses[0].restartCount}";
+    cluster.wait_for_output(restarts, "the new container", |text| text == "1");
+    let query = format!("watch=1&timeoutSeconds=1&resourceVersion={}", version.as_str().expect("a version"));
+    let events = cluster.kubectl(&format!("get --raw /api/v1/namespaces/default/pods?{query}"));
+    let events = events.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("an event"));
+    let seen: Vec<serde_json::Value> =
+        events.map(|event| event["object"].clone()).filter(|pod| pod["metadata"]["name"] == "changes").collect();
+    assert!(seen.iter().all(|pod| status(pod, "ready") == true), "it was away for milliseconds: {seen:#?}");
+    let after = seen.last().expect("at least the change");
+    assert_eq!((status(after, "restartCount"), status(after, "image")), (1.into(), image));
+    assert_ne!(status(after, "containerID"), status(&before, "containerID"));
+    cluster.kubectl("delete pod changes --timeout=60s");
 }
 
 /// The memory limit in the cgroup of a pod's first container.
