@@ -9,6 +9,9 @@ use crate::node::capacity::Capacity;
 use crate::spec::resources::{Amounts, Qos, pod_requests, qos_of};
 use crate::{shutdown, spec};
 
+/// The reason of a refusal that goes by the node's labels.
+pub(crate) const NODE_AFFINITY: &str = "NodeAffinity";
+
 /// Why a pod may not run here: reason and message of its Failed status.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Refusal {
@@ -41,7 +44,7 @@ pub(crate) fn admit(pod: &Pod, place: &Place<'_>, others: &[&Pod]) -> Result<(),
     }
     if !matches_node(pod, node) {
         let message = "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
-        return Err(refusal("NodeAffinity", message));
+        return Err(refusal(NODE_AFFINITY, message));
     }
     ports_free(pod, others)?;
     resources_free(pod, capacity, others)

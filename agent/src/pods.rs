@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use oarlock_probes::Update;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -23,6 +23,9 @@ use crate::shared::{PodEntry, Shared};
 use crate::spec::resources::{Qos, pod_requests, qos_of};
 use crate::spec::{self, names};
 use crate::worker::{self, Event, Worker, unknown_pod};
+
+/// How long a pod whose node's labels do not fit may hold up others.
+const NODE_CALL: Duration = Duration::from_secs(2);
 
 /// What the sources and the runtime tell.
 #[derive(Debug)]
@@ -246,19 +249,8 @@ impl Pods {
         }
         // Taken up before the agent last started: judged then.
         let acknowledged = pod.status.as_ref().is_some_and(|status| status.start_time.is_some());
-        let judged = if acknowledged || pod.metadata.deletion_timestamp.is_some() {
-            Ok(())
-        } else {
-            let others: Vec<&Pod> = self.known.values().filter(|known| known.admitted).map(|k| &*k.pod).collect();
-            let node = self.shared.node.load();
-            let place = admission::Place {
-                node: &node,
-                capacity: &self.shared.capacity,
-                pressure: self.shared.pressure(),
-                shutting_down: self.shared.shutting_down.load(Ordering::Relaxed),
-            };
-            admission::admit(&pod, &place, &others)
-        };
+        let judged =
+            if acknowledged || pod.metadata.deletion_timestamp.is_some() { Ok(()) } else { self.judge(&pod).await };
         let admitted = judged.is_ok() && !terminal(&pod);
         let asks = admitted && !acknowledged && self.shared.assignments.concerns(&pod);
         self.start_worker(uid.clone(), pod.clone(), Some(source), admitted);
@@ -269,6 +261,30 @@ impl Pods {
         if let Err(refusal) = judged {
             self.send(&uid, Event::Rejected { reason: refusal.reason, message: refusal.message }).await;
         }
+    }
+
+    /// Whether the pod may run here. Labels that were changed just before a pod came may not have been heard of yet.
+    async fn judge(&self, pod: &Pod) -> Result<(), Refusal> {
+        let judged = self.judge_on(pod, &self.shared.node.load());
+        if judged.as_ref().is_err_and(|refusal| refusal.reason == admission::NODE_AFFINITY) {
+            let nodes: kube::Api<Node> = kube::Api::all(self.shared.client.clone());
+            let asked = tokio::time::timeout(NODE_CALL, nodes.get(&self.shared.config.node_name)).await;
+            if let Ok(Ok(node)) = asked {
+                return self.judge_on(pod, &node);
+            }
+        }
+        judged
+    }
+
+    fn judge_on(&self, pod: &Pod, node: &Node) -> Result<(), Refusal> {
+        let others: Vec<&Pod> = self.known.values().filter(|known| known.admitted).map(|k| &*k.pod).collect();
+        let place = admission::Place {
+            node,
+            capacity: &self.shared.capacity,
+            pressure: self.shared.pressure(),
+            shutting_down: self.shared.shutting_down.load(Ordering::Relaxed),
+        };
+        admission::admit(pod, &place, &others)
     }
 
     /// Has the pod given what it asks for itself, in the background: plugins may take their time.

@@ -2,6 +2,7 @@
 //! handshakes cost more than the wait. Watches, which last, and what keeps the node alive do not wait.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{Request, Uri};
 use kube::client::Body;
@@ -9,6 +10,8 @@ use tokio::sync::Semaphore;
 
 /// Requests under way at once.
 const AT_ONCE: usize = 16;
+/// How long one that gets no answer counts among them.
+const LONGEST_TURN: Duration = Duration::from_secs(10);
 
 /// The client with its requests taking turns.
 pub(crate) fn taking_turns(client: kube::Client) -> kube::Client {
@@ -17,8 +20,16 @@ pub(crate) fn taking_turns(client: kube::Client) -> kube::Client {
         let (client, turns) = (client.clone(), turns.clone());
         async move {
             // The semaphore is never closed.
-            let _turn = if waits(request.uri()) { turns.acquire_owned().await.ok() } else { None };
-            client.send(request).await
+            let turn = if waits(request.uri()) { turns.acquire_owned().await.ok() } else { None };
+            let mut answer = Box::pin(client.send(request));
+            match tokio::time::timeout(LONGEST_TURN, &mut answer).await {
+                Ok(answer) => answer,
+                // A connection that hangs is not to hold up the others.
+                Err(_elapsed) => {
+                    drop(turn);
+                    answer.await
+                }
+            }
         }
     });
     kube::Client::new(service, namespace)
@@ -33,7 +44,6 @@ fn waits(uri: &Uri) -> bool {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::time::Duration;
 
     use k8s_openapi::api::core::v1::{ConfigMap, Node};
     use kube::Api;
@@ -81,5 +91,29 @@ mod tests {
         assert!(answers.iter().all(Result::is_ok));
         assert_eq!(most.load(Ordering::SeqCst), AT_ONCE);
         assert_eq!((began.elapsed().as_secs(), node_took.as_secs()), (2, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_hangs_lets_the_others_go_on() {
+        let service = tower::service_fn(|request: Request<Body>| async move {
+            if request.uri().path().ends_with("/hangs") {
+                std::future::pending::<()>().await;
+            }
+            let body = br#"{"metadata": {"name": "x"}}"#.to_vec();
+            Ok::<_, std::convert::Infallible>(http::Response::new(Body::from(body)))
+        });
+        let maps: Api<ConfigMap> = Api::namespaced(taking_turns(kube::Client::new(service, "default")), "n");
+        let hanging: Vec<_> = (0..AT_ONCE)
+            .map(|_| {
+                let maps = maps.clone();
+                tokio::spawn(async move { maps.get("hangs").await.map(drop) })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        let began = tokio::time::Instant::now();
+        maps.get("m").await.unwrap();
+        assert_eq!(began.elapsed(), LONGEST_TURN);
+        assert!(hanging.iter().all(|one| !one.is_finished()), "they have an answer coming still");
+        hanging.iter().for_each(|one| one.abort());
     }
 }

@@ -65,15 +65,20 @@ pub(crate) struct Runtime {
     images: ImageServiceClient<Channel>,
 }
 
-async fn bounded<T>(
+/// The call is in a box of its own: it holds its request several times over, and what awaits it would be as large for as long
+/// as it lives.
+fn bounded<T>(
     call: &'static str,
     limit: Duration,
-    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
-) -> Result<T, CriError> {
-    match tokio::time::timeout(limit, answer).await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(CriError::Status { call, status: Box::new(status) }),
-        Err(_) => Err(CriError::Timeout { call, after: limit }),
+    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>> + Send,
+) -> impl Future<Output = Result<T, CriError>> + Send {
+    let answer = Box::pin(answer);
+    async move {
+        match tokio::time::timeout(limit, answer).await {
+            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Err(status)) => Err(CriError::Status { call, status: Box::new(status) }),
+            Err(_) => Err(CriError::Timeout { call, after: limit }),
+        }
     }
 }
 

@@ -203,7 +203,7 @@ impl World {
         if view.role == Role::Main
             && let Some(code) = self.ended_codes.get(name)
         {
-            prop_assert!(view.restarts_after(*code), "{name} ended with {code} and runs again");
+            prop_assert!(self.state.runs_again(view, *code), "{name} ended with {code} and runs again");
         }
         Ok(())
     }

@@ -8,7 +8,7 @@ use oarlock_probes::Outcome as ProbeOutcome;
 
 use super::backoff::{Backoff, Retry, later};
 use super::view::{ContainerView, PodView, Role};
-use super::{Action, Key};
+use super::{Action, Key, KillReason};
 use crate::model::{Container, ContainerId, Observed, RunState, SandboxId};
 use crate::resize::Pending;
 
@@ -109,6 +109,8 @@ pub(crate) struct State {
     pub resize_pending: Option<Pending>,
     /// Containers that live on although their preStop hook has run.
     pub pre_stopped: BTreeSet<ContainerId>,
+    /// Containers that are ended, or were, only to make way for their new definition.
+    replaced: BTreeSet<String>,
     /// Whether the API has the status as it stands now.
     pub status_sent: bool,
     pub deletion_finished: bool,
@@ -124,8 +126,10 @@ impl State {
         if let Some(old) = &self.spec {
             for container in &view.containers {
                 if old.find(&container.name).is_some_and(|before| before.hash != container.hash) {
+                    // What went wrong with the old definition is not held against the new one.
                     self.images.remove(&container.name);
                     self.pull_backoff.remove(&container.name);
+                    self.backoff.remove(&container.name);
                 }
             }
         }
@@ -172,6 +176,9 @@ impl State {
                 let next = Backoff::next(self.backoff.get(name).copied(), ended_at, now, longest);
                 self.backoff.insert(name.clone(), next);
             }
+        }
+        if let Action::KillContainer { name, why: KillReason::DefinitionChanged, .. } = action {
+            self.replaced.insert(name.clone());
         }
         if let Some(key) = action.key() {
             self.busy.insert(key, Busy { action: action.clone(), cancelled: false });
@@ -226,6 +233,7 @@ impl State {
                 self.start_errors.insert(name, (reason, message));
             }
             (Action::StartContainer { name, .. }, Outcome::Done) => {
+                self.replaced.remove(&name);
                 self.images.remove(&name);
                 self.start_errors.remove(&name);
             }
@@ -303,8 +311,13 @@ impl State {
             !busy(&main.name)
                 && observed
                     .latest(&main.name)
-                    .is_some_and(|record| record.state == RunState::Exited && !main.restarts_after(record.exit_code))
+                    .is_some_and(|record| record.state == RunState::Exited && !self.runs_again(main, record.exit_code))
         })
+    }
+
+    /// Whether a container that ended with that code runs again: by its policy, or because it was ended for that.
+    pub(crate) fn runs_again(&self, container: &ContainerView, exit_code: i32) -> bool {
+        self.replaced.contains(&container.name) || container.restarts_after(exit_code)
     }
 
     /// The resources that a container runs with. One that was made without a note has what is allocated.

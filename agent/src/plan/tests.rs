@@ -202,6 +202,21 @@ fn a_changed_image_replaces_the_container() {
 }
 
 #[test]
+fn a_replaced_container_runs_again_whatever_its_policy_and_at_once() {
+    let spec = serde_json::json!({"restartPolicy": "Never", "containers": [{"name": "a", "image": "j"}]});
+    let mut state = running_pod(spec, vec![container("c1", "a", RunState::Running)]);
+    let kill = plan(&state, at(20)).actions.remove(0);
+    state.begin(&kill, at(20));
+    let key = kill.key().unwrap();
+    let ended = Container { exit_code: 143, finished_at: Some(at(20)), ..container("c1", "a", RunState::Exited) };
+    state.observe(20, Observed { sandboxes: vec![sandbox("s0", 0, true)], containers: vec![ended] });
+    state.finish(&key, Outcome::Done, 20, at(20));
+    state.settle(at(20));
+    assert_eq!(state.end, None, "the pod is not over");
+    assert_eq!(starts(&plan(&state, at(20))), ["a"]);
+}
+
+#[test]
 fn a_lost_sandbox_is_replaced_after_its_containers_are_gone() {
     let spec = serde_json::json!({"containers": [{"name": "a", "image": "i"}]});
     let mut state = running_pod(spec, Vec::new());

@@ -156,7 +156,7 @@ fn computed_phase(view: &PodView, state: &State, inits: &[ContainerStatus], main
     }
     let again = |status: &&ContainerStatus| {
         let code = exit(status).unwrap_or(0);
-        view.find(&status.name).is_some_and(|main| main.restarts_after(code))
+        view.find(&status.name).is_some_and(|main| state.runs_again(main, code))
     };
     if !ending && mains.iter().any(|status| again(&status)) {
         return "Running";

@@ -42,12 +42,15 @@ pub(super) fn failed(reason: &str, message: impl Into<String>) -> Outcome {
 }
 
 impl Job {
+    /// Each step is in a box of its own, so that waiting for a short one takes no room for the longest.
     pub(super) async fn perform(&self, action: Action) -> Outcome {
         match action {
             Action::SetUpVolumes => self.cancellable(self.set_up_volumes()).await,
-            Action::CreateSandbox { attempt, stop } => self.create_sandbox(attempt, stop).await,
+            Action::CreateSandbox { attempt, stop } => Box::pin(self.create_sandbox(attempt, stop)).await,
             Action::EnsureImage { container } => self.cancellable(self.ensure_image(&container)).await,
-            Action::StartContainer { name, restart_count } => self.start_container(&name, restart_count).await,
+            Action::StartContainer { name, restart_count } => {
+                Box::pin(self.start_container(&name, restart_count)).await
+            }
             Action::KillContainer { id, name, deadline, why, after_hook } => {
                 self.cancellable(self.kill_container(&id, &name, deadline, (why, after_hook))).await
             }
@@ -67,17 +70,20 @@ impl Job {
                 }
                 Err(error) => failed("", error.to_string()),
             },
-            Action::TearDownVolumes => self.tear_down_volumes().await,
+            Action::TearDownVolumes => Box::pin(self.tear_down_volumes()).await,
             Action::RemoveCgroup => self.remove_cgroup().await,
             Action::FinishDeletion => self.finish_deletion().await,
             Action::Forget | Action::Cancel(_) => Outcome::Done,
         }
     }
 
-    async fn cancellable(&self, step: impl Future<Output = Outcome>) -> Outcome {
-        tokio::select! {
-            outcome = step => outcome,
-            () = self.cancel.cancelled() => Outcome::Cancelled,
+    fn cancellable(&self, step: impl Future<Output = Outcome> + Send) -> impl Future<Output = Outcome> + Send {
+        let step = Box::pin(step);
+        async move {
+            tokio::select! {
+                outcome = step => outcome,
+                () = self.cancel.cancelled() => Outcome::Cancelled,
+            }
         }
     }
 

@@ -13,6 +13,7 @@ use super::kubectl::pod;
 pub(crate) const CASES: &[Case] = &[
     ("resize_changes_the_cgroup_and_not_the_container", resize),
     ("a_container_that_gets_another_image_is_never_seen_away", another_image),
+    ("a_label_that_a_node_was_just_given_is_good_for_its_pods", fresh_label),
     ("a_mounted_config_map_follows_its_object", follow),
     ("a_pod_beyond_its_disk_limit_is_evicted", disk_limit),
     ("a_manifest_on_the_node_runs_without_the_api", static_pod),
@@ -66,6 +67,19 @@ fn another_image(cluster: &Cluster) {
     assert_eq!((status(after, "restartCount"), status(after, "image")), (1.into(), image));
     assert_ne!(status(after, "containerID"), status(&before, "containerID"));
     cluster.kubectl("delete pod changes --timeout=60s");
+}
+
+fn fresh_label(cluster: &Cluster) {
+    let node = cluster.kubectl("get nodes -o jsonpath={.items[0].metadata.name}");
+    cluster.kubectl(&format!("label node {node} bottom=sand"));
+    cluster.apply(&(pod("choosy", &["/bin/sleep"]) + "  nodeSelector: {bottom: sand}\n"));
+    cluster.kubectl("wait --for=condition=Ready pod/choosy --timeout=60s");
+    cluster.kubectl("delete pod choosy --timeout=60s");
+    cluster.kubectl(&format!("label node {node} bottom-"));
+    let unfit = pod("unfit", &["/bin/sleep"]) + &format!("  nodeSelector: {{bottom: sand}}\n  nodeName: {node}\n");
+    cluster.apply(&unfit);
+    cluster.wait_for_output("get pod unfit -o jsonpath={.status.reason}", "the refusal", |text| text == "NodeAffinity");
+    cluster.kubectl("delete pod unfit --timeout=60s");
 }
 
 /// The memory limit in the cgroup of a pod's first container.
