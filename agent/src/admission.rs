@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm
 use crate::eviction::{self, Pressure};
 use crate::node::capacity::Capacity;
 use crate::spec::resources::{Amounts, Qos, pod_requests, qos_of};
+use crate::sysctls::AllowedSysctls;
 use crate::{shutdown, spec};
 
 /// The reason of a refusal that goes by the node's labels.
@@ -29,11 +30,12 @@ pub(crate) struct Place<'a> {
     pub capacity: &'a Capacity,
     pub pressure: Pressure,
     pub shutting_down: bool,
+    pub sysctls: &'a AllowedSysctls,
 }
 
 /// Judges `pod` beside those already running.
 pub(crate) fn admit(pod: &Pod, place: &Place<'_>, others: &[&Pod]) -> Result<(), Refusal> {
-    let Place { node, capacity, pressure, shutting_down } = place;
+    let Place { node, capacity, pressure, shutting_down, sysctls } = place;
     if *shutting_down {
         return Err(refusal(shutdown::REFUSED_REASON, shutdown::REFUSED_MESSAGE));
     }
@@ -45,6 +47,9 @@ pub(crate) fn admit(pod: &Pod, place: &Place<'_>, others: &[&Pod]) -> Result<(),
     if !matches_node(pod, node) {
         let message = "Predicate NodeAffinity failed: node(s) didn't match Pod's node affinity/selector";
         return Err(refusal(NODE_AFFINITY, message));
+    }
+    if let Some(message) = sysctls.refusal(pod) {
+        return Err(refusal("SysctlForbidden", message));
     }
     ports_free(pod, others)?;
     resources_free(pod, capacity, others)
@@ -200,7 +205,17 @@ mod tests {
     }
 
     fn judge(pod: &Pod, capacity: &Capacity, others: &[&Pod]) -> Result<(), Refusal> {
-        admit(pod, &Place { node: &node(), capacity, pressure: Pressure::default(), shutting_down: false }, others)
+        admit(
+            pod,
+            &Place {
+                node: &node(),
+                capacity,
+                pressure: Pressure::default(),
+                shutting_down: false,
+                sysctls: &AllowedSysctls::default(),
+            },
+            others,
+        )
     }
 
     #[test]
@@ -212,8 +227,18 @@ mod tests {
             "tolerations": [{"key": "node.kubernetes.io/memory-pressure", "operator": "Exists", "effect": "NoSchedule"}]}));
         let critical = pod(serde_json::json!({"priority": 2_000_001_000, "containers": [{"name": "c"}]}));
         let on = |pod: &Pod, pressure: Pressure| {
-            admit(pod, &Place { node: &node(), capacity: &room(1000), pressure, shutting_down: false }, &[])
-                .map_err(|r| r.message)
+            admit(
+                pod,
+                &Place {
+                    node: &node(),
+                    capacity: &room(1000),
+                    pressure,
+                    shutting_down: false,
+                    sysctls: &AllowedSysctls::default(),
+                },
+                &[],
+            )
+            .map_err(|r| r.message)
         };
         let memory = Pressure { memory: true, ..Default::default() };
         let disk = Pressure { disk: true, ..Default::default() };

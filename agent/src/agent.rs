@@ -233,14 +233,29 @@ async fn meet_runtime(shared: &Shared) {
     prepare_cgroups(shared).await;
 }
 
+/// How long systemd may keep the agent waiting at its start.
+const SYSTEMD_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Makes what pods' own cgroups lie in, as the runtime makes cgroups.
 pub(crate) async fn prepare_cgroups(shared: &Shared) {
     let cgroups = shared.cgroups.load_full();
-    if let Ok(Err(error)) = tokio::task::spawn_blocking(move || cgroups.ensure_tree()).await {
+    let patience = tokio::time::Instant::now() + SYSTEMD_PATIENCE;
+    loop {
+        let made = {
+            let cgroups = cgroups.clone();
+            tokio::task::spawn_blocking(move || cgroups.ensure_tree()).await
+        };
+        let Ok(Err(error)) = made else { return };
+        // A systemd that is busy, as it is while a machine starts, is asked again.
+        if cgroups.systemd && tokio::time::Instant::now() < patience {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            continue;
+        }
         let error = chain(&error);
         tracing::warn!(error, "the cgroups for pods could not be made; they go without limits of their own");
         let without = PodCgroups { enabled: false, ..(**shared.cgroups.load()).clone() };
         shared.cgroups.store(Arc::new(without));
+        return;
     }
 }
 

@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 
-use crate::{AssignmentConfig, EnforcedGroup, EvictionConfig, ImageGcConfig, KubeletConfiguration, ShutdownConfig};
+use crate::{
+    AllowedSysctls, AssignmentConfig, EnforcedGroup, EvictionConfig, ImageGcConfig, KubeletConfiguration,
+    ShutdownConfig,
+};
 
 /// Everything the agent needs to know. Start from [`Config::new`] and change what differs.
 #[derive(Debug, Clone)]
@@ -65,6 +68,8 @@ pub struct Config {
     pub enforced: Vec<EnforcedGroup>,
     /// The most processes of a pod; None is no limit.
     pub pod_pids_limit: Option<i64>,
+    /// Kernel parameters that pods may set beside the safe ones.
+    pub allowed_sysctls: AllowedSysctls,
     /// Ids of a pod in a user namespace of its own; a multiple of 65536.
     pub ids_per_pod: u32,
     /// Whether CPU limits are enforced, and over which period.
@@ -143,6 +148,7 @@ impl Config {
             enforce_pods: true,
             enforced: Vec::new(),
             pod_pids_limit: None,
+            allowed_sysctls: AllowedSysctls::default(),
             ids_per_pod: crate::users::UNIT,
             cpu_cfs_quota: true,
             cpu_cfs_quota_period: Duration::from_millis(100),

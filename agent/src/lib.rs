@@ -41,6 +41,7 @@ mod sources;
 mod spec;
 mod status;
 mod storage;
+mod sysctls;
 mod termination;
 mod turns;
 mod users;
@@ -58,6 +59,7 @@ pub use oarlock_csi::abandon as abandon_volumes;
 pub use pull_credentials::ProvidersConfigError;
 pub use reserved::{EnforcedGroup, ReservedError};
 pub use shutdown::ShutdownConfig;
+pub use sysctls::{AllowedSysctls, PatternError};
 pub use users::UsersError;
 
 use credentials::Connection;

@@ -283,6 +283,7 @@ impl Pods {
             capacity: &self.shared.capacity,
             pressure: self.shared.pressure(),
             shutting_down: self.shared.shutting_down.load(Ordering::Relaxed),
+            sysctls: &self.shared.config.allowed_sysctls,
         };
         admission::admit(pod, &place, &others)
     }

@@ -22,6 +22,8 @@ use crate::runtime_config::{ImageCollectionFile, NriFile, TracingFile};
 
 /// Where the configuration is looked for when no flag names a file.
 pub(crate) const DEFAULT_FILE: &str = "/etc/oarlock/config.yaml";
+/// kube tells of each failed watch as well, with every field of the answer.
+const DEFAULT_LOG: &str = "info,kube_runtime=error";
 
 /// The configuration file as written by a person. Every field may be left out.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -428,7 +430,7 @@ fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, Config
         static_pod_dir: file.static_pod_dir.unwrap_or_else(|| layout.static_pods()),
         kubelet,
         runtime_socket: agent.runtime_endpoint,
-        log: file.log.unwrap_or_else(|| "info".to_owned()),
+        log: file.log.unwrap_or_else(|| DEFAULT_LOG.to_owned()),
         cni_conf_dir: file.cni.conf_dir.unwrap_or_else(|| layout.cni_conf_dir()),
         cni_bin_dirs: if file.cni.bin_dirs.is_empty() { layout.cni_bin_dirs() } else { file.cni.bin_dirs },
         registries: file.registries,

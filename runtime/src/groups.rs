@@ -4,12 +4,17 @@
 //! Which groups are units shows by their paths ([`Unit::at`]), which are on record: what one driver has made is removed
 //! under the other. All calls block.
 
+use std::time::{Duration, Instant};
+
 use oarlock_cgroup::{Cgroup, CgroupError, Limits, Unit};
 use oarlock_failpoint::step;
 use oarlock_systemd::Systemd;
 
 use crate::config::CgroupDriver;
 use crate::error::Error;
+
+const SYSTEMD_PATIENCE: Duration = Duration::from_secs(10);
+const SYSTEMD_PAUSE: Duration = Duration::from_millis(500);
 
 /// Whether groups are to be made through systemd, on a host whose unified hierarchy has the controllers or not.
 pub(crate) fn by_systemd(wanted: CgroupDriver, cgroup_v2: bool) -> Result<bool, Error> {
@@ -20,8 +25,7 @@ pub(crate) fn by_systemd(wanted: CgroupDriver, cgroup_v2: bool) -> Result<bool, 
         if !oarlock_systemd::is_running() {
             return Some("systemd has to be the host's service manager, and is not running".to_owned());
         }
-        let asked = Systemd::connect().and_then(|mut systemd| systemd.version());
-        match asked {
+        match ask_version() {
             Ok(version) => {
                 tracing::info!(%version, "control groups are made through systemd");
                 None
@@ -36,6 +40,17 @@ pub(crate) fn by_systemd(wanted: CgroupDriver, cgroup_v2: bool) -> Result<bool, 
             None => Ok(true),
             Some(problem) => Err(Error::Configuration { field: "cgroup_driver", problem }),
         },
+    }
+}
+
+/// A systemd that is busy, as it is while a machine starts, is asked again: what it is taken for now holds for all pods.
+fn ask_version() -> Result<String, oarlock_systemd::Error> {
+    let deadline = Instant::now() + SYSTEMD_PATIENCE;
+    loop {
+        match Systemd::connect().and_then(|mut systemd| systemd.version()) {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(SYSTEMD_PAUSE),
+            asked => return asked,
+        }
     }
 }
 

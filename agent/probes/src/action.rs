@@ -21,6 +21,8 @@ const EXEC_GRACE: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Attempt {
     Success(String),
+    /// A success that its author should know something about.
+    Warning(String),
     Failure(String),
     /// It could not be tried; says nothing about the container.
     Error(String),

@@ -77,7 +77,7 @@ impl HttpProber {
             match location.and_then(|location| next_hop(&uri, &location)) {
                 // Another host is not asked: that the container redirects is a success.
                 Some(next) if next.host() == first.host() => uri = next,
-                Some(_) => return Attempt::Success(format!("Probe terminated redirects, Response body: {body}")),
+                Some(_) => return Attempt::Warning(format!("Probe terminated redirects, Response body: {body}")),
                 None => return judge(status, body),
             }
         }

@@ -50,6 +50,8 @@ pub struct Update {
     pub message: String,
     /// Some on each failed attempt: the text of the Unhealthy event, `Readiness probe failed: …`.
     pub probe_failed: Option<String>,
+    /// Some on each attempt that succeeded with a warning: the text of the ProbeWarning event.
+    pub probe_warned: Option<String>,
 }
 
 /// Outcomes carried over from before the agent restarted, so that nothing flips.

@@ -154,8 +154,14 @@ impl Worker {
     /// Counts an attempt and tells about it. Breaks when this probe has nothing more to find out.
     async fn judge(&self, attempt: Attempt, standing: &mut Standing, told: Told) -> std::ops::ControlFlow<()> {
         let kind = self.kind.as_str();
+        let probe_warned = match &attempt {
+            Attempt::Warning(message) if told == Told::All => Some(format!("{kind} probe warning: {message}")),
+            _ => None,
+        };
         let (counter, changed, message, probe_failed) = match attempt {
-            Attempt::Success(message) => (&self.counts.successful, standing.record(true), message, None),
+            Attempt::Success(message) | Attempt::Warning(message) => {
+                (&self.counts.successful, standing.record(true), message, None)
+            }
             Attempt::Failure(message) => {
                 let text = format!("{kind} probe failed: {message}");
                 (&self.counts.failed, standing.record(false), message, Some(text))
@@ -168,8 +174,8 @@ impl Worker {
         let probe_failed = probe_failed.filter(|_| told == Told::All);
         counter.fetch_add(1, Ordering::Relaxed);
         let outcome = standing.outcome();
-        if changed || probe_failed.is_some() {
-            let update = self.update(outcome, changed, message, probe_failed);
+        if changed || probe_failed.is_some() || probe_warned.is_some() {
+            let update = Update { probe_warned, ..self.update(outcome, changed, message, probe_failed) };
             if self.updates.send(update).await.is_err() {
                 return std::ops::ControlFlow::Break(());
             }
@@ -194,6 +200,7 @@ impl Worker {
             changed,
             message,
             probe_failed,
+            probe_warned: None,
         }
     }
 }

@@ -61,6 +61,7 @@ pub(super) struct Fields {
     pub(super) max_pods: Option<u32>,
     pub(super) pods_per_core: Option<u32>,
     pub(super) pod_pids_limit: Option<i64>,
+    pub(super) allowed_unsafe_sysctls: Option<Vec<String>>,
     pub(super) user_namespaces: Option<UserNamespaces>,
     pub(super) resolv_conf: Option<PathBuf>,
     #[serde(rename = "cpuCFSQuota")]

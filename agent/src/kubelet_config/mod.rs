@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
 use self::fields::{ByPodPriority, Fields, GoDuration};
-use crate::{Config, EvictionConfig, EvictionConfigError, ShutdownConfig, go_duration, users};
+use crate::{AllowedSysctls, Config, EvictionConfig, EvictionConfigError, ShutdownConfig, go_duration, users};
 
 /// Fields that are taken and change nothing.
 const WITHOUT_EFFECT: &[&str] = &[
@@ -56,7 +56,6 @@ const WITHOUT_EFFECT: &[&str] = &[
 
 /// Fields that exist and are refused, since nothing here would keep their promise.
 const UNSUPPORTED: &[&str] = &[
-    "allowedUnsafeSysctls",
     "enableServer",
     "enableSystemLogHandler",
     "enableSystemLogQuery",
@@ -257,6 +256,10 @@ impl Fields {
             let length = u32::try_from(length).ok().filter(fits);
             let bad = || wrong("userNamespaces.idsPerPod", "must be a multiple of 65536, above 0 and below 4294967296");
             config.ids_per_pod = length.ok_or_else(bad)?;
+        }
+        if let Some(patterns) = &self.allowed_unsafe_sysctls {
+            let allowed = AllowedSysctls::new(patterns);
+            config.allowed_sysctls = allowed.map_err(|error| wrong("allowedUnsafeSysctls", error.to_string()))?;
         }
         if let Some(limit) = self.pod_pids_limit {
             config.pod_pids_limit = Some(limit).filter(|limit| *limit > 0);

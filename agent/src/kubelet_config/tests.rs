@@ -29,6 +29,7 @@ containerLogMaxSize: 50Mi
 kubeReserved: {cpu: 200m, memory: 256Mi}
 systemReserved: {cpu: 100m}
 podPidsLimit: 1024
+allowedUnsafeSysctls: ['kernel.msg*', net.core.somaxconn]
 cpuCFSQuotaPeriod: 50ms
 crashLoopBackOff: {maxContainerRestartPeriod: 20s}
 nodeStatusReportFrequency: 1m
@@ -48,12 +49,14 @@ containerRuntimeEndpoint: unix:///run/containerd/containerd.sock
     assert_eq!(config.cpu_cfs_quota_period, Duration::from_millis(50));
     assert_eq!(config.runtime_endpoint, PathBuf::from("/run/containerd/containerd.sock"));
     assert_eq!(config.register_with_taints[0].key, "a");
+    assert_eq!(config.allowed_sysctls.patterns(), ["kernel.msg*", "net.core.somaxconn"]);
 }
 
 #[test]
 fn what_is_wrong_is_refused_and_named() {
     for (text, expected) in [
         ("evictionHrad: {}", "unknown field `evictionHrad`"),
+        ("allowedUnsafeSysctls: [vm.swappiness]", "allowedUnsafeSysctls: \"vm.swappiness\" is no kernel parameter"),
         ("staticPodURL: x", "staticPodURL: this agent does not implement the field"),
         ("shutdownGracePeriodCriticalPods: 30s", "must be <= shutdownGracePeriod"),
         ("kind: Pod", "kind: must be KubeletConfiguration"),

@@ -303,13 +303,8 @@ async fn renew(shared: &Shared, duration: Duration) -> Result<(), kube::Error> {
     let api: Api<Lease> = Api::namespaced(shared.client.clone(), LEASE_NAMESPACE);
     let name = &shared.config.node_name;
     let now = MicroTime(Timestamp::now());
-    let patch = Patch::Merge(json!({ "spec": { "holderIdentity": name, "renewTime": now,
-        "leaseDurationSeconds": duration.as_secs() } }));
-    match bounded(api.patch(name, &PatchParams::default(), &patch)).await {
-        Err(kube::Error::Api(refusal)) if refusal.code == 404 => {}
-        other => return other.map(drop),
-    }
     let node = shared.node.load();
+    // A lease that is older than its node gets its owner when there is one.
     let owner = node.metadata.uid.clone().map(|uid| OwnerReference {
         api_version: "v1".to_owned(),
         kind: "Node".to_owned(),
@@ -317,11 +312,22 @@ async fn renew(shared: &Shared, duration: Duration) -> Result<(), kube::Error> {
         uid,
         ..Default::default()
     });
+    let owners = owner.map(|owner| vec![owner]);
+    let mut patch = json!({ "spec": { "holderIdentity": name, "renewTime": now,
+        "leaseDurationSeconds": duration.as_secs() } });
+    if let Some(owners) = &owners {
+        patch["metadata"] = json!({ "ownerReferences": owners });
+    }
+    let patch = Patch::Merge(&patch);
+    match bounded(api.patch(name, &PatchParams::default(), &patch)).await {
+        Err(kube::Error::Api(refusal)) if refusal.code == 404 => {}
+        other => return other.map(drop),
+    }
     let lease = Lease {
         metadata: ObjectMeta {
             name: Some(name.clone()),
             namespace: Some(LEASE_NAMESPACE.to_owned()),
-            owner_references: owner.map(|owner| vec![owner]),
+            owner_references: owners,
             ..Default::default()
         },
         spec: Some(LeaseSpec {

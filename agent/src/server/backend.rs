@@ -251,6 +251,7 @@ impl NodeBackend for Backend {
             "clusterDNS": config.cluster_dns.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "maxPods": config.max_pods,
             "podsPerCore": config.pods_per_core,
+            "allowedUnsafeSysctls": config.allowed_sysctls.patterns(),
             "podPidsLimit": config.pod_pids_limit.unwrap_or(-1),
             "cgroupsPerQOS": config.cgroups_per_qos,
             "cgroupDriver": if self.shared.cgroups.load().systemd { "systemd" } else { "cgroupfs" },

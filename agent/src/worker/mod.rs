@@ -261,6 +261,9 @@ impl Worker {
             let level = Level::Warning;
             self.shared.recorder.container(&self.pod, &update.container_name, level, "Unhealthy", message);
         }
+        if let Some(message) = update.probe_warned {
+            self.shared.recorder.container(&self.pod, &update.container_name, Level::Warning, "ProbeWarning", message);
+        }
         let view = self.state.probes.entry(id).or_default();
         match update.kind {
             Kind::Startup => view.startup = Some(update.outcome),

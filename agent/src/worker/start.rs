@@ -81,6 +81,12 @@ impl Job {
         if self.cancel.is_cancelled() {
             return Err(("CreateContainerError", "the pod is ending".to_owned()));
         }
+        if restart_count > 0 {
+            // It may have been restarted to become larger, and has to fit into the pod's group. Where that is to become smaller
+            // and cannot yet, the next one that starts brings it there.
+            let (cgroups, pod) = (shared.cgroups.load_full(), self.pod.clone());
+            let _ = tokio::task::spawn_blocking(move || cgroups.create(&pod)).await;
+        }
         let log = log_dir.join(format!("{restart_count}.log"));
         let created = shared.runtime.create_container(sandbox.id.as_str(), config, sandbox_config).await;
         let id = ContainerId::from(created.map_err(|error| ("CreateContainerError", error.description()))?);

@@ -14,6 +14,8 @@ pub(crate) const CASES: &[Case] = &[
     ("resize_changes_the_cgroup_and_not_the_container", resize),
     ("a_container_that_gets_another_image_is_never_seen_away", another_image),
     ("a_label_that_a_node_was_just_given_is_good_for_its_pods", fresh_label),
+    ("a_container_restarted_to_grow_fits_into_its_pod", grow_by_restart),
+    ("a_pod_that_sets_what_others_would_feel_is_refused", unsafe_sysctl),
     ("a_mounted_config_map_follows_its_object", follow),
     ("a_pod_beyond_its_disk_limit_is_evicted", disk_limit),
     ("a_manifest_on_the_node_runs_without_the_api", static_pod),
@@ -80,6 +82,40 @@ fn fresh_label(cluster: &Cluster) {
     cluster.apply(&unfit);
     cluster.wait_for_output("get pod unfit -o jsonpath={.status.reason}", "the refusal", |text| text == "NodeAffinity");
     cluster.kubectl("delete pod unfit --timeout=60s");
+}
+
+fn grow_by_restart(cluster: &Cluster) {
+    let resources = "resources: {requests: {cpu: 20m, memory: 32Mi}, limits: {cpu: 30m, memory: 48Mi}}, \
+        resizePolicy: [{resourceName: cpu, restartPolicy: RestartContainer}]";
+    let manifest = pod("regrows", &["/bin/sleep"])
+        .replace("restartPolicy: Never", "restartPolicy: Always")
+        .replace("name: main,", &format!("name: main, {resources},"));
+    cluster.apply(&manifest);
+    cluster.kubectl("wait --for=condition=Ready pod/regrows --timeout=60s");
+    let patch =
+        r#"{"spec":{"containers":[{"name":"main","resources":{"requests":{"cpu":"25m"},"limits":{"cpu":"35m"}}}]}}"#;
+    cluster.kubectl(&format!("patch pod regrows --subresource resize -p {patch}"));
+    let status = "get pod regrows -o jsonpath={.status.containerStatuses[0].restartCount},\
+        {.status.containerStatuses[0].ready},{.status.containerStatuses[0].resources.limits.cpu}";
+    cluster.wait_for_output(status, "the larger container", |text| text == "1,true,35m");
+    cluster.kubectl("delete pod regrows --timeout=60s");
+}
+
+fn unsafe_sysctl(cluster: &Cluster) {
+    let manifest = |name: &str, sysctl: &str| {
+        pod(name, &["/bin/sleep"])
+            + &format!("  securityContext: {{sysctls: [{{name: {sysctl}, value: \"16384\"}}]}}\n")
+    };
+    cluster.apply(&manifest("greedy", "kernel.msgmax"));
+    let reason = "get pod greedy -o jsonpath={.status.phase},{.status.reason}";
+    cluster.wait_for_output(reason, "the refusal", |text| text == "Failed,SysctlForbidden");
+    let message = cluster.kubectl("get pod greedy -o jsonpath={.status.message}");
+    assert!(message.contains("forbidden sysctl: \"kernel.msgmax\" not allowlisted"), "{message}");
+    cluster.apply(&manifest("modest", "net.ipv4.tcp_keepalive_time"));
+    cluster.kubectl("wait --for=condition=Ready pod/modest --timeout=60s");
+    let value = cluster.kubectl("exec modest -- /bin/cat /proc/sys/net/ipv4/tcp_keepalive_time");
+    assert_eq!(value.trim(), "16384");
+    cluster.kubectl("delete pod greedy modest --timeout=60s");
 }
 
 /// The memory limit in the cgroup of a pod's first container.
