@@ -10,7 +10,8 @@ use k8s_openapi::api::discovery::v1 as discovery;
 
 use crate::announce::{NodeId, node_id};
 
-const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+/// Labels of Services whose packets are none of this proxy's business: another's, or nobody's.
+const OTHER_PROXY_LABELS: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 
@@ -100,7 +101,7 @@ pub struct Service {
     /// Where load balancers ask whether this node has endpoints.
     pub health_check_port: Option<u16>,
     pub publish_not_ready: bool,
-    /// Another proxy takes care of the Service's packets.
+    /// Another proxy takes care of the Service's packets, or none is to.
     pub other_proxy: bool,
     /// Whose balancer the Service asks for; nobody's in particular without.
     pub balancer_class: Option<Box<str>>,
@@ -125,7 +126,8 @@ impl Service {
             source_ranges: source_ranges(spec),
             health_check_port: health_check_port(spec),
             publish_not_ready: spec.publish_not_ready_addresses == Some(true),
-            other_proxy: labels.is_some_and(|labels| labels.contains_key(PROXY_NAME_LABEL)),
+            other_proxy: labels
+                .is_some_and(|labels| OTHER_PROXY_LABELS.iter().any(|label| labels.contains_key(*label))),
             balancer_class: spec.load_balancer_class.as_deref().map(Into::into),
         })
     }

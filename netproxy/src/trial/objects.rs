@@ -90,8 +90,11 @@ fn service(grounds: &[Ground], service: &ServiceCase) -> Value {
     };
     let ingress: Vec<Value> =
         if service.kind == Kind::LoadBalancer { mine().map(ingress).collect() } else { Vec::new() };
-    let labels =
-        if service.other_proxy { json!({"service.kubernetes.io/service-proxy-name": "other"}) } else { json!({}) };
+    let labels = match (service.other_proxy, service.number % 2) {
+        (false, _) => json!({}),
+        (true, 0) => json!({"service.kubernetes.io/service-proxy-name": "other"}),
+        (true, _) => json!({"service.kubernetes.io/headless": ""}),
+    };
     json!({
         "apiVersion": "v1", "kind": "Service",
         "metadata": {"name": service.name(), "namespace": "default", "labels": labels},
