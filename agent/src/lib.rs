@@ -55,6 +55,7 @@ pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshol
 pub use images::ImageGcConfig;
 pub use inhibitor::{HoldError, LoginConfig};
 pub use kubelet_config::{KubeletConfigError, KubeletConfiguration};
+pub use memory::share_one_arena;
 pub use oarlock_csi::abandon as abandon_volumes;
 pub use pull_credentials::ProvidersConfigError;
 pub use reserved::{EnforcedGroup, ReservedError};

@@ -1,6 +1,6 @@
 //! What a burst of pods took of memory goes back to the kernel. The allocator keeps free pages between pages in use, so a
 //! hundred pods that started at once cost as much for weeks as they did for three seconds.
-#![allow(unsafe_code, reason = "mallinfo and malloc_trim have no safe form")]
+#![allow(unsafe_code, reason = "mallopt, mallinfo and malloc_trim have no safe form")]
 
 use std::time::Duration;
 
@@ -10,6 +10,16 @@ use tokio_util::sync::CancellationToken;
 const LOOK: Duration = Duration::from_secs(10);
 /// Less than this is not worth the walk over all free memory.
 const WORTH_BYTES: usize = 1 << 20;
+
+/// One arena for all threads: a few workers do not get in each other's way, and what one frees another can use. To be called
+/// before there are threads.
+pub fn share_one_arena() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: sets a parameter of the allocator, which takes its lock.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
 
 /// Gives free memory back where there is much more or less of it than when that was done last.
 pub(crate) async fn give_back(end: CancellationToken) {

@@ -401,14 +401,14 @@ impl Worker {
         let scheme = self.shared.id_scheme.load();
         let host_ips = self.shared.host_ips();
         let facts = status::StatusFacts { host_ips: &host_ips, id_scheme: &scheme, now };
-        let next = status::pod_status(&self.pod, &self.state, &self.report.current, &facts);
-        for transition in report::transitions(&self.report.current, &next) {
+        let next = status::pod_status(&self.pod, &self.state, self.report.current(), &facts);
+        for transition in report::transitions(self.report.current(), &next) {
             transition.record(&self.shared.recorder, &self.pod);
         }
-        self.report.current = next;
+        self.report.set_current(next);
         let entry = PodEntry {
             pod: self.pod.clone(),
-            status: Arc::new(self.report.current.clone()),
+            status: self.report.current().clone(),
             observed: Arc::new(observed),
             told: false,
         };
@@ -451,7 +451,7 @@ impl Worker {
             report::Next::Wait(until) => return Some(until),
             report::Next::Send(patch) => patch,
         };
-        let (client, pod, status) = (self.shared.client.clone(), self.pod.clone(), self.report.current.clone());
+        let (client, pod, status) = (self.shared.client.clone(), self.pod.clone(), self.report.current().clone());
         self.tasks.spawn(async move { Ended::Reported(report::send(client, &pod, patch, status).await) });
         None
     }

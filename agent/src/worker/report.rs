@@ -1,6 +1,7 @@
 //! Telling the API: at most one status patch of a pod is under way, each goes from what the API has to what is true now,
 //! a failed one is tried again. Also the events that follow from a change of status.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodStatus};
@@ -20,9 +21,9 @@ const LONGEST_DELAY: Duration = Duration::from_secs(5);
 /// What the API has and what it should have.
 pub(super) struct Report {
     /// The status as it is.
-    pub current: PodStatus,
-    /// The status that the API has.
-    acknowledged: PodStatus,
+    current: Arc<PodStatus>,
+    /// The status that the API has; when that is the same, it is the same in memory.
+    acknowledged: Arc<PodStatus>,
     acknowledged_version: u64,
     under_way: bool,
     /// What the watch delivered while a patch was under way.
@@ -41,7 +42,7 @@ pub(super) enum Next {
 /// How sending ended.
 pub(super) enum Sent {
     Done {
-        status: Box<PodStatus>,
+        status: Arc<PodStatus>,
         answer: Box<Pod>,
     },
     /// There is no such pod any more, or another of its name.
@@ -51,6 +52,7 @@ pub(super) enum Sent {
 
 impl Report {
     pub(super) fn new(last: PodStatus) -> Self {
+        let last = Arc::new(last);
         Self {
             current: last.clone(),
             acknowledged: last,
@@ -73,10 +75,25 @@ impl Report {
         if version < self.acknowledged_version {
             return;
         }
-        let status = pod.status.clone().unwrap_or_default();
         self.acknowledged_version = version;
-        self.adopt_foreign_conditions(&status);
-        self.acknowledged = status;
+        let none = PodStatus::default();
+        let status = pod.status.as_ref().unwrap_or(&none);
+        self.adopt_foreign_conditions(status);
+        self.acknowledged = if *status == *self.current { self.current.clone() } else { Arc::new(status.clone()) };
+    }
+
+    /// The status as it is.
+    pub(super) fn current(&self) -> &Arc<PodStatus> {
+        &self.current
+    }
+
+    /// Takes in the status as it is now.
+    pub(super) fn set_current(&mut self, status: PodStatus) {
+        if status == *self.acknowledged {
+            self.current = self.acknowledged.clone();
+        } else if status != *self.current {
+            self.current = Arc::new(status);
+        }
     }
 
     fn adopt_foreign_conditions(&mut self, status: &PodStatus) {
@@ -96,7 +113,10 @@ impl Report {
         };
         let theirs = status.conditions.iter().flatten().filter(|condition| !is_ours(&condition.type_)).cloned();
         let ours = owned.into_iter().filter(|condition| is_ours(&condition.type_));
-        self.current.conditions = Some(ours.chain(theirs).collect());
+        let conditions = Some(ours.chain(theirs).collect());
+        if conditions != self.current.conditions {
+            Arc::make_mut(&mut self.current).conditions = conditions;
+        }
     }
 
     /// The next patch to send, if it is time for one.
@@ -123,7 +143,7 @@ impl Report {
             Sent::Done { status, answer } => {
                 self.failures = 0;
                 self.not_before = None;
-                self.acknowledged = *status;
+                self.acknowledged = status;
                 self.acknowledged_version = self.acknowledged_version.max(resource_version(&answer));
             }
             // The watch will say so too; until then there is nobody to tell.
@@ -162,13 +182,13 @@ fn resource_version(pod: &Pod) -> u64 {
 }
 
 /// Sends a patch; `status` is what the API has afterwards.
-pub(super) async fn send(client: kube::Client, pod: &Pod, patch: Value, status: PodStatus) -> Sent {
+pub(super) async fn send(client: kube::Client, pod: &Pod, patch: Value, status: Arc<PodStatus>) -> Sent {
     let api: Api<Pod> = Api::namespaced(client, spec::pod_namespace(pod));
     let params = PatchParams::default();
     let patch = Patch::Strategic(patch);
     let call = api.patch_status(spec::pod_name(pod), &params, &patch);
     match tokio::time::timeout(CALL, call).await {
-        Ok(Ok(answer)) => Sent::Done { status: Box::new(status), answer: Box::new(answer) },
+        Ok(Ok(answer)) => Sent::Done { status, answer: Box::new(answer) },
         // The mirror of a static pod may only be about to be made, or be made anew at this very moment.
         Ok(Err(kube::Error::Api(refusal))) if matches!(refusal.code, 404 | 409) => {
             if spec::is_static(pod) {

@@ -70,7 +70,7 @@ impl Worker {
         self.refreshing = true;
         self.refresh_wanted = false;
         let (shared, pod) = (self.shared.clone(), self.pod.clone());
-        let ip = self.report.current.pod_ip.clone();
+        let ip = self.report.current().pod_ip.clone();
         self.tasks.spawn(async move {
             let facts = shared.pod_facts(ip.as_deref());
             match tokio::time::timeout(Duration::from_secs(60), shared.volumes.refresh(&pod, &facts)).await {

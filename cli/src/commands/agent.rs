@@ -13,6 +13,7 @@ use crate::{host, pki};
 
 pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock agent")?;
+    oarlock_agent::share_one_arena();
     daemon::run(&settings.clone(), 2, |shutdown| async move {
         let layout = &settings.layout;
         let mut config = Config::new(settings.node_name.clone(), settings.node_ip);
