@@ -45,7 +45,7 @@ impl AllowedSysctls {
         let dotted = |pattern: &String| {
             let pattern = with_dots(pattern);
             let name = pattern.strip_suffix('*').unwrap_or(&pattern);
-            let is_name = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+            let is_name = |name: &str| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte));
             // A part of a group's name is in no namespace, so no pattern reaches beyond a group.
             if is_name(name) && namespace(name).is_some() { Ok(pattern) } else { Err(PatternError { pattern }) }
         };
@@ -71,8 +71,8 @@ impl AllowedSysctls {
         let (host_net, host_ipc) = (spec::host_network(pod), pod_spec.host_ipc == Some(true));
         asked.iter().map(|sysctl| with_dots(&sysctl.name)).find_map(|name| {
             let of_host = match namespace(&name) {
-                Some(Namespace::Net) if host_net => Some("net"),
-                Some(Namespace::Ipc) if host_ipc => Some("ipc"),
+                Some(Namespace::Net) if host_net => Some("Net"),
+                Some(Namespace::Ipc) if host_ipc => Some("IPC"),
                 _ => None,
             };
             if !self.allows(&name) {
@@ -101,7 +101,7 @@ fn namespace(name: &str) -> Option<Namespace> {
 }
 
 /// The name with dots for slashes. Where slashes come first, dots belong to names, as of links.
-fn with_dots(name: &str) -> String {
+pub(crate) fn with_dots(name: &str) -> String {
     let first = name.find(['.', '/']).map(|at| name.as_bytes()[at]);
     if first != Some(b'/') {
         return name.to_owned();
@@ -150,7 +150,7 @@ mod tests {
     fn nobody_sets_the_host_s_own() {
         let some = allowed(&["net.*"]).unwrap();
         let text = refused(&some, "net.core.somaxconn", true).unwrap();
-        assert_eq!(text, "forbidden sysctl: \"kernel.shm_rmid_forced\" not allowed with host ipc enabled");
+        assert_eq!(text, "forbidden sysctl: \"kernel.shm_rmid_forced\" not allowed with host IPC enabled");
         for node_s in ["kernel.panic", "*", "ke*", "ne*", "vm.swappiness", "net.ipv4.*x", "net;"] {
             assert!(allowed(&[node_s]).is_err(), "{node_s}");
         }

@@ -125,7 +125,11 @@ impl Hub {
                     }
                     nodes_changed
                 }
-                () = sleep_until(calls.next.unwrap_or_else(Instant::now)), if calls.next.is_some() => true,
+                () = sleep_until(calls.next.unwrap_or_else(Instant::now)), if calls.next.is_some() => {
+                    // What fails now is tried again with the audits, which this is not to keep from their turn.
+                    calls.next = None;
+                    true
+                }
                 _ = audit.tick() => {
                     // A full queue means that the worker is busy, and the next tick is soon.
                     let _ = self.jobs.try_send(Job::Audit);

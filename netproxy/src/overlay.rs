@@ -168,6 +168,7 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
     synced.secure = ways.secure.iter().filter(|peer| peer.carries).count();
     synced.called = ways.secure.len() - synced.secure;
     let mut wanted = ways.direct;
+    let mut devices_kept = Vec::new();
     if synced.wireguard_key.is_some() {
         wanted.extend(sync_wireguard(&mut connection, own, &ways.secure, &mut synced)?);
     } else {
@@ -182,13 +183,18 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
             continue;
         };
         synced.mtu = if synced.mtu == 0 { mtu } else { synced.mtu.min(mtu) };
-        synced.changed += sync_entries(&mut connection, device, &tunnels)?;
+        synced.changed += add_entries(&mut connection, device, &tunnels)?;
         wanted.extend(tunnels.iter().map(|tunnel| {
             let route = Route::new(tunnel.pods, Some(tunnel.pods.network()), device);
             Route { protocol: ROUTE_PROTOCOL, on_link: true, ..route }
         }));
+        devices_kept.push((device, tunnels));
     }
+    // A packet finds the old way whole or the new one.
     synced.changed += sync_routes(&mut connection, &wanted)?;
+    for (device, tunnels) in devices_kept {
+        synced.changed += remove_entries(&mut connection, device, &tunnels)?;
+    }
     Ok(synced)
 }
 
@@ -262,36 +268,45 @@ fn ensure_device(
     Ok(Some((link.index, mtu)))
 }
 
-/// Forwarding entries and neighbours of the device; says how many were changed.
-fn sync_entries(connection: &mut Connection, device: u32, tunnels: &[&VxlanWay]) -> oarlock_netlink::Result<usize> {
+/// Forwarding entries and neighbours of the device that are missing; says how many there were.
+fn add_entries(connection: &mut Connection, device: u32, tunnels: &[&VxlanWay]) -> oarlock_netlink::Result<usize> {
+    let mut changed = 0;
+    let existing = connection.forwarding(device)?;
+    for tunnel in tunnels.iter().filter(|one| !existing.contains(&(one.mac, one.node))) {
+        connection.set_forwarding(device, tunnel.mac, tunnel.node)?;
+        changed += 1;
+    }
+    let known = permanent_neighbours(connection, device)?;
+    for new in tunnels.iter().map(|tunnel| neighbour(device, tunnel)).filter(|one| !known.contains(one)) {
+        connection.set_neighbour(&new)?;
+        changed += 1;
+    }
+    Ok(changed)
+}
+
+/// Takes away those that no way needs; says how many there were.
+fn remove_entries(connection: &mut Connection, device: u32, tunnels: &[&VxlanWay]) -> oarlock_netlink::Result<usize> {
     let mut changed = 0;
     let existing = connection.forwarding(device)?;
     for (mac, address) in existing.iter().filter(|entry| !tunnels.iter().any(|one| (one.mac, one.node) == **entry)) {
         connection.delete_forwarding(device, *mac, *address)?;
         changed += 1;
     }
-    for tunnel in tunnels.iter().filter(|one| !existing.contains(&(one.mac, one.node))) {
-        connection.set_forwarding(device, tunnel.mac, tunnel.node)?;
-        changed += 1;
-    }
-    let neighbour = |tunnel: &VxlanWay| Neighbour {
-        link: device,
-        address: tunnel.pods.network(),
-        mac: Some(tunnel.mac),
-        permanent: true,
-    };
-    let wanted: Vec<Neighbour> = tunnels.iter().map(|tunnel| neighbour(tunnel)).collect();
-    let known: Vec<Neighbour> =
-        connection.neighbours()?.into_iter().filter(|one| one.link == device && one.permanent).collect();
+    let wanted: Vec<Neighbour> = tunnels.iter().map(|tunnel| neighbour(device, tunnel)).collect();
+    let known = permanent_neighbours(connection, device)?;
     for stale in known.iter().filter(|one| !wanted.contains(one) && !one.address.is_multicast()) {
         connection.delete_neighbour(stale)?;
         changed += 1;
     }
-    for new in wanted.iter().filter(|one| !known.contains(one)) {
-        connection.set_neighbour(new)?;
-        changed += 1;
-    }
     Ok(changed)
+}
+
+fn neighbour(device: u32, tunnel: &VxlanWay) -> Neighbour {
+    Neighbour { link: device, address: tunnel.pods.network(), mac: Some(tunnel.mac), permanent: true }
+}
+
+fn permanent_neighbours(connection: &mut Connection, device: u32) -> oarlock_netlink::Result<Vec<Neighbour>> {
+    Ok(connection.neighbours()?.into_iter().filter(|one| one.link == device && one.permanent).collect())
 }
 
 fn sync_routes(connection: &mut Connection, wanted: &[Route]) -> oarlock_netlink::Result<usize> {
@@ -301,12 +316,13 @@ fn sync_routes(connection: &mut Connection, wanted: &[Route]) -> oarlock_netlink
     let existing: Vec<Route> = connection.routes()?.into_iter().filter(ours).collect();
     let same = |a: &Route, b: &Route| (a.destination, a.gateway, a.link) == (b.destination, b.gateway, b.link);
     let mut changed = 0;
-    for route in existing.iter().filter(|route| !wanted.iter().any(|one| same(one, route))) {
-        connection.delete_route(route)?;
-        changed += 1;
-    }
     for route in wanted.iter().filter(|route| !existing.iter().any(|one| same(one, route))) {
         connection.replace_route(route)?;
+        changed += 1;
+    }
+    // A new route to the same pods has taken the old one's place.
+    for route in existing.iter().filter(|route| !wanted.iter().any(|one| one.destination == route.destination)) {
+        connection.delete_route(route)?;
         changed += 1;
     }
     Ok(changed)

@@ -203,7 +203,9 @@ impl World {
         if view.role == Role::Main
             && let Some(code) = self.ended_codes.get(name)
         {
-            prop_assert!(self.state.runs_again(view, *code), "{name} ended with {code} and runs again");
+            let latest = self.state.observed.as_ref().and_then(|observed| observed.latest(name));
+            let count = latest.map_or(0, |record| record.restart_count);
+            prop_assert!(self.state.runs_again(view, *code, count), "{name} ended with {code} and runs again");
         }
         Ok(())
     }

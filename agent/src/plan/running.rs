@@ -131,7 +131,11 @@ impl Planner<'_> {
                     }
                     if self.state.starting(&main.name) { Progress::UnderWay } else { Progress::Waiting }
                 }
-                Some(RunState::Exited) if record.is_some_and(|r| !self.state.runs_again(main, r.exit_code)) => continue,
+                Some(RunState::Exited)
+                    if record.is_some_and(|r| !self.state.runs_again(main, r.exit_code, r.restart_count)) =>
+                {
+                    continue;
+                }
                 Some(RunState::Exited) | None => self.start(main, record, sandbox, turn),
             };
             turn &= progress == Progress::Waiting;

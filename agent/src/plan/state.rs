@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use oarlock_probes::Outcome as ProbeOutcome;
 
 use super::backoff::{Backoff, Retry, later};
-use super::view::{ContainerView, PodView, Role};
+use super::view::{ContainerView, PodView, RestartPolicy, Role};
 use super::{Action, Key, KillReason};
 use crate::model::{Container, ContainerId, Observed, RunState, SandboxId};
 use crate::resize::Pending;
@@ -109,8 +109,8 @@ pub(crate) struct State {
     pub resize_pending: Option<Pending>,
     /// Containers that live on although their preStop hook has run.
     pub pre_stopped: BTreeSet<ContainerId>,
-    /// Containers that are ended, or were, only to make way for their new definition.
-    replaced: BTreeSet<String>,
+    /// Containers that are ended, or were, only to run again, with the restart count of the instance that was.
+    replaced: BTreeMap<String, u32>,
     /// Whether the API has the status as it stands now.
     pub status_sent: bool,
     pub deletion_finished: bool,
@@ -177,8 +177,20 @@ impl State {
                 self.backoff.insert(name.clone(), next);
             }
         }
-        if let Action::KillContainer { name, why: KillReason::DefinitionChanged, .. } = action {
-            self.replaced.insert(name.clone());
+        if let Action::KillContainer { name, why, .. } = action {
+            let never = || {
+                let view = self.spec.as_ref().and_then(|spec| spec.find(name));
+                view.is_none_or(|view| view.restart == RestartPolicy::Never)
+            };
+            let again = match why {
+                KillReason::DefinitionChanged => true,
+                KillReason::Resized | KillReason::LivenessProbe | KillReason::StartupProbe => !never(),
+                _ => false,
+            };
+            let record = self.observed.as_ref().and_then(|observed| observed.latest(name));
+            if let Some(record) = record.filter(|_| again) {
+                self.replaced.insert(name.clone(), record.restart_count);
+            }
         }
         if let Some(key) = action.key() {
             self.busy.insert(key, Busy { action: action.clone(), cancelled: false });
@@ -233,7 +245,6 @@ impl State {
                 self.start_errors.insert(name, (reason, message));
             }
             (Action::StartContainer { name, .. }, Outcome::Done) => {
-                self.replaced.remove(&name);
                 self.images.remove(&name);
                 self.start_errors.remove(&name);
             }
@@ -309,15 +320,15 @@ impl State {
         let mut mains = spec.of_role(Role::Main);
         mains.all(|main| {
             !busy(&main.name)
-                && observed
-                    .latest(&main.name)
-                    .is_some_and(|record| record.state == RunState::Exited && !self.runs_again(main, record.exit_code))
+                && observed.latest(&main.name).is_some_and(|record| {
+                    record.state == RunState::Exited && !self.runs_again(main, record.exit_code, record.restart_count)
+                })
         })
     }
 
     /// Whether a container that ended with that code runs again: by its policy, or because it was ended for that.
-    pub(crate) fn runs_again(&self, container: &ContainerView, exit_code: i32) -> bool {
-        self.replaced.contains(&container.name) || container.restarts_after(exit_code)
+    pub(crate) fn runs_again(&self, container: &ContainerView, exit_code: i32, restart_count: u32) -> bool {
+        self.replaced.get(&container.name) == Some(&restart_count) || container.restarts_after(exit_code)
     }
 
     /// The resources that a container runs with. One that was made without a note has what is allocated.

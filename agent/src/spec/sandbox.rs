@@ -6,6 +6,7 @@ use k8s_openapi::api::core::v1::Pod;
 use oarlock_proto::cri;
 
 use super::{names, resources, security};
+use crate::sysctls::with_dots;
 use crate::users::Range;
 
 /// What beside the pod a sandbox needs to know.
@@ -47,7 +48,7 @@ pub(crate) fn sandbox_config(pod: &Pod, facts: SandboxFacts<'_>) -> cri::PodSand
         linux: Some(cri::LinuxPodSandboxConfig {
             cgroup_parent: facts.cgroup_parent,
             security_context: Some(security::sandbox_context(pod, facts.users)),
-            sysctls: sysctls.into_iter().map(|sysctl| (sysctl.name, sysctl.value)).collect(),
+            sysctls: sysctls.into_iter().map(|sysctl| (with_dots(&sysctl.name), sysctl.value)).collect(),
             overhead: None,
             resources: Some(pod_resources(pod)),
         }),

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::{
 
 use super::{StatusFacts, error_turns_at, whole_second};
 use crate::model::{Container, RunState};
-use crate::plan::{ContainerView, ImageState, Key, PodView, Role, State, Why};
+use crate::plan::{ContainerView, ImageState, PodView, Role, State, Why};
 
 /// Makes the statuses of one pod's containers.
 pub(super) struct Containers<'a> {
@@ -96,10 +96,10 @@ impl Containers<'_> {
         let again = match container.role {
             Role::Sidecar => true,
             Role::Init if record.exit_code == 0 => false,
-            _ => self.state.runs_again(container, record.exit_code),
+            _ => self.state.runs_again(container, record.exit_code, record.restart_count),
         };
         // One that starts waits no more.
-        let starts = self.state.occupied(&Key::Container(container.name.clone()));
+        let starts = self.state.starting(&container.name);
         if !again || starts || self.state.end.is_some() {
             return None;
         }

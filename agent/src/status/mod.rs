@@ -156,7 +156,8 @@ fn computed_phase(view: &PodView, state: &State, inits: &[ContainerStatus], main
     }
     let again = |status: &&ContainerStatus| {
         let code = exit(status).unwrap_or(0);
-        view.find(&status.name).is_some_and(|main| state.runs_again(main, code))
+        view.find(&status.name)
+            .is_some_and(|main| state.runs_again(main, code, u32::try_from(status.restart_count).unwrap_or(0)))
     };
     if !ending && mains.iter().any(|status| again(&status)) {
         return "Running";

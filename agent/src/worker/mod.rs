@@ -99,8 +99,8 @@ pub(crate) struct Worker {
     /// Contents changed since they were last brought up to date.
     refresh_wanted: bool,
     refreshing: bool,
-    /// Containers that make way for their new definition, and since when.
-    replaced: BTreeMap<ContainerId, tokio::time::Instant>,
+    /// Containers that make way for their new definition, and since when they do not run.
+    replaced: BTreeMap<ContainerId, Option<tokio::time::Instant>>,
     saved: ledger::Ledger,
 }
 
@@ -359,7 +359,7 @@ impl Worker {
     fn begin(&mut self, action: Action, now: Timestamp) {
         let Some(key) = action.key() else { return };
         if let Action::KillContainer { id, why: plan::KillReason::DefinitionChanged, .. } = &action {
-            self.replaced.entry(id.clone()).or_insert_with(tokio::time::Instant::now);
+            self.replaced.entry(id.clone()).or_default();
         }
         self.state.begin(&action, now);
         let cancel = CancellationToken::new();
@@ -422,20 +422,22 @@ impl Worker {
     /// milliseconds was never away: telling both ends of it would be two patches and two moves of every endpoint.
     fn replacing_until(&mut self) -> Option<tokio::time::Instant> {
         let now = tokio::time::Instant::now();
-        let replaces = |id: &ContainerId| {
-            let containers = self.state.observed.iter().flat_map(|observed| &observed.containers);
-            let old = containers.clone().find(|one| one.id == *id)?;
-            let has_successor = containers.into_iter().any(|one| {
-                let is_later = one.name == old.name && one.restart_count > old.restart_count;
-                is_later && one.state == RunState::Running
-            });
-            Some(has_successor)
-        };
-        let ending = self.state.end.is_some();
-        self.replaced.retain(|id, since| {
-            !ending && *since + REPLACEMENT > now && replaces(id).is_some_and(|has_successor| !has_successor)
+        let observed = self.state.observed.as_ref().filter(|_| self.state.end.is_none());
+        let state = &self.state;
+        self.replaced.retain(|id, away_since| {
+            let containers = observed.map(|observed| observed.containers.as_slice()).unwrap_or_default();
+            let Some(old) = containers.iter().find(|one| one.id == *id) else { return false };
+            if old.state == RunState::Running {
+                return true;
+            }
+            let since = *away_since.get_or_insert(now);
+            let follows = |one: &&crate::model::Container| {
+                one.name == old.name && one.restart_count > old.restart_count && one.state == RunState::Running
+            };
+            let has_successor = containers.iter().find(follows).is_some_and(|_| !state.starting(&old.name));
+            since + REPLACEMENT > now && !has_successor
         });
-        self.replaced.values().min().map(|since| *since + REPLACEMENT)
+        self.replaced.values().flatten().min().map(|since| *since + REPLACEMENT)
     }
 
     fn send_status(&mut self) -> Option<tokio::time::Instant> {

@@ -189,14 +189,9 @@ pub(super) async fn send(client: kube::Client, pod: &Pod, patch: Value, status: 
     let call = api.patch_status(spec::pod_name(pod), &params, &patch);
     match tokio::time::timeout(CALL, call).await {
         Ok(Ok(answer)) => Sent::Done { status, answer: Box::new(answer) },
-        // The mirror of a static pod may only be about to be made, or be made anew at this very moment.
-        Ok(Err(kube::Error::Api(refusal))) if matches!(refusal.code, 404 | 409) => {
-            if spec::is_static(pod) {
-                Sent::Failed
-            } else {
-                Sent::Gone
-            }
-        }
+        // The mirror of a static pod may only be about to be made. A conflict may be with another writer, or with another pod of
+        // the name; of that one the watch tells.
+        Ok(Err(kube::Error::Api(refusal))) if refusal.code == 404 && !spec::is_static(pod) => Sent::Gone,
         Ok(Err(error)) => {
             tracing::debug!(pod.name = spec::pod_name(pod), %error, "pod status was not taken");
             Sent::Failed

@@ -84,7 +84,8 @@ impl Job {
         if restart_count > 0 {
             // It may have been restarted to become larger, and has to fit into the pod's group. Where that is to become smaller
             // and cannot yet, the next one that starts brings it there.
-            let (cgroups, pod) = (shared.cgroups.load_full(), self.pod.clone());
+            let latest = shared.table.get(&self.uid).map(|entry| entry.pod);
+            let (cgroups, pod) = (shared.cgroups.load_full(), latest.unwrap_or_else(|| self.pod.clone()));
             let _ = tokio::task::spawn_blocking(move || cgroups.create(&pod)).await;
         }
         let log = log_dir.join(format!("{restart_count}.log"));

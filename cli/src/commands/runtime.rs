@@ -13,8 +13,11 @@ use crate::host;
 pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock runtime")?;
     if settings.cni_bin_dirs.contains(&settings.layout.own_cni_bin_dir()) {
-        machine::prepare_directories(&settings)?;
-        machine::install_plugins(&settings)?;
+        // There may be others' plugins; where there are none, the node's status says so.
+        let installed = machine::prepare_directories(&settings).and_then(|()| machine::install_plugins(&settings));
+        if let Err(error) = installed {
+            eprintln!("oarlock: our CNI plugins are not installed: {error:#}");
+        }
     }
     let export = settings.tracing.as_ref().map(|tracing| tracing.export("oarlock-runtime"));
     daemon::run_traced(&settings.clone(), 2, export.as_ref(), |shutdown| async move {

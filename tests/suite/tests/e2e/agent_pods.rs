@@ -78,7 +78,7 @@ fn fresh_label(cluster: &Cluster) {
     cluster.kubectl("wait --for=condition=Ready pod/choosy --timeout=60s");
     cluster.kubectl("delete pod choosy --timeout=60s");
     cluster.kubectl(&format!("label node {node} bottom-"));
-    let unfit = pod("unfit", &["/bin/sleep"]) + &format!("  nodeSelector: {{bottom: sand}}\n  nodeName: {node}\n");
+    let unfit = pod("unfit", &["/bin/sleep"]) + &format!("  nodeSelector: {{bottom: rock}}\n  nodeName: {node}\n");
     cluster.apply(&unfit);
     cluster.wait_for_output("get pod unfit -o jsonpath={.status.reason}", "the refusal", |text| text == "NodeAffinity");
     cluster.kubectl("delete pod unfit --timeout=60s");
