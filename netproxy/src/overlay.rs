@@ -190,7 +190,7 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
         }));
         devices_kept.push((device, tunnels));
     }
-    // A packet finds the old way whole or the new one.
+    // What the old way needs stays until there is the new one.
     synced.changed += sync_routes(&mut connection, &wanted)?;
     for (device, tunnels) in devices_kept {
         synced.changed += remove_entries(&mut connection, device, &tunnels)?;
@@ -316,13 +316,17 @@ fn sync_routes(connection: &mut Connection, wanted: &[Route]) -> oarlock_netlink
     let existing: Vec<Route> = connection.routes()?.into_iter().filter(ours).collect();
     let same = |a: &Route, b: &Route| (a.destination, a.gateway, a.link) == (b.destination, b.gateway, b.link);
     let mut changed = 0;
-    for route in wanted.iter().filter(|route| !existing.iter().any(|one| same(one, route))) {
-        connection.replace_route(route)?;
+    // One to the same pods is replaced as a whole, but not in IPv6, where the kernel takes no gateway that another device's
+    // route leads to.
+    let is_replaced = |route: &Route| {
+        route.destination.addr().is_ipv4() && wanted.iter().any(|one| one.destination == route.destination)
+    };
+    for route in existing.iter().filter(|route| !wanted.iter().any(|one| same(one, route)) && !is_replaced(route)) {
+        connection.delete_route(route)?;
         changed += 1;
     }
-    // A new route to the same pods has taken the old one's place.
-    for route in existing.iter().filter(|route| !wanted.iter().any(|one| one.destination == route.destination)) {
-        connection.delete_route(route)?;
+    for route in wanted.iter().filter(|route| !existing.iter().any(|one| same(one, route))) {
+        connection.replace_route(route)?;
         changed += 1;
     }
     Ok(changed)
