@@ -45,7 +45,7 @@ pub(super) enum Sent {
         status: Arc<PodStatus>,
         answer: Box<Pod>,
     },
-    /// There is no such pod any more, or another of its name.
+    /// There is no such pod any more.
     Gone,
     Failed,
 }
