@@ -12,12 +12,17 @@ use tracing::{debug, error, warn};
 use crate::conntrack;
 use crate::element::Entry;
 use crate::health::Status;
+use crate::ledger::Ledger;
 use crate::memory;
 use crate::service::ServiceName;
-use crate::sync::{Committed, Proxier};
+use crate::sync::Proxier;
 
 /// After so many Services the memory that they took on their way is worth giving back.
 const LARGE: usize = 1000;
+
+/// No packet is on its way through the tables for as long. One that met the old rules binds its client, or leaves its flow,
+/// when it has come through: that can be after the first look for such things, but not after one that is so much later.
+const IN_FLIGHT: Duration = Duration::from_secs(1);
 
 /// The elements of a Service, for each family in turn.
 pub type Planned = (ServiceName, Vec<Vec<Entry>>);
@@ -34,15 +39,57 @@ pub enum Job {
 /// One family's table and what is left to do about it.
 pub struct Family<K> {
     proxier: Proxier<K>,
-    scope: conntrack::Scope,
+    forget_flows: ForgetFlows,
     failed: bool,
-    flows_pending: bool,
+    /// For clients that are bound to endpoints that are gone.
+    bindings: Look,
+    /// For flows that lead nowhere.
+    flows: Look,
     retired: conntrack::Retired,
 }
 
+type ForgetFlows = Box<dyn FnMut(&Ledger, &conntrack::Retired) -> oarlock_netlink::Result<usize> + Send>;
+
 impl<K: Kernel> Family<K> {
     pub fn new(proxier: Proxier<K>, scope: conntrack::Scope) -> Family<K> {
-        Family { proxier, scope, failed: false, flows_pending: false, retired: HashSet::new() }
+        Family::with(proxier, Box::new(move |ledger, retired| conntrack::clean(ledger, &scope, retired)))
+    }
+
+    fn with(proxier: Proxier<K>, forget_flows: ForgetFlows) -> Family<K> {
+        Family {
+            proxier,
+            forget_flows,
+            failed: false,
+            bindings: Look::default(),
+            flows: Look::default(),
+            retired: HashSet::new(),
+        }
+    }
+}
+
+/// A look for what a change left behind: at once, again when it failed, and once more when nothing of before can be on its
+/// way any longer.
+#[derive(Debug, Default)]
+struct Look {
+    owed: bool,
+    last: Option<Instant>,
+}
+
+impl Look {
+    fn changed(&mut self, now: Instant) {
+        self.owed = true;
+        self.last = Some(now + IN_FLIGHT);
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.owed || self.last.is_some_and(|last| last <= now)
+    }
+
+    /// After a look begun at `now`; says whether it was the last one.
+    fn done(&mut self, now: Instant) -> bool {
+        self.owed = false;
+        self.last = self.last.filter(|last| *last > now);
+        self.last.is_none()
     }
 }
 
@@ -79,10 +126,18 @@ pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jo
             if audit {
                 run_audit(&mut family.proxier, status);
             }
-            if family.flows_pending {
-                family.flows_pending = !clean_flows(family, status);
-            }
+            look(family, Instant::now(), status);
         }
+    }
+}
+
+/// Looks for what changes left behind, where that is due.
+fn look<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
+    if family.bindings.is_due(now) {
+        release_clients(family, now);
+    }
+    if family.flows.is_due(now) {
+        forget_flows(family, now, status);
     }
 }
 
@@ -96,9 +151,15 @@ fn commit<K: Kernel>(family: &mut Family<K>, status: &Status) {
     match family.proxier.commit() {
         Ok(committed) => {
             family.failed = false;
-            family.flows_pending |= committed.connectionless_changed;
             family.retired.extend(committed.retired.iter().copied());
-            clean_up(&mut family.proxier, &committed);
+            let now = Instant::now();
+            if committed.connectionless_changed {
+                family.flows.changed(now);
+            }
+            if committed.endpoints_removed {
+                family.bindings.changed(now);
+                release_clients(family, now);
+            }
         }
         Err(problem) => {
             family.failed = true;
@@ -115,11 +176,20 @@ fn note_commit<K: Kernel>(families: &[Family<K>], status: &Status, took: Duratio
     debug!(took = ?took, elements, "rules written");
 }
 
-fn clean_up<K: Kernel>(proxier: &mut Proxier<K>, committed: &Committed) {
-    if committed.endpoints_removed
-        && let Err(problem) = proxier.release_clients()
-    {
-        warn!(error = &problem as &dyn std::error::Error, "clients stay bound to endpoints that are gone");
+fn release_clients<K: Kernel>(family: &mut Family<K>, now: Instant) {
+    match family.proxier.release_clients() {
+        Ok(count) => {
+            family.bindings.done(now);
+            if count > 0 {
+                debug!(clients = count, "clients released from endpoints that are gone");
+            }
+        }
+        Err(problem) => {
+            warn!(
+                error = &problem as &dyn std::error::Error,
+                "clients stay bound to endpoints that are gone; trying again"
+            );
+        }
     }
 }
 
@@ -132,20 +202,112 @@ fn run_audit<K: Kernel>(proxier: &mut Proxier<K>, status: &Status) {
     }
 }
 
-/// Forgets flows that lead nowhere; says whether that worked.
-fn clean_flows<K: Kernel>(family: &mut Family<K>, status: &Status) -> bool {
-    match conntrack::clean(family.proxier.ledger(), &family.scope, &family.retired) {
+fn forget_flows<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
+    match (family.forget_flows)(family.proxier.ledger(), &family.retired) {
         Ok(count) => {
-            family.retired = HashSet::new();
+            if family.flows.done(now) {
+                family.retired = HashSet::new();
+            }
             status.flows_removed.fetch_add(count as u64, Ordering::Relaxed);
             if count > 0 {
                 debug!(flows = count, "stale flows forgotten");
             }
-            true
         }
         Err(problem) => {
             warn!(error = &problem as &dyn std::error::Error, "stale flows cannot be looked for");
-            false
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::Mutex;
+
+    use oarlock_nft::{Bytes, Command, Element, Fake, Family as NftFamily, Key, Table, Transaction};
+
+    use super::*;
+    use crate::element::{Balancer, ElementKey, Map, Scope, Target};
+    use crate::rules::{self, Settings};
+    use crate::service::Protocol;
+
+    const SERVICE: [u8; 4] = [10, 43, 1, 1];
+
+    fn settings() -> Settings {
+        Settings {
+            table: Table::new(NftFamily::Ip, "oarlock-netproxy"),
+            cluster_cidr: "10.42.0.0/16".parse().unwrap(),
+            service_cidr: "10.43.0.0/16".parse().unwrap(),
+            dns_address: None,
+            balancer_pools: Vec::new(),
+            node_port_addresses: None,
+            masquerade_bridged: false,
+        }
+    }
+
+    /// A Service with session affinity and these endpoints.
+    fn affine(endpoints: &[SocketAddr]) -> Planned {
+        let name = ServiceName::new("default", "web");
+        let key = |map| ElementKey::by_address(map, SERVICE.into(), Protocol::UDP, 80);
+        let balancer = Balancer { scope: Scope::Cluster, endpoints: endpoints.len() as u32, affinity: true };
+        let mut entries = vec![
+            Entry { key: key(Map::Services), target: Target::Balance(balancer) },
+            Entry { key: key(Map::Affine), target: Target::Remember(60) },
+        ];
+        entries.extend(endpoints.iter().zip(0..).map(|(endpoint, number)| Entry {
+            key: key(Map::Services).numbered(Scope::Cluster.endpoints(), number),
+            target: Target::Endpoint((*endpoint).into()),
+        }));
+        entries.sort();
+        (name, vec![entries])
+    }
+
+    fn bind(family: &mut Family<Fake>, endpoint: SocketAddr) {
+        let client = [10, 42, 0, 99];
+        let key = Key::new().address(client.into()).address(SERVICE.into()).protocol(Protocol::UDP.0).port(80).bytes();
+        let element = Element::data(key, rules::endpoint_bytes(endpoint.into()));
+        let mut transaction = Transaction::new(settings().table);
+        let set = rules::AFFINITY.to_owned();
+        transaction.push(Command::AddElements { set, elements: vec![element], exclusive: false });
+        family.proxier.kernel_mut().commit(&transaction).unwrap();
+    }
+
+    fn bound(family: &mut Family<Fake>) -> Vec<Bytes> {
+        let elements = family.proxier.kernel_mut().elements(&settings().table, rules::AFFINITY).unwrap().unwrap();
+        elements.into_iter().map(|element| element.key).collect()
+    }
+
+    /// A packet that met the old rules can bind its client after the clients of those rules were released.
+    #[test]
+    fn what_a_late_packet_leaves_behind_is_found_by_a_second_look() {
+        let (gone, stays) = (SocketAddr::from(([10, 42, 0, 2], 8080)), SocketAddr::from(([10, 42, 0, 3], 8080)));
+        let looks = Arc::new(Mutex::new((0, Ok(()))));
+        let told = Arc::clone(&looks);
+        let forget: ForgetFlows = Box::new(move |_, _| {
+            let mut looks = told.lock().unwrap();
+            looks.0 += 1;
+            std::mem::replace(&mut looks.1, Ok(())).map(|()| 0)
+        });
+        let proxier = Proxier::new(Fake::new(), settings(), Vec::new);
+        let mut families = vec![Family::with(proxier, forget)];
+        let status = Status::default();
+        for endpoints in [&[gone, stays][..], &[stays]] {
+            stage(&mut families, &affine(endpoints));
+            commit(&mut families[0], &status);
+        }
+        let family = &mut families[0];
+        let now = Instant::now();
+        looks.lock().unwrap().1 = Err(oarlock_netlink::NetlinkError::Malformed { operation: "list flows" });
+        look(family, now, &status);
+        look(family, now, &status);
+        assert_eq!(looks.lock().unwrap().0, 2, "what fails is tried again");
+        bind(family, gone);
+        look(family, now, &status);
+        assert_eq!((bound(family).len(), looks.lock().unwrap().0), (1, 2), "nobody looks without a cause");
+        look(family, now + 2 * IN_FLIGHT, &status);
+        assert_eq!((bound(family), looks.lock().unwrap().0), (Vec::new(), 3));
+        bind(family, gone);
+        look(family, now + 4 * IN_FLIGHT, &status);
+        assert_eq!((bound(family).len(), looks.lock().unwrap().0), (1, 3), "the second look is the last one");
     }
 }

@@ -10,7 +10,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, at, endpoint_list, parse, port, read_answer};
 use oarlock_testkit::wait_for;
@@ -128,9 +128,19 @@ fn session_affinity_binds_a_client_to_an_endpoint_until_it_is_gone(world: &mut W
     assert_eq!(all, HashSet::from([first.clone()]));
     let (other, rest) = if first == "a" { ("b", b) } else { ("a", a) };
     world.set_endpoints(&name, &[rest]);
-    wait_for("the other endpoint", TIMEOUT, || {
-        ask(Some("client"), service).is_ok_and(|answer| answer.0 == other).then_some(())
-    });
+    ask_until_it_is(other, Some("client"), service);
+}
+
+/// Asks until `name` answers; a failure says what the last question got instead.
+fn ask_until_it_is(name: &str, place: Option<&str>, to: (IpAddr, u16)) {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let answer = ask(place, to);
+        if answer.as_ref().is_ok_and(|(from, _)| from == name) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{to:?} goes to {answer:?}, and not to {name}");
+    }
 }
 
 fn a_udp_client_that_keeps_its_socket_follows_the_endpoints(world: &mut World, family: Family) {
