@@ -98,9 +98,10 @@ impl Containers<'_> {
             Role::Init if record.exit_code == 0 => false,
             _ => self.state.runs_again(container, record.exit_code, record.restart_count),
         };
+        let makes_way = self.makes_way(container, record);
         // One that starts waits no more.
         let starts = self.state.starting(&container.name);
-        if !again || starts || self.state.end.is_some() {
+        if !again || (starts && !makes_way) || self.state.end.is_some() {
             return None;
         }
         if self.state.restart_at(record).is_some_and(|at| at > self.facts.now) {
@@ -116,7 +117,16 @@ impl Containers<'_> {
             );
             return Some(("CrashLoopBackOff".to_owned(), message));
         }
-        self.image_trouble(container).or_else(|| self.state.start_errors.get(&container.name).cloned())
+        let trouble = self.image_trouble(container).or_else(|| self.state.start_errors.get(&container.name).cloned());
+        trouble.or_else(|| makes_way.then(|| ("ContainerCreating".to_owned(), String::new())))
+    }
+
+    /// Whether an ended container was ended for its new definition although its policy lets it run only once. It is not
+    /// shown as ended: the API would refuse that such a container runs again.
+    fn makes_way(&self, container: &ContainerView, record: &Container) -> bool {
+        self.state.end.is_none()
+            && self.state.runs_again(container, record.exit_code, record.restart_count)
+            && !container.restarts_after(record.exit_code)
     }
 
     /// A container that never got going shows its error first and then takes turns with CrashLoopBackOff.
@@ -149,8 +159,14 @@ impl Containers<'_> {
             status.image = previous.image.clone();
             status.image_id = previous.image_id.clone();
             status.restart_count = i32::try_from(previous.restart_count).unwrap_or(i32::MAX);
-            status.state = Some(ended(self.terminated(previous)));
-            status.last_state = last.and_then(|last| last.last_state.clone());
+            let end = ended(self.terminated(previous));
+            if self.makes_way(container, previous) {
+                status.state = Some(waiting("ContainerCreating", ""));
+                status.last_state = Some(end);
+            } else {
+                status.state = Some(end);
+                status.last_state = last.and_then(|last| last.last_state.clone());
+            }
             return;
         }
         let was = last.and_then(|last| last.state.as_ref());

@@ -8,7 +8,7 @@ use oarlock_probes::Outcome as ProbeOutcome;
 
 use super::{StatusFacts, pod_status};
 use crate::model::{Container, Observed, RunState, Sandbox};
-use crate::plan::{Action, ImageState, Key, Outcome, PodView, ProbeView, State, Why};
+use crate::plan::{Action, ImageState, Key, KillReason, Outcome, PodView, ProbeView, State, Why};
 
 fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).expect("a small number")
@@ -212,4 +212,34 @@ fn a_container_that_is_starting_is_not_running_yet() {
     let status = status_at(&pod, &state, &PodStatus::default(), 20);
     assert_eq!(waiting(&status).0, "ContainerCreating", "its postStart hook may still run");
     assert_eq!(status.phase.as_deref(), Some("Pending"));
+}
+
+/// The API refuses that a container that may run once, and ended, runs again: one that makes way is never shown as ended.
+#[test]
+fn a_container_that_makes_way_waits_for_its_successor_whatever_its_policy() {
+    let pod = pod(serde_json::json!({"restartPolicy": "Never", "containers": [{"name": "a", "image": "i"}]}));
+    let mut state = state(&pod, vec![record("a", RunState::Running, 0)]);
+    let before = status_at(&pod, &state, &PodStatus::default(), 20);
+    let kill = Action::KillContainer {
+        id: "id-a".into(),
+        name: "a".to_owned(),
+        why: KillReason::DefinitionChanged,
+        deadline: at(50),
+        after_hook: false,
+    };
+    state.begin(&kill, at(20));
+    let sandboxes = state.observed.clone().unwrap().sandboxes;
+    let ended = record("a", RunState::Exited, 143);
+    let made = Container { id: "id-b".into(), restart_count: 3, ..record("a", RunState::Created, 0) };
+    for (ticket, containers) in [vec![ended.clone()], vec![ended, made]].into_iter().enumerate() {
+        state.observe(10 + ticket as u64, Observed { sandboxes: sandboxes.clone(), containers });
+        let status = status_at(&pod, &state, &before, 21);
+        assert_eq!((waiting(&status).0.as_str(), status.phase.as_deref()), ("ContainerCreating", Some("Running")));
+        let last = status.container_statuses.unwrap()[0].last_state.clone().and_then(|last| last.terminated);
+        assert_eq!(last.map(|last| last.exit_code), Some(143));
+    }
+    state.finish_with(Why::Deleted, Duration::from_secs(1), at(22));
+    let status = status_at(&pod, &state, &before, 23);
+    let shown = status.container_statuses.unwrap()[0].state.clone();
+    assert_eq!(shown.and_then(|state| state.terminated).map(|ended| ended.exit_code), Some(143));
 }

@@ -172,10 +172,9 @@ pub(crate) fn pod_status_update(new: &Value, old: &Value) -> Vec<FieldError> {
     if !field(before, "qosClass").is_empty() {
         errors.immutable("status.qosClass", status.get("qosClass"), before.get("qosClass"));
     }
-    let policy = field(part(old, "spec"), "restartPolicy");
-    for (name, policy) in [("containerStatuses", policy), ("ephemeralContainerStatuses", "Never")] {
-        terminated_stays(&mut errors, status, before, name, policy);
-    }
+    let spec = part(old, "spec");
+    terminated_stays(&mut errors, status, before, "containerStatuses", |name, code| runs_again(spec, name, code));
+    terminated_stays(&mut errors, status, before, "ephemeralContainerStatuses", |_, _| false);
     for name in ["podIPs", "hostIPs"] {
         for (index, address) in list(status, &format!("/{name}")).iter().enumerate() {
             net::ip(&mut errors, &format!("status.{name}[{index}]"), field(address, "ip"));
@@ -185,21 +184,56 @@ pub(crate) fn pod_status_update(new: &Value, old: &Value) -> Vec<FieldError> {
 }
 
 /// A container that ended and may not be restarted stays ended.
-fn terminated_stays(errors: &mut Errors, status: &Value, before: &Value, name: &str, policy: &str) {
-    if policy == "Always" {
-        return;
-    }
-    for (index, old) in list(before, &format!("/{name}")).iter().enumerate() {
+fn terminated_stays(
+    errors: &mut Errors,
+    status: &Value,
+    before: &Value,
+    field_name: &str,
+    runs_again: impl Fn(&str, i64) -> bool,
+) {
+    for (index, old) in list(before, &format!("/{field_name}")).iter().enumerate() {
+        let name = field(old, "name");
         let Some(ended) = old.pointer("/state/terminated") else { continue };
-        if policy == "OnFailure" && integer(ended, "/exitCode").unwrap_or(0) != 0 {
+        if runs_again(name, integer(ended, "/exitCode").unwrap_or(0)) {
             continue;
         }
-        let same = |status: &&Value| field(status, "name") == field(old, "name");
-        let now = list(status, &format!("/{name}")).iter().find(same);
+        let same = |status: &&Value| field(status, "name") == name;
+        let now = list(status, &format!("/{field_name}")).iter().find(same);
         if now.is_some_and(|now| !is_set(part(now, "state"), "terminated")) {
-            let path = format!("status.{name}[{index}].state");
+            let path = format!("status.{field_name}[{index}].state");
             errors.forbidden(path, "may not be transitioned to non-terminated state");
         }
+    }
+}
+
+/// Whether a container that ended with `code` may run again: by the first of its rules that fits, by its own policy, or by
+/// its pod's. A rule that restarts all containers lets each of them run again, whatever its own policy says.
+fn runs_again(spec: &Value, name: &str, code: i64) -> bool {
+    fn rules(container: &Value) -> std::slice::Iter<'_, Value> {
+        list(container, "/restartPolicyRules").iter()
+    }
+    let containers = || list(spec, "/containers").iter();
+    let all = |container: &Value| rules(container).any(|rule| field(rule, "action") == "RestartAllContainers");
+    if containers().chain(list(spec, "/initContainers")).any(all) {
+        return true;
+    }
+    let container = containers().find(|container| field(container, "name") == name).unwrap_or(&Value::Null);
+    let own = field(container, "restartPolicy");
+    let fits = |rule: &&Value| {
+        let listed = list(rule, "/exitCodes/values").iter().any(|value| value.as_i64() == Some(code));
+        match field(part(rule, "exitCodes"), "operator") {
+            "In" => listed,
+            "NotIn" => !listed,
+            _ => false,
+        }
+    };
+    if !own.is_empty() && rules(container).find(fits).is_some_and(|rule| field(rule, "action") == "Restart") {
+        return true;
+    }
+    match if own.is_empty() { field(spec, "restartPolicy") } else { own } {
+        "Never" => false,
+        "OnFailure" => code != 0,
+        _ => true,
     }
 }
 

@@ -461,3 +461,38 @@ fn every_validator_takes_any_object() {
         }
     }
 }
+
+#[test]
+fn an_ended_container_is_shown_as_running_again_only_where_it_may() {
+    let allowed = |policy: &str, container: Value, code: i64| {
+        let with = |state: Value| {
+            let mut container = container.clone();
+            container["name"] = json!("c");
+            pod(|p| {
+                p["spec"]["restartPolicy"] = json!(policy);
+                p["spec"]["containers"] = json!([container]);
+                p["status"] = json!({"containerStatuses": [{"name": "c", "state": state}]});
+            })
+        };
+        let (old, new) = (with(json!({"terminated": {"exitCode": code}})), with(json!({"running": {}})));
+        let found = texts(&super::pod_status_update(&new, &old));
+        let refusal = "status.containerStatuses[0].state: Forbidden: may not be transitioned to non-terminated state";
+        assert!(found.is_empty() || found == [refusal], "{found:?}");
+        found.is_empty()
+    };
+    assert!(allowed("Always", json!({}), 0));
+    assert!(allowed("OnFailure", json!({}), 1));
+    assert!(!allowed("OnFailure", json!({}), 0));
+    assert!(!allowed("Never", json!({}), 1));
+    assert!(allowed("Never", json!({"restartPolicy": "Always"}), 0));
+    assert!(!allowed("Always", json!({"restartPolicy": "Never"}), 1));
+    let rule = |operator: &str, action: &str| {
+        let codes = json!({"operator": operator, "values": [42]});
+        json!({"restartPolicy": "Never", "restartPolicyRules": [{"action": action, "exitCodes": codes}]})
+    };
+    assert!(allowed("Never", rule("In", "Restart"), 42));
+    assert!(!allowed("Never", rule("In", "Restart"), 43));
+    assert!(allowed("Never", rule("NotIn", "Restart"), 43));
+    assert!(!allowed("Never", rule("NotIn", "Restart"), 42));
+    assert!(allowed("Never", rule("In", "RestartAllContainers"), 1), "others may have asked for it");
+}
