@@ -60,7 +60,7 @@ pub(crate) enum Source {
 }
 
 struct Known {
-    mailbox: mpsc::Sender<Event>,
+    mailbox: mpsc::Sender<Box<Event>>,
     /// As the source has it.
     desired: Arc<Pod>,
     /// With the resources that it has been given.
@@ -169,7 +169,7 @@ impl Pods {
     async fn send(&self, uid: &PodUid, event: Event) {
         if let Some(known) = self.known.get(uid) {
             // A closed mailbox means that the worker has just ended.
-            let _ = known.mailbox.send(event).await;
+            let _ = known.mailbox.send(Box::new(event)).await;
         }
     }
 
@@ -383,10 +383,7 @@ impl Pods {
         let shutdown = self.shutdown.clone();
         self.known.insert(uid.clone(), Known { mailbox, desired, pod, source, admitted, admitting: false });
         self.weights_stale = true;
-        self.workers.spawn(async move {
-            let forgotten = worker.run(shutdown).await;
-            (uid, forgotten)
-        });
+        self.workers.spawn(Box::new(worker).run(shutdown));
     }
 
     /// A source has told everything: what it has not told is gone; then the runtime is searched for what nobody knows.

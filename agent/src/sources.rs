@@ -80,10 +80,11 @@ pub(crate) async fn watch_api(
     }
 }
 
-/// The pod without the record of who wrote which field, which takes more memory than all the rest.
+/// The pod without the record of who wrote which field, which takes more memory than all the rest. The copy has what it
+/// needs: while a pod is read its lists grow by doubling, and stay as long as they grew.
 fn slim(mut pod: Pod) -> Pod {
     pod.metadata.managed_fields = None;
-    pod
+    pod.clone()
 }
 
 /// Reads a directory of manifests whenever something happens in it, until `shutdown`. A bad manifest is reported and left out.

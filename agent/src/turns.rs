@@ -9,7 +9,7 @@ use kube::client::Body;
 use tokio::sync::Semaphore;
 
 /// Requests under way at once.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 8;
 /// How long one that gets no answer counts among them.
 const LONGEST_TURN: Duration = Duration::from_secs(10);
 

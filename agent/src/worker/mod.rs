@@ -86,7 +86,8 @@ pub(crate) struct Worker {
     uid: PodUid,
     pod: Arc<Pod>,
     state: State,
-    mailbox: mpsc::Receiver<Event>,
+    /// Boxed, since a channel keeps room for 32 of what it carries.
+    mailbox: mpsc::Receiver<Box<Event>>,
     tasks: JoinSet<Ended>,
     cancels: BTreeMap<Key, CancellationToken>,
     tickets: Arc<AtomicU64>,
@@ -106,7 +107,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     /// A worker for a pod that a source has, or (with `gone`) that only the runtime has.
-    pub(crate) fn new(shared: Arc<Shared>, pod: Arc<Pod>, mailbox: mpsc::Receiver<Event>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, pod: Arc<Pod>, mailbox: mpsc::Receiver<Box<Event>>) -> Self {
         let uid = PodUid::from(spec::pod_uid(&pod));
         let last = pod.status.clone().unwrap_or_default();
         let now = Timestamp::now();
@@ -154,7 +155,12 @@ impl Worker {
     }
 
     /// Runs until the pod is forgotten (true) or `shutdown` (false), which leaves its containers alone.
-    pub(crate) async fn run(mut self, shutdown: CancellationToken) -> bool {
+    pub(crate) async fn run(mut self: Box<Self>, shutdown: CancellationToken) -> (PodUid, bool) {
+        let forgotten = self.work(&shutdown).await;
+        (self.uid.clone(), forgotten)
+    }
+
+    async fn work(&mut self, shutdown: &CancellationToken) -> bool {
         self.look();
         loop {
             let wake = self.advance();
@@ -163,7 +169,7 @@ impl Worker {
             tokio::select! {
                 () = shutdown.cancelled() => return false,
                 event = self.mailbox.recv() => match event {
-                    Some(event) => self.take(event),
+                    Some(event) => self.take(*event),
                     None => return false,
                 },
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
@@ -174,7 +180,7 @@ impl Worker {
                 () = sleep => {}
             }
             while let Ok(event) = self.mailbox.try_recv() {
-                self.take(event);
+                self.take(*event);
             }
             while let Some(Ok(ended)) = self.tasks.try_join_next() {
                 self.ended(ended);

@@ -92,7 +92,8 @@ impl Report {
         if status == *self.acknowledged {
             self.current = self.acknowledged.clone();
         } else if status != *self.current {
-            self.current = Arc::new(status);
+            // A copy has no room to grow, which would be kept as long as the pod.
+            self.current = Arc::new(status.clone());
         }
     }
 
