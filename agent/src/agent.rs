@@ -157,11 +157,13 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
         Arc::new(ApiAuthorizer::new(client.clone(), config.node_name.clone())),
     );
     let pods = Pods::new(shared.clone(), known_sources, token.clone());
-    let node = sync::NodeSync::new(shared.clone(), Identity { swap_bytes, ..identity });
+    let (node_told, node_news) = mpsc::channel(4);
+    let node = sync::NodeSync::new(shared.clone(), Identity { swap_bytes, ..identity }, node_news);
     tasks.spawn("pods", finished(pods.run(news_receiver, probe_receiver)));
     tasks.spawn("events", finished(event_sender.run(token.clone())));
     tasks.spawn("services", finished(service_watch.run(token.clone())));
     tasks.spawn("node status", finished(node.run(token.clone())));
+    tasks.spawn("node watch", finished(sync::watch(shared.clone(), node_told, token.clone())));
     tasks.spawn("node lease", finished(sync::keep_lease(shared.clone(), token.clone())));
     tasks.spawn("runtime events", finished(pleg::follow_events(shared.clone(), news.clone(), token.clone())));
     tasks.spawn("runtime relist", finished(pleg::relist(shared.clone(), news.clone(), token.clone())));

@@ -174,3 +174,36 @@ async fn a_pod_that_does_not_fit_fails_with_the_reason() {
     assert_eq!(pod["status"]["reason"], "OutOfcpu");
     assert!(node.runtime.calls().is_empty(), "nothing may be made for it");
 }
+
+/// Pods whose label the node has no more are refused as soon as the watch of the node has told so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_label_that_is_taken_from_the_node_admits_no_more_pods() {
+    // Its own reports, whose answers tell the node too, are far apart.
+    let node = Node::start_with(&["app:1"], |config| config.node_status_update_period = Duration::from_secs(300)).await;
+    let mut object = node.api.wait(NODE, "Ready", |node| condition(node, "Ready") == "True").await;
+    object["metadata"]["labels"]["pool"] = json!("a");
+    node.api.put(NODE, object.clone());
+    let choosy = |attempt: u32| {
+        let mut pod = plain();
+        pod["spec"]["nodeSelector"] = json!({"pool": "a"});
+        pod["metadata"]["uid"] = json!(format!("choosy-{attempt}"));
+        pod
+    };
+    node.create(choosy(0));
+    node.api.wait(POD, "Ready", ready).await;
+    object["metadata"]["labels"].as_object_mut().expect("labels").remove("pool");
+    node.api.put(NODE, object);
+    let refused = tokio::time::timeout(Duration::from_secs(20), async {
+        for attempt in 1.. {
+            node.api.delete_gracefully(POD, 1);
+            node.api.wait(POD, "gone", Value::is_null).await;
+            node.create(choosy(attempt));
+            let over = |pod: &Value| ready(pod) || pod["status"]["phase"] == "Failed";
+            let pod = node.api.wait(POD, "admitted or refused", over).await;
+            if pod["status"]["reason"] == "NodeAffinity" {
+                return;
+            }
+        }
+    });
+    assert!(refused.await.is_ok(), "the label still admits pods");
+}

@@ -1,4 +1,5 @@
-//! Keeps the node object true: registers it, reports its status on change and every few minutes, renews its lease.
+//! Keeps the node object true: registers it, reports its status on change and every few minutes, renews its lease; and takes
+//! in what others write to it, as the watch tells it.
 //!
 //! While the node is not Ready the runtime is asked often, so that Ready follows within a moment of the network's; after
 //! that now and then.
@@ -7,12 +8,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::{Node, NodeStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference};
 use kube::api::{Api, Patch, PatchParams, PostParams};
+use kube::runtime::watcher;
 use serde_json::json;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::status::{self, Health, Identity};
@@ -30,9 +34,13 @@ const LEASE_NAMESPACE: &str = "kube-node-lease";
 /// Images are listed again after this many calm rounds.
 const IMAGE_ROUNDS: u32 = 6;
 
+/// The node object as the API has it, or none when it is gone.
+pub(crate) type Told = Option<Box<Node>>;
+
 /// The keeper of the node object.
 pub(crate) struct NodeSync {
     shared: Arc<Shared>,
+    told: mpsc::Receiver<Told>,
     identity: Identity,
     sent: Option<(NodeStatus, tokio::time::Instant)>,
     pod_cidr: Option<String>,
@@ -46,9 +54,10 @@ pub(crate) struct NodeSync {
 }
 
 impl NodeSync {
-    pub(crate) fn new(shared: Arc<Shared>, identity: Identity) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, identity: Identity, told: mpsc::Receiver<Told>) -> Self {
         Self {
             shared,
+            told,
             identity,
             sent: None,
             pod_cidr: None,
@@ -95,13 +104,27 @@ impl NodeSync {
             } else {
                 Duration::from_secs(1)
             };
+            let shared = self.shared.clone();
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                () = self.shared.node_changed.notified() => {}
-                () = self.shared.storage.in_use_has_news() => {}
+                () = shared.node_changed.notified() => {}
+                () = shared.storage.in_use_has_news() => {}
                 () = tokio::time::sleep(pause) => {}
+                () = self.hear() => {}
             }
         }
+    }
+
+    /// Takes in what the watch tells, for as long as it is waited for. A node that somebody removed registers anew with the
+    /// next report.
+    async fn hear(&mut self) {
+        while let Some(told) = self.told.recv().await {
+            match told {
+                Some(node) => self.take_node(*node).await,
+                None => self.sent = None,
+            }
+        }
+        std::future::pending().await
     }
 
     async fn health(&mut self) -> Health {
@@ -160,7 +183,8 @@ impl NodeSync {
         let due = self.sent.as_ref().is_none_or(|(_, at)| at.elapsed() >= config.node_status_report_period);
         let news = last.is_none_or(|last| !status::same(last, &next));
         if !due && !news {
-            return self.follow_node().await;
+            self.tell_pod_cidr().await;
+            return Ok(());
         }
         let next = match self.sent {
             None => self.register(next, health).await?,
@@ -232,30 +256,70 @@ impl NodeSync {
         Ok(status::node_status(&self.fixed(&shared), health, last.as_ref(), now))
     }
 
-    /// Between reports: a node that waits for its pod addresses, or that is not Ready, is read again.
-    async fn follow_node(&mut self) -> Result<(), kube::Error> {
-        if self.pod_cidr.is_some() && self.was_ready == Some(true) && !self.rounds.is_multiple_of(IMAGE_ROUNDS) {
-            return Ok(());
+    async fn take_node(&mut self, mut node: Node) {
+        node.metadata.managed_fields = None;
+        let known = self.shared.node.load();
+        // The watch may tell what the answer to a later call has overtaken.
+        let overtaken = known.metadata.uid == node.metadata.uid && version(&node) < version(&known);
+        drop(known);
+        if overtaken {
+            return;
         }
-        let api: Api<Node> = Api::all(self.shared.client.clone());
-        let found = bounded(api.get_opt(&self.shared.config.node_name)).await?;
-        match found {
-            Some(node) => self.take_node(node).await,
-            None => self.sent = None,
-        }
-        Ok(())
-    }
-
-    async fn take_node(&mut self, node: Node) {
-        let cidr = node.spec.as_ref().and_then(|spec| spec.pod_cidr.clone()).filter(|cidr| !cidr.is_empty());
         self.shared.node.store(Arc::new(node));
         self.shared.node_told.notify_waiters();
+        self.tell_pod_cidr().await;
+    }
+
+    /// Tells the runtime the node's pod addresses, where it does not know them.
+    async fn tell_pod_cidr(&mut self) {
+        let node = self.shared.node.load_full();
+        let cidr = node.spec.as_ref().and_then(|spec| spec.pod_cidr.clone()).filter(|cidr| !cidr.is_empty());
         if let Some(cidr) = cidr.filter(|cidr| self.pod_cidr.as_ref() != Some(cidr)) {
             match self.shared.runtime.update_pod_cidr(cidr.clone()).await {
                 Ok(()) => self.pod_cidr = Some(cidr),
                 Err(error) if error.unimplemented() => self.pod_cidr = Some(cidr),
                 Err(error) => tracing::debug!(%error, "the runtime was not told of the pod addresses"),
             }
+        }
+    }
+}
+
+fn version(node: &Node) -> u64 {
+    node.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0)
+}
+
+/// Watches the node object until `shutdown`.
+pub(crate) async fn watch(shared: Arc<Shared>, told: mpsc::Sender<Told>, shutdown: CancellationToken) {
+    let config = watcher::Config::default().fields(&format!("metadata.name={}", shared.config.node_name));
+    let mut events = watcher(Api::<Node>::all(shared.client.clone()), config).boxed();
+    let mut delays = Delays::default();
+    let mut listed = false;
+    loop {
+        let event = tokio::select! {
+            () = shutdown.cancelled() => return,
+            event = events.next() => event,
+        };
+        let news = match event {
+            None => return,
+            Some(Err(error)) => {
+                tracing::debug!(%error, "the node cannot be watched");
+                delays.wait(&shutdown).await;
+                continue;
+            }
+            Some(Ok(watcher::Event::Init)) => {
+                listed = false;
+                continue;
+            }
+            Some(Ok(watcher::Event::InitApply(node) | watcher::Event::Apply(node))) => {
+                listed = true;
+                delays.reset();
+                Some(Box::new(node))
+            }
+            Some(Ok(watcher::Event::InitDone)) if listed => continue,
+            Some(Ok(watcher::Event::InitDone | watcher::Event::Delete(_))) => None,
+        };
+        if told.send(news).await.is_err() {
+            return;
         }
     }
 }
