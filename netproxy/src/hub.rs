@@ -266,6 +266,7 @@ impl Hub {
     async fn sync_nodes(&self, calls: &mut Calls) -> bool {
         let config = self.config.clone();
         let keeps_vxlan = calls.keeps_vxlan();
+        let mut answers = std::mem::take(&mut calls.answers);
         let own = self.nodes.get(config.node_name.as_str()).cloned();
         let others: BTreeMap<String, Node> = self
             .nodes
@@ -285,7 +286,7 @@ impl Hub {
             };
             let mut key = None;
             let mut peers = None;
-            match overlay::sync(this, &others) {
+            match overlay::sync(this, &others, &mut answers) {
                 Ok(synced) => {
                     (mtu, key) = (synced.mtu, synced.wireguard_key);
                     peers = Some((synced.secure, synced.called));
@@ -316,9 +317,10 @@ impl Hub {
                     }
                 }
             }
-            (complete, key, peers)
+            (complete, key, peers, answers)
         };
-        let Ok((complete, key, peers)) = tokio::task::spawn_blocking(work).await else { return false };
+        let Ok((complete, key, peers, answers)) = tokio::task::spawn_blocking(work).await else { return false };
+        calls.answers = answers;
         if let Some((secure, called)) = peers {
             calls.done(secure, called);
         }
@@ -368,6 +370,7 @@ struct Calls {
     called: usize,
     /// Until when VXLAN devices stay for the sake of others.
     vxlan_until: Option<Instant>,
+    answers: wireguard::Answers,
 }
 
 impl Calls {

@@ -11,15 +11,18 @@
 //! name, so nodes need not tell each other. Everything is compared with what is there, and only differences are written.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
+use std::time::Instant;
 
 use ipnet::IpNet;
 use oarlock_netlink::{Connection, Link, Mac, Neighbour, Protocol, Route, Vxlan, WireguardKey};
+use tracing::warn;
 
 use crate::config::Tunnel;
 use crate::node::{Node, ROUTE_PROTOCOL};
-use crate::wireguard::{self, Peer, WireguardError};
+use crate::wireguard::{self, Answers, Peer, WireguardError};
 
 pub const DEVICES: [&str; 2] = ["oar-vxlan4", "oar-vxlan6"];
 /// The network's number and the port, those that other cluster networks of this kind use.
@@ -136,7 +139,7 @@ pub struct Synced {
 }
 
 /// Makes our routes in the kernel the wanted ones. `own` is this node, by name.
-pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, WireguardError> {
+pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>, answers: &mut Answers) -> Result<Synced, WireguardError> {
     let mut connection = Connection::open(Protocol::Route)?;
     let ours = |link: &Link| crate::node::is_cluster_link(&link.name);
     let devices: Vec<u32> = connection.links()?.iter().filter(|link| ours(link)).map(|link| link.index).collect();
@@ -163,8 +166,9 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
     }
     synced.wireguard_key = device.as_ref().map(|device| device.key);
     let announced = own.node.and_then(|node| node.wireguard_key);
-    let answered = device.as_ref().filter(|device| announced == Some(device.key)).map(|device| &*device.answered);
-    let ways = plan(&foreign, &networks, own.tunnel, answered);
+    let device = device.filter(|device| announced == Some(device.key));
+    let answered = device.map(|device| answers.of(&device.handshakes, Instant::now()));
+    let ways = plan(&foreign, &networks, own.tunnel, answered.as_deref());
     synced.secure = ways.secure.iter().filter(|peer| peer.carries).count();
     synced.called = ways.secure.len() - synced.secure;
     let mut wanted = ways.direct;
@@ -182,6 +186,7 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
         let Some((device, mtu)) = ensure_device(&mut connection, name, own, is_ipv4, is_needed)? else {
             continue;
         };
+        take_from_anywhere(name);
         synced.mtu = if synced.mtu == 0 { mtu } else { synced.mtu.min(mtu) };
         synced.changed += add_entries(&mut connection, device, &tunnels)?;
         wanted.extend(tunnels.iter().map(|tunnel| {
@@ -196,6 +201,18 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>) -> Result<Synced, Wir
         synced.changed += remove_entries(&mut connection, device, &tunnels)?;
     }
     Ok(synced)
+}
+
+/// While two nodes change over from one tunnel to another, what comes by the old one would be answered by the new one. Hosts
+/// that take packets only from where they would answer to would drop it.
+fn take_from_anywhere(device: &str) {
+    const LOOSE: &str = "2";
+    let path = Path::new("/proc/sys/net/ipv4/conf").join(device).join("rp_filter");
+    if fs::read_to_string(&path).is_ok_and(|now| now.trim() == "1")
+        && let Err(error) = fs::write(&path, LOOSE)
+    {
+        warn!(device, error = &error as &dyn std::error::Error, "packets may be lost while tunnels change");
+    }
 }
 
 /// The peers, and the routes to their pods.
@@ -213,6 +230,7 @@ fn sync_wireguard(
     // What the node itself sends to pods there comes from an address that its peers take.
     let pods = own.node.map(|node| node.pod_cidrs.as_slice()).unwrap_or_default();
     let own_addresses: Vec<IpNet> = pods.iter().map(|net| IpNet::from(net.network())).collect();
+    take_from_anywhere(wireguard::DEVICE);
     let (device, mtu, changed) = wireguard::sync(connection, peers, &own_addresses, underlay_mtu)?;
     synced.changed += changed;
     if !peers.is_empty() {

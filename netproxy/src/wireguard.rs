@@ -1,10 +1,12 @@
 //! This node's WireGuard device: its key, which never leaves the machine, and its peers, which follow the nodes.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -19,6 +21,9 @@ pub const ANNOTATION: &str = "oarlock.io/wireguard-public-key";
 const PORT: u16 = 51_820;
 /// Makes the kernel call a new peer at once and again until it answers, and one that has come back soon.
 const KEEPALIVE_SECS: u16 = 25;
+/// A peer with whom no new keys were agreed on for so long does not answer any more: with packets on their way, which
+/// keepalives are too, the kernel does so every 120 s, and tries for some more.
+const SILENCE: Duration = Duration::from_secs(240);
 const OVERHEAD_IPV4_BYTES: u32 = 60;
 const OVERHEAD_IPV6_BYTES: u32 = 80;
 
@@ -79,8 +84,33 @@ fn private_key(path: &Path) -> io::Result<WireguardKey> {
 pub struct Device {
     /// This node's public key.
     pub key: WireguardKey,
-    /// The keys of the peers that have answered.
-    pub answered: Vec<WireguardKey>,
+    /// When keys were last agreed on with each of the peers that have answered.
+    pub handshakes: Vec<(WireguardKey, Duration)>,
+}
+
+/// Which peers answer. New keys are agreed on every two minutes or so as long as both ends hear each other.
+#[derive(Debug, Default)]
+pub struct Answers {
+    /// The last handshake of each peer, and when it was first seen here: the clock that it is told by may be set.
+    seen: HashMap<WireguardKey, (Duration, Instant)>,
+}
+
+impl Answers {
+    /// The peers that answer, given their last handshakes.
+    pub fn of(&mut self, handshakes: &[(WireguardKey, Duration)], now: Instant) -> Vec<WireguardKey> {
+        self.seen.retain(|key, _| handshakes.iter().any(|(one, _)| one == key));
+        let mut answering = Vec::new();
+        for (key, handshake) in handshakes {
+            let (last, since) = self.seen.entry(*key).or_insert((*handshake, now));
+            if last != handshake {
+                (*last, *since) = (*handshake, now);
+            }
+            if now.duration_since(*since) < SILENCE {
+                answering.push(*key);
+            }
+        }
+        answering
+    }
 }
 
 /// The device with the key of the file, made if need be. Nothing where the kernel has no WireGuard.
@@ -106,7 +136,7 @@ pub fn ensure(connection: &mut Connection, key_file: &Path) -> Result<Option<Dev
         wireguard.set_identity(link.index, &private, PORT)?;
         device = wireguard.device(link.index)?;
     }
-    Ok(device.key.map(|key| Device { key, answered: device.answered }))
+    Ok(device.key.map(|key| Device { key, handshakes: device.handshakes }))
 }
 
 /// Makes the device's peers these, its size that of the way there, and `address` its own; says its index, how large a packet
@@ -152,6 +182,20 @@ pub fn remove(connection: &mut Connection) -> oarlock_netlink::Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_peer_answers_while_its_handshakes_are_new_whatever_the_clock_says() {
+        let mut answers = Answers::default();
+        let (a, b, start) = ([1; 32], [2; 32], Instant::now());
+        let at = Duration::from_secs;
+        assert_eq!(answers.of(&[(a, at(1000)), (b, at(1000))], start), [a, b]);
+        let later = start + SILENCE / 2;
+        // The clock was set back for the handshake of the one, and the other has had none.
+        assert_eq!(answers.of(&[(a, at(5)), (b, at(1000))], later), [a, b]);
+        assert_eq!(answers.of(&[(a, at(5)), (b, at(1000))], start + SILENCE), [a]);
+        assert_eq!(answers.of(&[(a, at(5)), (b, at(9000))], start + SILENCE * 2), [b], "it answers again");
+        assert_eq!(answers.of(&[(a, at(5))], start + SILENCE * 2), Vec::<WireguardKey>::new());
+    }
 
     #[test]
     fn a_key_is_made_once_and_only_root_reads_it() {

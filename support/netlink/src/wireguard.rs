@@ -1,6 +1,7 @@
 //! WireGuard devices: keys, ports and peers, by generic netlink.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use ipnet::IpNet;
 
@@ -57,8 +58,9 @@ pub struct WireguardDevice {
     pub key: Option<Key>,
     pub port: u16,
     pub peers: Vec<WireguardPeer>,
-    /// Those of the peers with whom keys were agreed on since they were set.
-    pub answered: Vec<Key>,
+    /// Those of the peers with whom keys were agreed on since they were set, and when that was done last, by this machine's
+    /// clock since 1970.
+    pub handshakes: Vec<(Key, Duration)>,
 }
 
 impl Connection {
@@ -181,9 +183,9 @@ fn add_peers(device: &mut WireguardDevice, list: &[u8]) {
         let endpoint = attribute(value, PEER_ENDPOINT).and_then(read_socket);
         let networks = attributes(attribute(value, PEER_NETWORKS).unwrap_or_default());
         let networks: Vec<IpNet> = networks.filter_map(|(_, value)| read_network(value)).collect();
-        // The time of the last one: all zeros if there was none. Only the first part of a peer has it.
-        if attribute(value, PEER_LAST_HANDSHAKE).is_some_and(|time| time.iter().any(|byte| *byte != 0)) {
-            device.answered.push(key);
+        // Only the first part of a peer has it.
+        if let Some(time) = attribute(value, PEER_LAST_HANDSHAKE).and_then(read_time).filter(|time| !time.is_zero()) {
+            device.handshakes.push((key, time));
         }
         match device.peers.iter_mut().find(|peer| peer.key == key) {
             Some(known) => known.networks.extend(networks),
@@ -193,6 +195,13 @@ fn add_peers(device: &mut WireguardDevice, list: &[u8]) {
             }
         }
     }
+}
+
+/// Seconds and nanoseconds, each of 64 bits.
+fn read_time(bytes: &[u8]) -> Option<Duration> {
+    let seconds = u64::from_ne_bytes(*bytes.first_chunk()?);
+    let nanoseconds = u64::from_ne_bytes(*bytes.get(8..)?.first_chunk()?);
+    Some(Duration::new(seconds, u32::try_from(nanoseconds).ok().filter(|nanoseconds| *nanoseconds < 1_000_000_000)?))
 }
 
 fn read_network(value: &[u8]) -> Option<IpNet> {

@@ -62,6 +62,12 @@ fn cluster(tunnel: Tunnel, families: &[Family]) -> (Connection, Arc<FakeApi>, Ve
     (router, api, machines)
 }
 
+/// Whether packets may come by a tunnel that would not be answered by it, as they do while tunnels change.
+fn takes_from_anywhere(node: &str, device: &str) -> bool {
+    let path = format!("/proc/sys/net/ipv4/conf/{device}/rp_filter");
+    run_in(&netns(node), || std::fs::read_to_string(path).unwrap()).unwrap().trim() == "2"
+}
+
 /// None without a device; it may go between the two questions.
 fn wireguard_peers(node: &str) -> Option<usize> {
     run_in(&netns(node), || {
@@ -109,6 +115,9 @@ fn wireguard_is_used_where_both_kernels_have_it(families: &[Family]) {
     wait_for("peers to be called", TIMEOUT, || (counts() == both).then_some(()));
     for family in families.iter().copied() {
         [("a", "b"), ("b", "c")].iter().for_each(|(from, to)| reaches(from, family, to));
+    }
+    for device in vxlan_links("b").iter().map(String::as_str).chain(["oar-wg0"]) {
+        assert!(takes_from_anywhere("b", device), "{device}");
     }
     nft(&["flush chain inet router between"]);
     wait_for("WireGuard in the place of VXLAN", SWITCHING, || {

@@ -116,6 +116,8 @@ impl Machine {
         let (own, pod_netns) = (netns(name), netns(&format!("pod-{name}")));
         create_pinned(&own).unwrap();
         create_pinned(&pod_netns).unwrap();
+        // As some distributions have it.
+        run_in(&own, || std::fs::write("/proc/sys/net/ipv4/conf/default/rp_filter", "1").unwrap()).unwrap();
         let mut node = wire(router, &format!("to-{name}"), Some(&format!("seg{segment}")), &own);
         let eth0 = node.require_link("eth0").unwrap().index;
         let pods = bridge(&mut node, "oar0");
