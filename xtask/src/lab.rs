@@ -45,6 +45,7 @@ const CASES: &[&str] = &[
     "limits_are_enforced",
     "each_class_of_pods",
     "machines_stop_waits",
+    "swap_and_huge_pages",
     "oom_killed",
     "logs_in",
     "exec_piped",
@@ -287,7 +288,8 @@ pub(crate) fn equip(root: &Path, bin: &Path, name: &str, network: &str, script: 
 /// What the guest runs: each test program in turn.
 fn guest_script(tests: &[(String, PathBuf)]) -> String {
     let mut script = String::from(
-        "#!/bin/bash\nexec >/dev/ttyS0 2>&1\nexport OARLOCK_LAB=1 OARLOCK_BIN_DIR=/opt/oarlock KUBECTL=/usr/local/bin/kubectl HOME=/root\necho \"kernel $(uname -r), $(stat -fc %T /sys/fs/cgroup), up $(cut -d' ' -f1 /proc/uptime) s\"\n",
+        "#!/bin/bash\nexec >/dev/ttyS0 2>&1\nexport OARLOCK_LAB=1 OARLOCK_BIN_DIR=/opt/oarlock KUBECTL=/usr/local/bin/kubectl HOME=/root\necho \"kernel $(uname -r), $(stat -fc %T /sys/fs/cgroup), up $(cut -d' ' -f1 /proc/uptime) s\"\n\
+         fallocate -l 128M /swap && chmod 600 /swap && mkswap -q /swap && swapon /swap && echo 8 > /proc/sys/vm/nr_hugepages\n",
     );
     for (name, _) in tests {
         let filter = if name == "e2e" { CASES.join(" ") } else { String::new() };

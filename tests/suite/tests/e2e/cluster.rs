@@ -21,8 +21,9 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the cluster is told beside its directory.
 const CONFIG: &str = "loadBalancerPools: [192.0.2.128/29]\ncgroupDriver: auto\n";
-/// In the guest, whose login1 may be told: the machine waits for pods.
-const LAB_CONFIG: &str = "kubelet: {shutdownGracePeriod: 30s, shutdownGracePeriodCriticalPods: 10s}\n";
+/// In the guest, whose login1 may be told, the machine waits for pods; and pods share its swap.
+const LAB_CONFIG: &str = "kubelet: {shutdownGracePeriod: 30s, shutdownGracePeriodCriticalPods: 10s, failSwapOn: false, \
+    memorySwap: {swapBehavior: LimitedSwap}}\n";
 /// What that leaves in the configuration of login1.
 pub(crate) const LOGIN_DROP_IN: &str = "/etc/systemd/logind.conf.d/99-kubelet.conf";
 

@@ -14,6 +14,7 @@ pub(crate) const CASES: &[Case] = &[
     ("each_class_of_pods_has_its_cgroup", classes),
     ("a_container_beyond_its_memory_is_oom_killed", oom),
     ("the_machines_stop_waits_for_pods", shutdown_lock),
+    ("swap_and_huge_pages_are_bounded", swap_and_huge_pages),
 ];
 
 fn with_resources(manifest: &str, resources: &str) -> String {
@@ -133,6 +134,43 @@ fn shutdown_lock(_: &Cluster) {
     assert!(fs::read_to_string(LOGIN_DROP_IN).expect("the file").ends_with("InhibitDelayMaxSec=30\n"));
     let login = ["get-property", "org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"];
     assert_eq!(output("busctl", &[&login[..], &["InhibitDelayMaxUSec"]].concat()).trim(), "t 30000000");
+}
+
+/// Swap is shared out by what burstable containers request of the node's memory; huge pages are bounded and mounted.
+fn swap_and_huge_pages(cluster: &Cluster) {
+    if !is_lab() {
+        println!("not run: this machine's swap and huge pages are not to be configured by tests");
+        return;
+    }
+    let node = cluster.get("nodes");
+    let node = &node["items"][0]["status"];
+    let swap = node["nodeInfo"]["swap"]["capacity"].as_u64().expect("the node's swap");
+    let memory = node["capacity"]["memory"].as_str().and_then(|text| text.strip_suffix("Ki")).expect("kibibytes");
+    let memory = memory.parse::<u64>().expect("a number") << 10;
+    assert_eq!(node["allocatable"]["hugepages-2Mi"], "16Mi");
+    let huge = "  volumes: [{name: huge, emptyDir: {medium: HugePages}}]\n";
+    let mount = "{limits: {hugepages-2Mi: 4Mi, memory: 96Mi}, requests: {memory: 64Mi, cpu: 10m}}, \
+        volumeMounts: [{name: huge, mountPath: /huge}]";
+    cluster.apply(&(with_resources(&pod("swaps", &["/bin/sleep"]), mount) + huge));
+    cluster.apply(&with_resources(&pod("stays", &["/bin/sleep"]), "{limits: {memory: 32Mi, cpu: 50m}}"));
+    cluster.kubectl("wait --for=condition=Ready pod/swaps pod/stays --timeout=60s");
+    let group = |name: &str| {
+        let object = cluster.get(&format!("pod {name}"));
+        let uid = object["metadata"]["uid"].as_str().expect("uid");
+        let id = object["status"]["containerStatuses"][0]["containerID"].as_str().expect("id");
+        container_group(Path::new("/sys/fs/cgroup"), uid, id.rsplit('/').next().expect("an id"))
+    };
+    let container = group("swaps");
+    let share = (u128::from(64_u64 << 20) * u128::from(swap) / u128::from(memory)) as u64;
+    let bound: u64 = read(&container, "memory.swap.max").parse().expect("a bound");
+    assert!(share > 0 && share.abs_diff(bound) <= 4096, "{bound} of {swap} bytes of swap, not {share}");
+    assert_eq!(read(&group("stays"), "memory.swap.max"), "0", "guaranteed pods do not swap");
+    assert_eq!(read(&container, "hugetlb.2MB.max"), (4 << 20).to_string());
+    let process = read(&container, "cgroup.procs");
+    let mounts = read(&Path::new("/proc").join(process), "mountinfo");
+    let mount = mounts.lines().find(|line| line.contains(" /huge ")).expect("the mount");
+    assert!(mount.contains("hugetlbfs") && mount.contains("pagesize=2M"), "{mount}");
+    cluster.kubectl("delete pod swaps stays --timeout=60s");
 }
 
 fn oom(cluster: &Cluster) {
