@@ -23,12 +23,14 @@ ip link set lo up
 echo ready
 read end || true'"#;
 
-/// Runs a command as a process of the machine.
-const ENTER: &str = r#"if [ -e /sys/fs/cgroup/machine ]; then groups=/sys/fs/cgroup/machine; else groups="/sys/fs/cgroup/*"; fi
-for group in $groups; do
-  if [ -e "$group/cgroup.procs" ]; then echo $$ > "$group/cgroup.procs" || exit 99; fi
+/// Runs a command as a process of the machine. It joins the machine's groups first: from inside their namespace, systems that
+/// delegate by namespaces let nobody in.
+const ENTER: &str = r#"for group in $MACHINE_GROUPS; do
+  if [ -e "$group/machine" ]; then group="$group/machine"; fi
+  echo $$ > "$group/cgroup.procs" || exit 99
 done
-exec "$@""#;
+unset MACHINE_GROUPS
+exec nsenter "$@""#;
 
 fn run(program: &str, line: &str) {
     let output = Command::new(program).args(line.split(' ')).output().expect("run");
@@ -51,6 +53,10 @@ fn groups(name: &str) -> Vec<PathBuf> {
     }
     let all = std::fs::read_dir(top).expect("cgroups").flatten().map(|entry| entry.path());
     all.filter(|path| path.join("cgroup.procs").exists()).map(|path| path.join(&group)).collect()
+}
+
+fn listed(groups: &[PathBuf]) -> String {
+    groups.iter().map(|group| group.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
 }
 
 fn make_groups(groups: &[PathBuf]) {
@@ -136,10 +142,9 @@ impl Machine {
         let directory = tempfile::Builder::new().prefix("oarlock-node-").tempdir().expect("tempdir");
         let groups = groups(name);
         make_groups(&groups);
-        let listed: Vec<String> = groups.iter().map(|group| group.to_string_lossy().into_owned()).collect();
         let mut holder = Command::new("sh")
             .args(["-c", BOOT])
-            .env("MACHINE_GROUPS", listed.join(" "))
+            .env("MACHINE_GROUPS", listed(&groups))
             .env("DATA", directory.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -180,9 +185,10 @@ impl Machine {
 
     /// A command that runs on the machine.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
+        let mut command = Command::new("sh");
         let pid = self.holder.id().to_string();
-        command.args(["--target", &pid, "--net", "--mount", "--cgroup", "sh", "-c", ENTER, "sh"]);
+        command.args(["-c", ENTER, "sh", "--target", &pid, "--net", "--mount", "--cgroup", "--"]);
+        command.env("MACHINE_GROUPS", listed(&self.groups));
         command.arg(program).env("HOME", self.directory.path()).env_remove("KUBECONFIG").stdin(Stdio::null());
         command
     }
