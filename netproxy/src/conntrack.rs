@@ -3,7 +3,8 @@
 //! A UDP client that goes on sending keeps its flow, and so its old endpoint, for ever. After every change that concerns
 //! such protocols all their flows are compared with what is right now: level-based, so nothing has to be remembered.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::time::Instant;
 
 use ipnet::IpNet;
 use oarlock_netlink::conntrack::Flow;
@@ -27,8 +28,8 @@ pub struct Scope {
 }
 
 /// Frontends that went away since flows were last looked through. This is what finds flows to addresses that other
-/// balancers gave; those in networks of ours are found without it.
-pub type Retired = HashSet<ElementKey>;
+/// balancers gave; those in networks of ours are found without it. With each, when it went.
+pub type Retired = HashMap<ElementKey, Instant>;
 
 /// Whether a flow goes somewhere that the ledger does not lead to (any more).
 pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired) -> bool {
@@ -51,8 +52,8 @@ pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired) 
         return !leads(by_port(Map::NodePorts)) && !leads(by_port(Map::LocalNodePorts));
     }
     let was_frontend = || {
-        retired.contains(&by_address(Map::Services))
-            || retired.contains(&by_port(Map::NodePorts))
+        retired.contains_key(&by_address(Map::Services))
+            || retired.contains_key(&by_port(Map::NodePorts))
             || scope.external.iter().any(|net| net.contains(&wanted.ip()))
     };
     if actual != wanted && was_frontend() {

@@ -368,6 +368,7 @@ struct Calls {
     next: Option<Instant>,
     delay: Duration,
     called: usize,
+    secure: usize,
     /// Until when VXLAN devices stay for the sake of others.
     vxlan_until: Option<Instant>,
     answers: wireguard::Answers,
@@ -390,7 +391,10 @@ impl Calls {
             info!(secure, called, "nodes answer through WireGuard");
             self.vxlan_until = Some(now + VXLAN_REST);
         }
-        self.called = called;
+        if called > self.called && secure < self.secure {
+            warn!(secure, called, "nodes do not answer through WireGuard any more: VXLAN takes over, in plain sight");
+        }
+        (self.called, self.secure) = (called, secure);
         self.vxlan_until = self.vxlan_until.filter(|until| now < *until);
         self.delay = (self.delay * 2).clamp(FIRST_CALL_CHECK, LAST_CALL_CHECK);
         self.next = if called > 0 { Some(now + self.delay) } else { self.vxlan_until };

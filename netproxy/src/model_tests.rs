@@ -328,7 +328,8 @@ fn udp_flows_to_endpoints_and_services_that_are_gone_are_stale() {
         node_ports: (30_000, 32_767),
         external: vec!["192.0.2.0/28".parse().unwrap()],
     };
-    let retired = [element::ElementKey::by_address(Map::Services, [198, 51, 100, 9].into(), Protocol::UDP, 53)].into();
+    let key = element::ElementKey::by_address(Map::Services, [198, 51, 100, 9].into(), Protocol::UDP, 53);
+    let retired = [(key, Instant::now())].into();
     let stale = |wanted: &str, actual: &str| {
         let client: SocketAddr = "10.42.0.99:1000".parse().unwrap();
         let tuple = |source, destination| Tuple { protocol: Protocol::UDP.0, source, destination };

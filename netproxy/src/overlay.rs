@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 use oarlock_netlink::{Connection, Link, Mac, Neighbour, Protocol, Route, Vxlan, WireguardKey};
@@ -167,7 +167,8 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>, answers: &mut Answers
     synced.wireguard_key = device.as_ref().map(|device| device.key);
     let announced = own.node.and_then(|node| node.wireguard_key);
     let device = device.filter(|device| announced == Some(device.key));
-    let answered = device.map(|device| answers.of(&device.handshakes, Instant::now()));
+    let clock = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let answered = device.map(|device| answers.of(&device.handshakes, Instant::now(), clock));
     let ways = plan(&foreign, &networks, own.tunnel, answered.as_deref());
     synced.secure = ways.secure.iter().filter(|peer| peer.carries).count();
     synced.called = ways.secure.len() - synced.secure;
@@ -207,10 +208,12 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>, answers: &mut Answers
 /// that take packets only from where they would answer to would drop it.
 fn take_from_anywhere(device: &str) {
     const LOOSE: &str = "2";
-    let path = Path::new("/proc/sys/net/ipv4/conf").join(device).join("rp_filter");
-    if fs::read_to_string(&path).is_ok_and(|now| now.trim() == "1")
-        && let Err(error) = fs::write(&path, LOOSE)
-    {
+    let settings = Path::new("/proc/sys/net/ipv4/conf");
+    let path = settings.join(device).join("rp_filter");
+    // The larger of the device's and of the one for all holds.
+    let of = |path: &Path| fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u8>().ok());
+    let is_strict = of(&path).max(of(&settings.join("all/rp_filter"))) == Some(1);
+    if is_strict && let Err(error) = fs::write(&path, LOOSE) {
         warn!(device, error = &error as &dyn std::error::Error, "packets may be lost while tunnels change");
     }
 }

@@ -91,17 +91,19 @@ pub struct Device {
 /// Which peers answer. New keys are agreed on every two minutes or so as long as both ends hear each other.
 #[derive(Debug, Default)]
 pub struct Answers {
-    /// The last handshake of each peer, and when it was first seen here: the clock that it is told by may be set.
+    /// The last handshake of each peer, and when it was first seen here: the clock that it is told by may be set. Only of one
+    /// that is older than this program the clock has to say how old it is.
     seen: HashMap<WireguardKey, (Duration, Instant)>,
 }
 
 impl Answers {
     /// The peers that answer, given their last handshakes.
-    pub fn of(&mut self, handshakes: &[(WireguardKey, Duration)], now: Instant) -> Vec<WireguardKey> {
+    pub fn of(&mut self, handshakes: &[(WireguardKey, Duration)], now: Instant, clock: Duration) -> Vec<WireguardKey> {
         self.seen.retain(|key, _| handshakes.iter().any(|(one, _)| one == key));
         let mut answering = Vec::new();
         for (key, handshake) in handshakes {
-            let (last, since) = self.seen.entry(*key).or_insert((*handshake, now));
+            let age = clock.checked_sub(*handshake).unwrap_or_default().min(SILENCE);
+            let (last, since) = self.seen.entry(*key).or_insert((*handshake, now.checked_sub(age).unwrap_or(now)));
             if last != handshake {
                 (*last, *since) = (*handshake, now);
             }
@@ -186,15 +188,20 @@ mod tests {
     #[test]
     fn a_peer_answers_while_its_handshakes_are_new_whatever_the_clock_says() {
         let mut answers = Answers::default();
-        let (a, b, start) = ([1; 32], [2; 32], Instant::now());
+        let (a, b, start) = ([1; 32], [2; 32], Instant::now() + SILENCE);
         let at = Duration::from_secs;
-        assert_eq!(answers.of(&[(a, at(1000)), (b, at(1000))], start), [a, b]);
+        let clock = at(1000);
+        assert_eq!(answers.of(&[(a, at(1000)), (b, at(1000))], start, clock), [a, b]);
         let later = start + SILENCE / 2;
         // The clock was set back for the handshake of the one, and the other has had none.
-        assert_eq!(answers.of(&[(a, at(5)), (b, at(1000))], later), [a, b]);
-        assert_eq!(answers.of(&[(a, at(5)), (b, at(1000))], start + SILENCE), [a]);
-        assert_eq!(answers.of(&[(a, at(5)), (b, at(9000))], start + SILENCE * 2), [b], "it answers again");
-        assert_eq!(answers.of(&[(a, at(5))], start + SILENCE * 2), Vec::<WireguardKey>::new());
+        assert_eq!(answers.of(&[(a, at(5)), (b, at(1000))], later, clock), [a, b]);
+        assert_eq!(answers.of(&[(a, at(5)), (b, at(1000))], start + SILENCE, clock), [a]);
+        assert_eq!(answers.of(&[(a, at(5)), (b, at(9000))], start + SILENCE * 2, clock), [b], "it answers again");
+        assert_eq!(answers.of(&[(a, at(5))], start + SILENCE * 2, clock), Vec::<WireguardKey>::new());
+        let fresh = |handshake| Answers::default().of(&[(a, handshake)], start, at(9000));
+        assert_eq!(fresh(at(5000)), Vec::<WireguardKey>::new(), "silent since before this program was started");
+        assert_eq!(fresh(at(8990)), [a]);
+        assert_eq!(fresh(at(9999)), [a], "the clock was set back since");
     }
 
     #[test]

@@ -1,6 +1,5 @@
 //! The thread that owns nftables: jobs in, transactions out, for each address family its own table.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -62,7 +61,7 @@ impl<K: Kernel> Family<K> {
             failed: false,
             bindings: Look::default(),
             flows: Look::default(),
-            retired: HashSet::new(),
+            retired: conntrack::Retired::new(),
         }
     }
 }
@@ -85,11 +84,10 @@ impl Look {
         self.owed || self.last.is_some_and(|last| last <= now)
     }
 
-    /// After a look begun at `now`; says whether it was the last one.
-    fn done(&mut self, now: Instant) -> bool {
+    /// After a look begun at `now`.
+    fn done(&mut self, now: Instant) {
         self.owed = false;
         self.last = self.last.filter(|last| *last > now);
-        self.last.is_none()
     }
 }
 
@@ -113,7 +111,7 @@ pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jo
         let mut committed = false;
         for family in families.iter_mut().filter(|family| apply || family.failed) {
             committed = true;
-            commit(family, status);
+            commit(family, Instant::now(), status);
         }
         if committed && families.iter().all(|family| !family.failed) {
             note_commit(&families, status, started.elapsed());
@@ -147,12 +145,11 @@ fn stage<K: Kernel>(families: &mut [Family<K>], (service, by_family): &Planned) 
     }
 }
 
-fn commit<K: Kernel>(family: &mut Family<K>, status: &Status) {
+fn commit<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
     match family.proxier.commit() {
         Ok(committed) => {
             family.failed = false;
-            family.retired.extend(committed.retired.iter().copied());
-            let now = Instant::now();
+            family.retired.extend(committed.retired.iter().map(|key| (*key, now)));
             if committed.connectionless_changed {
                 family.flows.changed(now);
             }
@@ -205,9 +202,8 @@ fn run_audit<K: Kernel>(proxier: &mut Proxier<K>, status: &Status) {
 fn forget_flows<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
     match (family.forget_flows)(family.proxier.ledger(), &family.retired) {
         Ok(count) => {
-            if family.flows.done(now) {
-                family.retired = HashSet::new();
-            }
+            family.flows.done(now);
+            family.retired.retain(|_, since| now.saturating_duration_since(*since) < IN_FLIGHT);
             status.flows_removed.fetch_add(count as u64, Ordering::Relaxed);
             if count > 0 {
                 debug!(flows = count, "stale flows forgotten");
@@ -291,12 +287,12 @@ mod tests {
         let proxier = Proxier::new(Fake::new(), settings(), Vec::new);
         let mut families = vec![Family::with(proxier, forget)];
         let status = Status::default();
+        let now = Instant::now();
         for endpoints in [&[gone, stays][..], &[stays]] {
             stage(&mut families, &affine(endpoints));
-            commit(&mut families[0], &status);
+            commit(&mut families[0], now, &status);
         }
         let family = &mut families[0];
-        let now = Instant::now();
         looks.lock().unwrap().1 = Err(oarlock_netlink::NetlinkError::Malformed { operation: "list flows" });
         look(family, now, &status);
         look(family, now, &status);

@@ -247,6 +247,13 @@ pub(crate) fn same(a: &NodeStatus, b: &NodeStatus) -> bool {
     still(a) == still(b)
 }
 
+/// Whether some condition of the node is not as it was sent: of a node that was cut off others say that it is unknown.
+pub(crate) fn is_overwritten(sent: &NodeStatus, node: &Node) -> bool {
+    let found = || node.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    let stands = |sent: &NodeCondition| found().any(|one| one.type_ == sent.type_ && one.status == sent.status);
+    !sent.conditions.iter().flatten().all(stands)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -34,8 +34,12 @@ const LEASE_NAMESPACE: &str = "kube-node-lease";
 /// Images are listed again after this many calm rounds.
 const IMAGE_ROUNDS: u32 = 6;
 
-/// The node object as the API has it, or none when it is gone.
-pub(crate) type Told = Option<Box<Node>>;
+/// What the watch of the node tells.
+pub(crate) enum Told {
+    Node(Box<Node>),
+    /// The node of this UID is gone; without one, whichever was told last.
+    Gone(Option<String>),
+}
 
 /// The keeper of the node object.
 pub(crate) struct NodeSync {
@@ -43,6 +47,8 @@ pub(crate) struct NodeSync {
     told: mpsc::Receiver<Told>,
     identity: Identity,
     sent: Option<(NodeStatus, tokio::time::Instant)>,
+    /// Somebody has written other conditions than ours.
+    overwritten: bool,
     pod_cidr: Option<String>,
     rounds: u32,
     images: Vec<k8s_openapi::api::core::v1::ContainerImage>,
@@ -60,6 +66,7 @@ impl NodeSync {
             told,
             identity,
             sent: None,
+            overwritten: false,
             pod_cidr: None,
             rounds: 0,
             images: Vec::new(),
@@ -115,13 +122,24 @@ impl NodeSync {
         }
     }
 
-    /// Takes in what the watch tells, for as long as it is waited for. A node that somebody removed registers anew with the
-    /// next report.
+    /// Takes in what the watch tells, until there is cause to report. A node that somebody removed registers anew with the
+    /// next report; one that others called unreachable says otherwise at once.
     async fn hear(&mut self) {
         while let Some(told) = self.told.recv().await {
             match told {
-                Some(node) => self.take_node(*node).await,
-                None => self.sent = None,
+                Told::Node(node) => {
+                    let sent = self.sent.as_ref().map(|(status, _)| status);
+                    self.overwritten = sent.is_some_and(|sent| status::is_overwritten(sent, &node));
+                    self.take_node(*node).await;
+                    if self.overwritten {
+                        return;
+                    }
+                }
+                Told::Gone(uid) => {
+                    if uid.is_none() || uid == self.shared.node.load().metadata.uid {
+                        self.sent = None;
+                    }
+                }
             }
         }
         std::future::pending().await
@@ -179,8 +197,12 @@ impl NodeSync {
         let config = &shared.config;
         let last = self.sent.as_ref().map(|(status, _)| status);
         let now = Timestamp::now();
-        let next = status::node_status(&self.fixed(&shared), health, last, now);
-        let due = self.sent.as_ref().is_none_or(|(_, at)| at.elapsed() >= config.node_status_report_period);
+        let node = shared.node.load();
+        // Transitions are from what the API has.
+        let before = last.map(|sent| if self.overwritten { node.status.as_ref().unwrap_or(sent) } else { sent });
+        let next = status::node_status(&self.fixed(&shared), health, before, now);
+        let late = |(_, at): &(NodeStatus, tokio::time::Instant)| at.elapsed() >= config.node_status_report_period;
+        let due = self.overwritten || self.sent.as_ref().is_none_or(late);
         let news = last.is_none_or(|last| !status::same(last, &next));
         if !due && !news {
             self.tell_pod_cidr().await;
@@ -203,6 +225,7 @@ impl NodeSync {
             Err(error) => return Err(error),
         }
         self.tell_changes(health);
+        self.overwritten = false;
         self.sent = Some((next, tokio::time::Instant::now()));
         Ok(())
     }
@@ -258,13 +281,6 @@ impl NodeSync {
 
     async fn take_node(&mut self, mut node: Node) {
         node.metadata.managed_fields = None;
-        let known = self.shared.node.load();
-        // The watch may tell what the answer to a later call has overtaken.
-        let overtaken = known.metadata.uid == node.metadata.uid && version(&node) < version(&known);
-        drop(known);
-        if overtaken {
-            return;
-        }
         self.shared.node.store(Arc::new(node));
         self.shared.node_told.notify_waiters();
         self.tell_pod_cidr().await;
@@ -284,16 +300,13 @@ impl NodeSync {
     }
 }
 
-fn version(node: &Node) -> u64 {
-    node.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0)
-}
-
 /// Watches the node object until `shutdown`.
 pub(crate) async fn watch(shared: Arc<Shared>, told: mpsc::Sender<Told>, shutdown: CancellationToken) {
     let config = watcher::Config::default().fields(&format!("metadata.name={}", shared.config.node_name));
     let mut events = watcher(Api::<Node>::all(shared.client.clone()), config).boxed();
     let mut delays = Delays::default();
-    let mut listed = false;
+    // The list before the node is registered is empty.
+    let (mut known, mut listed) = (false, false);
     loop {
         let event = tokio::select! {
             () = shutdown.cancelled() => return,
@@ -311,12 +324,13 @@ pub(crate) async fn watch(shared: Arc<Shared>, told: mpsc::Sender<Told>, shutdow
                 continue;
             }
             Some(Ok(watcher::Event::InitApply(node) | watcher::Event::Apply(node))) => {
-                listed = true;
+                (known, listed) = (true, true);
                 delays.reset();
-                Some(Box::new(node))
+                Told::Node(Box::new(node))
             }
-            Some(Ok(watcher::Event::InitDone)) if listed => continue,
-            Some(Ok(watcher::Event::InitDone | watcher::Event::Delete(_))) => None,
+            Some(Ok(watcher::Event::InitDone)) if listed || !known => continue,
+            Some(Ok(watcher::Event::InitDone)) => Told::Gone(None),
+            Some(Ok(watcher::Event::Delete(node))) => Told::Gone(node.metadata.uid),
         };
         if told.send(news).await.is_err() {
             return;

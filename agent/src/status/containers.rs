@@ -98,11 +98,13 @@ impl Containers<'_> {
             Role::Init if record.exit_code == 0 => false,
             _ => self.state.runs_again(container, record.exit_code, record.restart_count),
         };
-        let makes_way = self.makes_way(container, record);
-        // One that starts waits no more.
-        let starts = self.state.starting(&container.name);
-        if !again || (starts && !makes_way) || self.state.end.is_some() {
+        if !again || self.state.end.is_some() {
             return None;
+        }
+        let made = self.makes_way(container, record).then(|| ("ContainerCreating".to_owned(), String::new()));
+        // One that starts waits no more.
+        if self.state.starting(&container.name) {
+            return made;
         }
         if self.state.restart_at(record).is_some_and(|at| at > self.facts.now) {
             if let Some(error) = self.start_error_shown(container, record) {
@@ -118,7 +120,7 @@ impl Containers<'_> {
             return Some(("CrashLoopBackOff".to_owned(), message));
         }
         let trouble = self.image_trouble(container).or_else(|| self.state.start_errors.get(&container.name).cloned());
-        trouble.or_else(|| makes_way.then(|| ("ContainerCreating".to_owned(), String::new())))
+        trouble.or(made)
     }
 
     /// Whether an ended container was ended for its new definition although its policy lets it run only once. It is not

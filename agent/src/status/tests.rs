@@ -230,6 +230,12 @@ fn a_container_that_makes_way_waits_for_its_successor_whatever_its_policy() {
     state.begin(&kill, at(20));
     let sandboxes = state.observed.clone().unwrap().sandboxes;
     let ended = record("a", RunState::Exited, 143);
+    state.observe(9, Observed { sandboxes: sandboxes.clone(), containers: vec![ended.clone()] });
+    state.finish(&Key::Container("a".to_owned()), Outcome::Done, 9, at(20));
+    let shown = |state: &State| waiting(&status_at(&pod, state, &before, 21)).0;
+    assert_eq!(shown(&state), "ContainerCreating");
+    state.begin(&Action::StartContainer { name: "a".to_owned(), restart_count: 3 }, at(20));
+    assert_eq!(shown(&state), "ContainerCreating", "while it starts");
     let made = Container { id: "id-b".into(), restart_count: 3, ..record("a", RunState::Created, 0) };
     for (ticket, containers) in [vec![ended.clone()], vec![ended, made]].into_iter().enumerate() {
         state.observe(10 + ticket as u64, Observed { sandboxes: sandboxes.clone(), containers });

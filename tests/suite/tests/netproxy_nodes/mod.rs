@@ -116,8 +116,10 @@ impl Machine {
         let (own, pod_netns) = (netns(name), netns(&format!("pod-{name}")));
         create_pinned(&own).unwrap();
         create_pinned(&pod_netns).unwrap();
-        // As some distributions have it.
-        run_in(&own, || std::fs::write("/proc/sys/net/ipv4/conf/default/rp_filter", "1").unwrap()).unwrap();
+        // As some distributions have it, and some administrators.
+        let strict = if name == "b" { "all" } else { "default" };
+        let path = format!("/proc/sys/net/ipv4/conf/{strict}/rp_filter");
+        run_in(&own, || std::fs::write(path, "1").unwrap()).unwrap();
         let mut node = wire(router, &format!("to-{name}"), Some(&format!("seg{segment}")), &own);
         let eth0 = node.require_link("eth0").unwrap().index;
         let pods = bridge(&mut node, "oar0");
