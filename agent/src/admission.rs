@@ -14,14 +14,16 @@ use crate::{shutdown, spec};
 pub(crate) const NODE_AFFINITY: &str = "NodeAffinity";
 
 /// Why a pod may not run here: reason and message of its Failed status.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Refusal {
     pub reason: String,
     pub message: String,
+    /// What there is too little of, and how much, in thousandths. Empty when something else is in the way.
+    pub lacking: Amounts,
 }
 
 fn refusal(reason: &str, message: impl Into<String>) -> Refusal {
-    Refusal { reason: reason.to_owned(), message: message.into() }
+    Refusal { reason: reason.to_owned(), message: message.into(), lacking: Amounts::new() }
 }
 
 /// The node that a pod wants to run on.
@@ -90,6 +92,7 @@ pub(crate) fn resources_free(pod: &Pod, capacity: &Capacity, others: &[&Pod]) ->
     used.insert("pods".to_owned(), i64::try_from(others.len()).unwrap_or(i64::MAX).saturating_mul(1000));
     let mut wanted = pod_requests(pod);
     wanted.insert("pods".to_owned(), 1000);
+    let mut first: Option<Refusal> = None;
     for (name, amount) in wanted {
         let Some(total) = capacity.allocatable.get(&name).copied() else {
             // Resources that the node does not count itself are the scheduler's to check.
@@ -104,10 +107,11 @@ pub(crate) fn resources_free(pod: &Pod, capacity: &Capacity, others: &[&Pod]) ->
                 taken / unit,
                 total / unit
             );
-            return Err(refusal(&format!("OutOf{name}"), message));
+            let refused = first.get_or_insert_with(|| refusal(&format!("OutOf{name}"), message));
+            refused.lacking.insert(name, taken.saturating_add(amount) - total);
         }
     }
-    Ok(())
+    first.map_or(Ok(()), Err)
 }
 
 /// Address, protocol and port of each host port.

@@ -30,6 +30,7 @@ mod objects;
 mod plan;
 mod pleg;
 mod pods;
+mod preemption;
 mod pull_credentials;
 mod recorder;
 mod reserved;

@@ -18,14 +18,19 @@ use tokio_util::sync::CancellationToken;
 use crate::admission::{self, Refusal};
 use crate::cri::{Found, found_pods};
 use crate::model::PodUid;
+use crate::preemption;
+use crate::recorder::Level;
 use crate::resize::{self, Pending};
-use crate::shared::{PodEntry, Shared};
-use crate::spec::resources::{Qos, pod_requests, qos_of};
+use crate::shared::{PodEntry, PodTable, Shared};
+use crate::spec::resources::{Amounts, Qos, pod_requests, qos_of};
 use crate::spec::{self, names};
 use crate::worker::{self, Event, Worker, unknown_pod};
 
 /// How long a pod whose node's labels do not fit may hold up others.
 const NODE_CALL: Duration = Duration::from_secs(2);
+
+/// How long a pod that makes room may take beyond its grace, at the least.
+const LEAST_OVERTIME: Duration = Duration::from_secs(10);
 
 /// What the sources and the runtime tell.
 #[derive(Debug)]
@@ -249,13 +254,18 @@ impl Pods {
         }
         // Taken up before the agent last started: judged then.
         let acknowledged = pod.status.as_ref().is_some_and(|status| status.start_time.is_some());
-        let judged =
+        let mut judged =
             if acknowledged || pod.metadata.deletion_timestamp.is_some() { Ok(()) } else { self.judge(&pod).await };
+        let mut leaving = Vec::new();
+        if let Some(found) = judged.as_ref().err().and_then(|refusal| self.room_for(&pod, &refusal.lacking)) {
+            (judged, leaving) = (Ok(()), found);
+        }
         let admitted = judged.is_ok() && !terminal(&pod);
         let asks = admitted && !acknowledged && self.shared.assignments.concerns(&pod);
         self.start_worker(uid.clone(), pod.clone(), Some(source), admitted);
-        if asks {
-            self.begin_admission(uid.clone(), pod);
+        let limit = self.preempt(&leaving).await;
+        if asks || !leaving.is_empty() {
+            self.begin_admission(uid.clone(), pod, asks, leaving, limit);
         }
         self.allocate(&uid).await;
         if let Err(refusal) = judged {
@@ -288,15 +298,48 @@ impl Pods {
         admission::admit(pod, &place, &others)
     }
 
-    /// Has the pod given what it asks for itself, in the background: plugins may take their time.
-    fn begin_admission(&mut self, uid: PodUid, pod: Arc<Pod>) {
+    /// The pods that go so that one that the node needs has room.
+    fn room_for(&self, pod: &Pod, lacking: &Amounts) -> Option<Vec<PodUid>> {
+        if lacking.is_empty() {
+            return None;
+        }
+        let admitted = self.known.iter().filter(|(_, known)| known.admitted);
+        let (uids, others): (Vec<&PodUid>, Vec<&Pod>) = admitted.map(|(uid, known)| (uid, &*known.pod)).unzip();
+        let victims = preemption::victims(pod, &others, lacking)?;
+        Some(victims.into_iter().map(|index| uids[index].clone()).collect())
+    }
+
+    /// Ends these pods for the sake of another; says how long that may take.
+    async fn preempt(&mut self, uids: &[PodUid]) -> Duration {
+        let mut limit = Duration::ZERO;
+        for uid in uids {
+            let Some(known) = self.known.get_mut(uid) else { continue };
+            known.admitted = false;
+            let own = known.pod.spec.as_ref().and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30);
+            let grace = Duration::from_secs(u64::try_from(own).unwrap_or(0));
+            limit = limit.max(grace + (grace / 2).max(LEAST_OVERTIME));
+            let (reason, message) = (preemption::REASON.to_owned(), preemption::MESSAGE.to_owned());
+            self.shared.recorder.pod(&known.pod, Level::Warning, reason.clone(), message.clone());
+            self.send(uid, Event::End { reason, message, grace }).await;
+        }
+        limit
+    }
+
+    /// Lets the pod wait, in the background, until those that are `leaving` have ended or the `limit` has passed; and has it
+    /// given what it `asks` for itself: plugins may take their time.
+    fn begin_admission(&mut self, uid: PodUid, pod: Arc<Pod>, asks: bool, leaving: Vec<PodUid>, limit: Duration) {
         self.take_back();
         if let Some(known) = self.known.get_mut(&uid) {
             known.admitting = true;
         }
         let shared = self.shared.clone();
         self.admissions.spawn(async move {
-            let result = shared.assignments.admit(&pod).await;
+            let runs = |entry: PodEntry| entry.observed.containers.iter().any(|container| container.live());
+            let gone = |table: &PodTable| leaving.iter().all(|uid| !table.get(uid).is_some_and(runs));
+            if !leaving.is_empty() && !shared.table.wait_for(limit, gone).await {
+                tracing::warn!(pod.uid = uid.as_str(), "pods that make room take longer than their grace; going on");
+            }
+            let result = if asks { shared.assignments.admit(&pod).await } else { Ok(()) };
             (uid, result)
         });
     }

@@ -226,3 +226,34 @@ async fn a_node_that_others_gave_up_says_that_it_is_ready_at_once() {
         assert!(conditions.iter().all(renewed), "{conditions:#?}");
     }
 }
+
+/// A pod that the node needs gets the place of one that it can do without, and waits until that has ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_critical_pod_takes_the_place_of_another_on_a_full_node() {
+    const VITAL: &str = "/api/v1/namespaces/default/pods/vital";
+    const LATE: &str = "/api/v1/namespaces/default/pods/late";
+    let node = Node::start_with(&["app:1"], |config| config.max_pods = 1).await;
+    node.create(plain());
+    node.api.wait(POD, "Ready", ready).await;
+    let named = |name: &str, priority: i64| {
+        let mut pod = plain();
+        pod["metadata"]["name"] = json!(name);
+        pod["metadata"]["uid"] = json!(format!("uid-{name}"));
+        pod["spec"]["priority"] = json!(priority);
+        pod
+    };
+    node.api.put(LATE, named("late", 1_000_000));
+    let late = node.api.wait(LATE, "refused", |pod| pod["status"]["phase"] == "Failed").await;
+    assert_eq!(late["status"]["reason"], "OutOfpods", "a high priority alone is the scheduler's concern");
+    node.api.put(VITAL, named("vital", 2_000_001_000));
+    node.api.wait(VITAL, "Ready", ready).await;
+    let pod = node.api.wait(POD, "Failed", |pod| pod["status"]["phase"] == "Failed").await;
+    assert_eq!(pod["status"]["reason"], "Preempting");
+    assert_eq!(pod["status"]["message"], "Preempted in order to admit critical pod");
+    assert_eq!(condition(&pod, "DisruptionTarget"), "True");
+    node.wait_for_event("Preempting").await;
+    let calls = node.runtime.calls();
+    let stopped = calls.iter().position(|call| call == "stop").expect("the end of the one");
+    let started = calls.iter().rposition(|call| call == "start").expect("the start of the other");
+    assert!(stopped < started, "{calls:?}");
+}

@@ -96,7 +96,7 @@ impl From<Failure> for Refusal {
                 ("UnexpectedAdmissionError", format!("Allocate failed due to {error}, which is unexpected"))
             }
         };
-        Refusal { reason: reason.to_owned(), message }
+        Refusal { reason: reason.to_owned(), message, ..Default::default() }
     }
 }
 

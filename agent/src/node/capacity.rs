@@ -85,12 +85,20 @@ pub(crate) fn quantities(amounts: &BTreeMap<String, i64>) -> BTreeMap<String, Qu
     let shown = |(name, milli): (&String, &i64)| {
         let text = match name.as_str() {
             "memory" if milli % 1_024_000 == 0 => format!("{}Ki", milli / 1_024_000),
+            _ if name.starts_with("hugepages-") && milli % 1000 == 0 => binary(milli / 1000),
             _ if milli % 1000 == 0 => (milli / 1000).to_string(),
             _ => format!("{milli}m"),
         };
         (name.clone(), Quantity(text))
     };
     amounts.iter().map(shown).collect()
+}
+
+/// Bytes in the largest binary unit of which they are a whole number.
+fn binary(bytes: i64) -> String {
+    let units = [(40, "Ti"), (30, "Gi"), (20, "Mi"), (10, "Ki")];
+    let whole = units.into_iter().find(|(shift, _)| bytes != 0 && bytes % (1 << shift) == 0);
+    whole.map_or_else(|| bytes.to_string(), |(shift, unit)| format!("{}{unit}", bytes >> shift))
 }
 
 impl Machine {
@@ -169,6 +177,6 @@ mod tests {
         assert_eq!((all["cpu"].0.as_str(), left["cpu"].0.as_str()), ("2", "1500m"));
         assert_eq!((all["memory"].0.as_str(), left["memory"].0.as_str()), ("1048576Ki", "942080Ki"));
         assert_eq!(left["ephemeral-storage"].0, "950");
-        assert_eq!(all["pods"].0, "110");
+        assert_eq!((all["pods"].0.as_str(), all["hugepages-2Mi"].0.as_str()), ("110", "4Mi"));
     }
 }

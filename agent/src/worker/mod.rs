@@ -122,7 +122,8 @@ impl Worker {
             }
         }
         // What the agent had begun to end, it ends.
-        let ended_by_us = matches!(last.reason.as_deref(), Some("Evicted" | "DeadlineExceeded" | "Terminated"));
+        let ended_by_us =
+            matches!(last.reason.as_deref(), Some("Evicted" | "DeadlineExceeded" | "Preempting" | "Terminated"));
         if ended_by_us || matches!(last.phase.as_deref(), Some("Failed" | "Succeeded")) {
             let why = match (&last.reason, &last.message) {
                 (Some(reason), message) => {
