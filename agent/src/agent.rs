@@ -152,9 +152,10 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
             cert_file: config.cert_file.clone(),
             key_file: config.key_file.clone(),
             client_ca_file: config.client_ca_file.clone(),
+            debugging: config.debugging_handlers,
         },
         Arc::new(Backend::new(shared.clone())),
-        Arc::new(ApiAuthorizer::new(client.clone(), config.node_name.clone())),
+        Arc::new(ApiAuthorizer::new(client.clone(), config.node_name.clone(), config.review.clone())),
     );
     let pods = Pods::new(shared.clone(), known_sources, token.clone());
     let (node_told, node_news) = mpsc::channel(4);

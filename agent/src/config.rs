@@ -50,6 +50,10 @@ pub struct Config {
     pub pods_per_core: u32,
     /// A directory of pod manifests to run without an API server.
     pub static_pod_dir: Option<PathBuf>,
+    /// Whether the node's API serves logs and sessions in containers.
+    pub debugging_handlers: bool,
+    /// How those who ask the node's API are told apart.
+    pub review: ReviewConfig,
     pub node_labels: BTreeMap<String, String>,
     pub register_with_taints: Vec<Taint>,
     /// Cgroup under which `kubepods` is made; empty is the root.
@@ -110,6 +114,28 @@ pub struct Config {
     pub kubelet: KubeletConfiguration,
 }
 
+/// What the API server is asked about those who ask the node's API, and for how long its answers hold.
+#[derive(Debug, Clone)]
+pub struct ReviewConfig {
+    /// Whether bearer tokens are taken, as TokenReview judges them.
+    pub tokens: bool,
+    pub token_kept: Duration,
+    pub allowed_kept: Duration,
+    pub denied_kept: Duration,
+}
+
+impl Default for ReviewConfig {
+    /// The kubelet's.
+    fn default() -> Self {
+        Self {
+            tokens: true,
+            token_kept: Duration::from_secs(120),
+            allowed_kept: Duration::from_secs(300),
+            denied_kept: Duration::from_secs(30),
+        }
+    }
+}
+
 impl Config {
     /// The defaults for a node, everything in its usual place.
     pub fn new(node_name: impl Into<String>, node_ip: IpAddr) -> Self {
@@ -137,6 +163,8 @@ impl Config {
             max_pods: 110,
             pods_per_core: 0,
             static_pod_dir: None,
+            debugging_handlers: true,
+            review: ReviewConfig::default(),
             node_labels: BTreeMap::new(),
             register_with_taints: Vec::new(),
             cgroup_root: String::new(),

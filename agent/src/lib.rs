@@ -50,7 +50,7 @@ mod watched;
 mod worker;
 
 pub use assignment::{AssignmentConfig, AssignmentError};
-pub use config::Config;
+pub use config::{Config, ReviewConfig};
 pub use error::Error;
 pub use eviction::{Amount, EvictionConfig, EvictionConfigError, Signal, Threshold};
 pub use images::ImageGcConfig;

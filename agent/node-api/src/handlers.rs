@@ -28,17 +28,27 @@ pub(crate) struct Handlers {
     backend: Arc<dyn NodeBackend>,
     tasks: TaskTracker,
     shutdown: CancellationToken,
+    /// Whether logs and sessions in containers are served.
+    debugging: bool,
 }
 
 impl Handlers {
-    pub fn new(backend: Arc<dyn NodeBackend>, tasks: TaskTracker, shutdown: CancellationToken) -> Self {
-        Self { backend, tasks, shutdown }
+    pub fn new(
+        backend: Arc<dyn NodeBackend>,
+        tasks: TaskTracker,
+        shutdown: CancellationToken,
+        debugging: bool,
+    ) -> Self {
+        Self { backend, tasks, shutdown, debugging }
     }
 
     pub async fn handle(&self, request: Request<Incoming>) -> Response<Answer> {
         let Some(route) = Route::of(request.uri().path()) else {
             return text(StatusCode::NOT_FOUND, "404 page not found");
         };
+        if !self.debugging && route.is_debugging() {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "Debug endpoints are disabled.");
+        }
         let allowed: &[Method] = match route {
             Route::Exec(_) | Route::Attach(_) | Route::PortForward(_) | Route::StatsSummary => {
                 &[Method::GET, Method::POST]

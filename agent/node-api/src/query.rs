@@ -28,6 +28,19 @@ pub(crate) enum Route {
 }
 
 impl Route {
+    /// Whether the kubelet calls it a debugging handler, which it can do without.
+    pub fn is_debugging(&self) -> bool {
+        matches!(
+            self,
+            Route::Logs(_)
+                | Route::Exec(_)
+                | Route::Attach(_)
+                | Route::Run(_)
+                | Route::PortForward(_)
+                | Route::RunningPods
+        )
+    }
+
     /// None when there is nothing at this path.
     pub fn of(path: &str) -> Option<Route> {
         let parts: Vec<String> = path.split('/').filter(|part| !part.is_empty()).map(decode).collect::<Option<_>>()?;

@@ -40,6 +40,8 @@ pub struct Config {
     pub key_file: PathBuf,
     /// PEM bundle that client certificates must chain to; read again when it changes.
     pub client_ca_file: PathBuf,
+    /// Whether logs and sessions in containers are served.
+    pub debugging: bool,
 }
 
 /// Why the server could not run.
@@ -78,11 +80,12 @@ impl NodeApi {
 
     pub(crate) async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), NodeApiError> {
         let mut tls = ReloadingTls::load(&self.config)?;
+        let debugging = self.config.debugging;
         let permits = Arc::new(Semaphore::new(CONNECTION_LIMIT));
         let tasks = TaskTracker::new();
         let gate = Arc::new(Gate {
             authorizer: self.authorizer,
-            handlers: Handlers::new(self.backend, tasks.clone(), shutdown.clone()),
+            handlers: Handlers::new(self.backend, tasks.clone(), shutdown.clone(), debugging),
         });
         loop {
             let accepted = tokio::select! {

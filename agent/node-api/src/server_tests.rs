@@ -129,6 +129,10 @@ impl Drop for Bench {
 }
 
 async fn bench(rules: &[(&'static str, &'static str, &'static str)], streaming: &str) -> Bench {
+    bench_with(rules, streaming, true).await
+}
+
+async fn bench_with(rules: &[(&'static str, &'static str, &'static str)], streaming: &str, debugging: bool) -> Bench {
     let dir = tempfile::tempdir().unwrap();
     let authority = authority();
     let (cert, key) = authority.issue("node", "nodes", ExtendedKeyUsagePurpose::ServerAuth);
@@ -138,7 +142,13 @@ async fn bench(rules: &[(&'static str, &'static str, &'static str)], streaming: 
     fs::write(path("ca"), &authority.pem).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let config = Config { listen: address, cert_file: path("cert"), key_file: path("key"), client_ca_file: path("ca") };
+    let config = Config {
+        listen: address,
+        cert_file: path("cert"),
+        key_file: path("key"),
+        client_ca_file: path("ca"),
+        debugging,
+    };
     let fake =
         Arc::new(Fake { dir: dir.path().to_path_buf(), streaming: streaming.to_string(), asked: Mutex::default() });
     let api = NodeApi::new(config, fake.clone(), Arc::new(Rules(rules.iter().copied().collect())));
@@ -187,6 +197,16 @@ impl Bench {
     async fn get(&self, path: &str) -> (u16, String) {
         self.ask(true, "GET", path, &[]).await
     }
+}
+
+#[tokio::test]
+async fn without_debugging_handlers_nobody_gets_into_containers() {
+    let bench = bench_with(&[], "", false).await;
+    for path in ["/exec/shop/web/c?command=id", "/containerLogs/shop/web/c", "/runningpods/", "/portForward/shop/web"] {
+        let answer = bench.ask(true, "GET", path, &[]).await;
+        assert_eq!(answer, (405, "Debug endpoints are disabled.".to_owned()), "{path}");
+    }
+    assert_eq!(bench.ask(true, "GET", "/pods", &[]).await.0, 200);
 }
 
 #[tokio::test]

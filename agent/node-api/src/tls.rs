@@ -123,7 +123,13 @@ mod tests {
         let path = |name: &str| dir.path().join(name);
         write_pair(dir.path());
         let listen = "127.0.0.1:0".parse().unwrap();
-        let config = Config { listen, cert_file: path("cert"), key_file: path("key"), client_ca_file: path("ca") };
+        let config = Config {
+            listen,
+            cert_file: path("cert"),
+            key_file: path("key"),
+            client_ca_file: path("ca"),
+            debugging: true,
+        };
         let mut tls = ReloadingTls::load(&config).unwrap();
         let first = tls.current();
         fs::write(path("cert"), "rubbish").unwrap();

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Taint;
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
 
 use crate::go_duration;
 
@@ -17,6 +16,7 @@ use crate::go_duration;
 pub(super) struct Fields {
     pub(super) kind: Option<String>,
     pub(super) api_version: Option<String>,
+    pub(super) enable_debugging_handlers: Option<bool>,
     pub(super) static_pod_path: Option<PathBuf>,
     pub(super) pod_logs_dir: Option<PathBuf>,
     pub(super) address: Option<IpAddr>,
@@ -118,7 +118,6 @@ pub(super) struct X509 {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(super) struct Webhook {
     pub(super) enabled: Option<bool>,
-    /// Verdicts are kept for upstream's default times.
     #[serde(rename = "cacheTTL")]
     pub(super) cache_ttl: Option<GoDuration>,
 }
@@ -133,7 +132,16 @@ pub(super) struct Switch {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub(super) struct Authorization {
     pub(super) mode: Option<String>,
-    pub(super) webhook: Option<BTreeMap<String, Value>>,
+    pub(super) webhook: Option<AuthorizationWebhook>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub(super) struct AuthorizationWebhook {
+    #[serde(rename = "cacheAuthorizedTTL")]
+    pub(super) cache_authorized_ttl: Option<GoDuration>,
+    #[serde(rename = "cacheUnauthorizedTTL")]
+    pub(super) cache_unauthorized_ttl: Option<GoDuration>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -24,7 +24,6 @@ const WITHOUT_EFFECT: &[&str] = &[
     "enableContentionProfiling",
     "enableControllerAttachDetach",
     "enableDebugFlagsHandler",
-    "enableDebuggingHandlers",
     "enableProfilingHandler",
     "eventBurst",
     "eventRecordQPS",
@@ -332,7 +331,17 @@ impl Fields {
         }
         set(&mut config.cert_file, self.tls_cert_file);
         set(&mut config.key_file, self.tls_private_key_file);
-        set(&mut config.client_ca_file, self.authentication.and_then(|a| a.x509).and_then(|x509| x509.client_ca_file));
+        set(&mut config.debugging_handlers, self.enable_debugging_handlers);
+        let authentication = self.authentication.unwrap_or_default();
+        let (tokens, verdicts) = (
+            authentication.webhook.unwrap_or_default(),
+            self.authorization.and_then(|a| a.webhook).unwrap_or_default(),
+        );
+        set(&mut config.review.tokens, tokens.enabled);
+        set(&mut config.review.token_kept, tokens.cache_ttl.map(|period| period.0));
+        set(&mut config.review.allowed_kept, verdicts.cache_authorized_ttl.map(|period| period.0));
+        set(&mut config.review.denied_kept, verdicts.cache_unauthorized_ttl.map(|period| period.0));
+        set(&mut config.client_ca_file, authentication.x509.and_then(|x509| x509.client_ca_file));
         set(&mut config.cluster_domain, self.cluster_domain);
         set(&mut config.cluster_dns, self.cluster_dns);
         set(&mut config.node_status_update_period, self.node_status_update_frequency.map(|period| period.0));

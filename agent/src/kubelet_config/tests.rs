@@ -159,3 +159,14 @@ fn no_field_is_in_two_lists() {
         assert!(!(WITHOUT_EFFECT.contains(name) && UNSUPPORTED.contains(name)), "{name}");
     }
 }
+
+#[test]
+fn who_may_ask_the_node_and_for_how_long_answers_hold() {
+    let text = "enableDebuggingHandlers: false\nauthentication: {webhook: {enabled: false, cacheTTL: 1m}}\n\
+        authorization: {mode: Webhook, webhook: {cacheAuthorizedTTL: 10s, cacheUnauthorizedTTL: 0s}}\n";
+    let config = read(text).unwrap();
+    assert!(!config.debugging_handlers && !config.review.tokens);
+    let seconds =
+        [config.review.token_kept, config.review.allowed_kept, config.review.denied_kept].map(|d| d.as_secs());
+    assert_eq!(seconds, [60, 10, 0]);
+}

@@ -10,10 +10,9 @@ use kube::api::{Api, PostParams};
 use oarlock_node_api::{Authorizer, User};
 use parking_lot::Mutex;
 
+use crate::ReviewConfig;
+
 const CALL: Duration = Duration::from_secs(10);
-const TOKEN_KEPT: Duration = Duration::from_secs(120);
-const ALLOWED_KEPT: Duration = Duration::from_secs(300);
-const DENIED_KEPT: Duration = Duration::from_secs(30);
 const KEPT_MAX: usize = 1024;
 
 /// A verdict and until when it holds.
@@ -23,13 +22,14 @@ type Remembered<K, V> = Mutex<HashMap<K, (V, Instant)>>;
 pub(crate) struct ApiAuthorizer {
     client: kube::Client,
     node_name: String,
+    review: ReviewConfig,
     tokens: Remembered<String, User>,
     verdicts: Remembered<(String, Vec<String>, String, String), bool>,
 }
 
 impl ApiAuthorizer {
-    pub(crate) fn new(client: kube::Client, node_name: String) -> Self {
-        Self { client, node_name, tokens: Mutex::default(), verdicts: Mutex::default() }
+    pub(crate) fn new(client: kube::Client, node_name: String, review: ReviewConfig) -> Self {
+        Self { client, node_name, review, tokens: Mutex::default(), verdicts: Mutex::default() }
     }
 }
 
@@ -53,6 +53,9 @@ fn remember<K: std::hash::Hash + Eq, V>(kept: &Remembered<K, V>, key: K, value: 
 #[async_trait]
 impl Authorizer for ApiAuthorizer {
     async fn authenticate_token(&self, token: &str) -> Option<User> {
+        if !self.review.tokens {
+            return None;
+        }
         let key = token.to_owned();
         if let Some(user) = recall(&self.tokens, &key) {
             return Some(user);
@@ -71,7 +74,7 @@ impl Authorizer for ApiAuthorizer {
             uid: found.uid.unwrap_or_default(),
             groups: found.groups.unwrap_or_default(),
         };
-        remember(&self.tokens, key, user.clone(), TOKEN_KEPT);
+        remember(&self.tokens, key, user.clone(), self.review.token_kept);
         Some(user)
     }
 
@@ -101,7 +104,8 @@ impl Authorizer for ApiAuthorizer {
         match tokio::time::timeout(CALL, api.create(&PostParams::default(), &review)).await {
             Ok(Ok(answer)) => {
                 let allowed = answer.status.is_some_and(|status| status.allowed);
-                remember(&self.verdicts, key, allowed, if allowed { ALLOWED_KEPT } else { DENIED_KEPT });
+                let time = if allowed { self.review.allowed_kept } else { self.review.denied_kept };
+                remember(&self.verdicts, key, allowed, time);
                 allowed
             }
             Ok(Err(error)) => {
