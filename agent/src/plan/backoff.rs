@@ -16,6 +16,9 @@ pub(crate) struct Backoff {
 pub(crate) const INITIAL: Duration = Duration::from_secs(10);
 pub(crate) const LONGEST: Duration = Duration::from_secs(300);
 
+/// Longest delay between attempts at a step.
+const LONGEST_RETRY: Duration = Duration::from_secs(10);
+
 impl Backoff {
     /// When something that ended at `ended_at` may start again; None when it may at once.
     pub(crate) fn ready_at(&self, ended_at: Timestamp) -> Option<Timestamp> {
@@ -38,6 +41,12 @@ impl Backoff {
     }
 }
 
+/// Whether `at` is still to come. What is further away than the `longest` delay was meant before the clock was set back, and
+/// has come.
+pub(crate) fn pending(at: Timestamp, now: Timestamp, longest: Duration) -> bool {
+    at > now && at <= later(now, longest)
+}
+
 /// Attempts at a step that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Retry {
@@ -49,8 +58,13 @@ impl Retry {
     /// After one more failure: 0.5 s doubling up to 10 s.
     pub(crate) fn after(previous: Option<Retry>, now: Timestamp) -> Retry {
         let failures = previous.map_or(0, |retry| retry.failures) + 1;
-        let delay = Duration::from_millis(500 << (failures - 1).min(5)).min(Duration::from_secs(10));
+        let delay = Duration::from_millis(500 << (failures - 1).min(5)).min(LONGEST_RETRY);
         Retry { failures, at: later(now, delay) }
+    }
+
+    /// Whether the next attempt has to wait.
+    pub(crate) fn waits(&self, now: Timestamp) -> bool {
+        pending(self.at, now, LONGEST_RETRY)
     }
 }
 
@@ -79,6 +93,15 @@ mod tests {
             entry = Some(next);
         }
         assert_eq!(delays, [10, 20, 40, 80, 160, 300, 300, 300]);
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_makes_nobody_wait_longer() {
+        let retry = Retry::after(None, at(3600));
+        assert!(retry.waits(at(3600)));
+        assert!(!retry.waits(at(0)), "an hour ago");
+        assert!(!retry.waits(at(3601)));
+        assert!(pending(at(300), at(0), LONGEST) && !pending(at(301), at(0), LONGEST));
     }
 
     #[test]

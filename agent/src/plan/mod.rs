@@ -183,7 +183,7 @@ impl Planner<'_> {
             return false;
         }
         match self.state.retry.get(key) {
-            Some(retry) if retry.at > self.now => {
+            Some(retry) if retry.waits(self.now) => {
                 let at = retry.at;
                 self.wake(at);
                 false

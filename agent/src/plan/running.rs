@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use oarlock_probes::Outcome;
 
-use super::{Action, ContainerView, ImageState, Key, KillReason, Planner, PodView, Role};
+use super::{Action, ContainerView, ImageState, Key, KillReason, Planner, PodView, Role, backoff};
 use crate::model::{Container, Observed, RunState, Sandbox};
 use crate::resize::{self, Step};
 
@@ -156,7 +156,7 @@ impl Planner<'_> {
         }
         let ended = record.filter(|record| record.state == RunState::Exited);
         self.wake_when_shown_otherwise(container, ended);
-        if let Some(at) = ended.and_then(|record| self.state.restart_at(record)).filter(|at| *at > self.now) {
+        if let Some(at) = ended.and_then(|record| self.state.restart_at(record, self.now)) {
             self.wake(at);
             return Progress::Waiting;
         }
@@ -202,7 +202,7 @@ impl Planner<'_> {
             self.wake(turns);
         }
         match retry_at {
-            Some(retry_at) if retry_at > self.now => self.wake(retry_at),
+            Some(retry_at) if backoff::pending(retry_at, self.now, backoff::LONGEST) => self.wake(retry_at),
             Some(_) if self.free(&Key::Image(container.name.clone())) => {
                 self.push(Action::EnsureImage { container: container.name.clone() });
             }

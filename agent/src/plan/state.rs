@@ -377,9 +377,10 @@ impl State {
         !probed || self.probes.get(&record.id).and_then(|probes| probes.readiness) == Some(ProbeOutcome::Success)
     }
 
-    /// When an ended container that is to run again may do so; None when at once.
-    pub(crate) fn restart_at(&self, record: &Container) -> Option<Timestamp> {
-        self.backoff.get(&record.name)?.ready_at(record.finished_at.unwrap_or(record.created_at))
+    /// When an ended container that is to run again may do so; None when it may `now`.
+    pub(crate) fn restart_at(&self, record: &Container, now: Timestamp) -> Option<Timestamp> {
+        let at = self.backoff.get(&record.name)?.ready_at(record.finished_at.unwrap_or(record.created_at))?;
+        super::backoff::pending(at, now, super::backoff::LONGEST).then_some(at)
     }
 
     /// Whether no container of the pod can have a process.

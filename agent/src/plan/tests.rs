@@ -379,3 +379,13 @@ fn nothing_is_decided_about_a_container_before_its_last_action_was_seen() {
     state.observe(6, stale);
     assert_eq!(plan(&state, at(1)).actions, [], "an older look does not show the new container");
 }
+
+#[test]
+fn a_container_that_ended_before_the_clock_was_set_back_runs_again() {
+    let spec = serde_json::json!({"containers": [{"name": "a", "image": "i"}]});
+    let ended = |second| Container { finished_at: Some(at(second)), ..container("c1", "a", RunState::Exited) };
+    let mut state = running_pod(spec, vec![ended(7200)]);
+    state.backoff.insert("a".to_owned(), Backoff { delay: Duration::from_secs(40), updated_at: at(7100) });
+    assert!(starts(&plan(&state, at(7201))).is_empty());
+    assert_eq!(starts(&plan(&state, at(3600))), ["a"], "not after an hour and 40 seconds");
+}

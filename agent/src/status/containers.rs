@@ -106,7 +106,7 @@ impl Containers<'_> {
         if self.state.starting(&container.name) {
             return made;
         }
-        if self.state.restart_at(record).is_some_and(|at| at > self.facts.now) {
+        if self.state.restart_at(record, self.facts.now).is_some() {
             if let Some(error) = self.start_error_shown(container, record) {
                 return Some(error);
             }
