@@ -12,6 +12,8 @@ pub enum VolumeError {
     NoUid { pod: String },
     #[error("volume {volume:?} is of kind {kind}, which this node does not support")]
     Unsupported { volume: String, kind: String },
+    #[error("volume {volume:?}: {problem}")]
+    Medium { volume: String, problem: String },
     #[error("volume mount refers to volume {volume:?}, which the pod does not have")]
     UnknownVolume { volume: String },
     #[error("container {container:?} has no mount at {mount_path:?}")]
@@ -88,6 +90,7 @@ impl VolumeError {
         match self {
             VolumeError::NoUid { .. }
             | VolumeError::Unsupported { .. }
+            | VolumeError::Medium { .. }
             | VolumeError::UnknownVolume { .. }
             | VolumeError::UnknownMount { .. }
             | VolumeError::Invalid { .. } => false,

@@ -16,7 +16,7 @@ use crate::external::{External, Nothing};
 use crate::hostpath;
 use crate::layout::{PodDir, VolumeKind, is_plain_name};
 use crate::mounter::{KernelMounter, Mounter};
-use crate::place::{Place, Shape};
+use crate::place::{Medium, Place, Shape};
 use crate::plan;
 use crate::source::ObjectSource;
 use crate::subpath;
@@ -136,9 +136,7 @@ impl VolumeManager {
                 blocking("checking a hostPath", move || hostpath::check(&source)).await
             }
             VolumeKind::EmptyDir => {
-                let in_memory = plan::empty_dir_in_memory(volume)?;
-                let size = plan::memory_size_bytes(pod, volume, facts);
-                let shape = shape(pod, volume, kind, in_memory.then_some(size));
+                let shape = shape(pod, volume, kind, plan::empty_dir_medium(pod, volume, facts)?);
                 let place = place.clone();
                 blocking("making an emptyDir", move || place.make(&shape).map(drop)).await
             }
@@ -148,8 +146,9 @@ impl VolumeManager {
                 let payload = gatherer.gather(volume).await?;
                 // Secrets and tokens never touch a disk.
                 let in_memory = kind != VolumeKind::ConfigMap;
-                let size = plan::memory_size_bytes(pod, volume, facts);
-                let shape = shape(pod, volume, kind, in_memory.then_some(size));
+                let size_bytes = plan::memory_size_bytes(pod, volume, facts);
+                let medium = if in_memory { Medium::Memory { size_bytes } } else { Medium::Disk };
+                let shape = shape(pod, volume, kind, medium);
                 let place = place.clone();
                 let changed = blocking("publishing a volume", move || place.publish(&shape, &payload, now)).await?;
                 if changed {
@@ -255,7 +254,9 @@ impl VolumeManager {
         let on_disk = volumes.filter_map(|volume| {
             let kind = VolumeKind::of(volume).ok()?;
             let disk = match kind {
-                VolumeKind::EmptyDir => !plan::empty_dir_in_memory(volume).ok()?,
+                VolumeKind::EmptyDir => {
+                    volume.empty_dir.as_ref().and_then(|source| source.medium.as_deref()).unwrap_or_default().is_empty()
+                }
                 kind => kind == VolumeKind::ConfigMap,
             };
             disk.then(|| Some((volume.name.clone(), dir.volume(kind, &volume.name).ok()?))).flatten()
@@ -300,12 +301,12 @@ impl VolumeManager {
 }
 
 /// How a volume's directory is to be.
-fn shape(pod: &Pod, volume: &Volume, kind: VolumeKind, memory: Option<Option<u64>>) -> Shape {
+fn shape(pod: &Pod, volume: &Volume, kind: VolumeKind, medium: Medium) -> Shape {
     Shape {
         kind,
         name: volume.name.clone(),
         mode: if kind == VolumeKind::EmptyDir { 0o777 } else { 0o755 },
-        memory,
+        medium,
         group: plan::fs_group(pod, kind),
         policy: plan::change_policy(pod),
     }

@@ -31,9 +31,26 @@ impl Tmpfs {
     }
 }
 
+/// How a file system of huge pages is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HugePages {
+    pub page_bytes: u64,
+    /// Mode of the root directory.
+    pub mode: u32,
+    pub gid: Option<u32>,
+}
+
+impl HugePages {
+    fn options(self) -> String {
+        let group = self.gid.map(|gid| format!(",gid={gid}")).unwrap_or_default();
+        format!("pagesize={},mode={:o}{group}", self.page_bytes, self.mode)
+    }
+}
+
 /// Mounts, unmounts, and knows what is mounted.
 pub(crate) trait Mounter: Send + Sync {
     fn tmpfs(&self, target: &Path, tmpfs: Tmpfs) -> io::Result<()>;
+    fn huge_pages(&self, target: &Path, pages: HugePages) -> io::Result<()>;
     /// Binds what `source` refers to (a file or a directory) onto `target`.
     fn bind(&self, source: BorrowedFd<'_>, target: &Path) -> io::Result<()>;
     /// Takes all mounts off `target`; success when there is none.
@@ -52,6 +69,11 @@ const STACK_LIMIT: usize = 64;
 impl Mounter for KernelMounter {
     fn tmpfs(&self, target: &Path, tmpfs: Tmpfs) -> io::Result<()> {
         mount(Some("tmpfs"), target, Some("tmpfs"), MsFlags::empty(), Some(tmpfs.options().as_str()))?;
+        Ok(())
+    }
+
+    fn huge_pages(&self, target: &Path, pages: HugePages) -> io::Result<()> {
+        mount(Some("nodev"), target, Some("hugetlbfs"), MsFlags::empty(), Some(pages.options().as_str()))?;
         Ok(())
     }
 
@@ -143,6 +165,7 @@ pub(crate) mod fake {
     #[derive(Debug, Clone, PartialEq, Eq)]
     pub(crate) enum Mounted {
         Tmpfs(Tmpfs),
+        HugePages(HugePages),
         /// The path that the bound descriptor referred to.
         Bind(PathBuf),
     }
@@ -155,6 +178,11 @@ pub(crate) mod fake {
     impl Mounter for FakeMounter {
         fn tmpfs(&self, target: &Path, tmpfs: Tmpfs) -> io::Result<()> {
             self.mounts.lock().unwrap().insert(target.to_path_buf(), Mounted::Tmpfs(tmpfs));
+            Ok(())
+        }
+
+        fn huge_pages(&self, target: &Path, pages: HugePages) -> io::Result<()> {
+            self.mounts.lock().unwrap().insert(target.to_path_buf(), Mounted::HugePages(pages));
             Ok(())
         }
 

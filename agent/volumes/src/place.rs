@@ -12,7 +12,7 @@ use nix::sys::stat::{SFlag, fstat};
 
 use crate::error::VolumeError;
 use crate::layout::{PodDir, VolumeKind, is_own_mount_point, relative_volume};
-use crate::mounter::{Mounter, Tmpfs};
+use crate::mounter::{HugePages, Mounter, Tmpfs};
 use crate::ownership::{self, ChangePolicy, FsGroup};
 use crate::payload::Payload;
 use crate::{atomic, ledger, removal, subpath};
@@ -20,14 +20,26 @@ use crate::{atomic, ledger, removal, subpath};
 /// Mode of the directories above volumes, which containers never see.
 const OUTER_MODE: u32 = 0o750;
 
+/// What a volume's files are kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Medium {
+    Disk,
+    /// A tmpfs, of this size when it is known.
+    Memory {
+        size_bytes: Option<u64>,
+    },
+    HugePages {
+        page_bytes: u64,
+    },
+}
+
 /// How one volume's directory is to be.
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
     pub kind: VolumeKind,
     pub name: String,
     pub mode: u32,
-    /// Some puts it on a tmpfs (of this size, when known).
-    pub memory: Option<Option<u64>>,
+    pub medium: Medium,
     pub group: Option<FsGroup>,
     pub policy: ChangePolicy,
 }
@@ -47,15 +59,22 @@ impl Place {
         if !is_dir(&path)? {
             make_fresh(&path, shape)?;
         }
-        let Some(size_bytes) = shape.memory else { return Ok(path) };
+        if shape.medium == Medium::Disk {
+            return Ok(path);
+        }
         if self.mounter.is_mount_point(&path).map_err(|e| VolumeError::io("look at", &path, e))? {
             return Ok(path);
         }
         let relative = relative_volume(shape.kind, &shape.name)?;
         self.note(&relative)?;
         let group_bits = shape.group.map_or(0, |group| if group.read_only { 0o2550 } else { 0o2770 });
-        let tmpfs = Tmpfs { size_bytes, mode: shape.mode | group_bits, gid: shape.group.map(|group| group.gid) };
-        self.mounter.tmpfs(&path, tmpfs).map_err(|e| VolumeError::io("mount tmpfs on", &path, e))?;
+        let (mode, gid) = (shape.mode | group_bits, shape.group.map(|group| group.gid));
+        let mounted = match shape.medium {
+            Medium::Disk => Ok(()),
+            Medium::Memory { size_bytes } => self.mounter.tmpfs(&path, Tmpfs { size_bytes, mode, gid }),
+            Medium::HugePages { page_bytes } => self.mounter.huge_pages(&path, HugePages { page_bytes, mode, gid }),
+        };
+        mounted.map_err(|e| VolumeError::io("mount the volume's medium on", &path, e))?;
         Ok(path)
     }
 

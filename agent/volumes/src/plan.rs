@@ -9,6 +9,7 @@ use crate::error::VolumeError;
 use crate::layout::VolumeKind;
 use crate::manager::PodFacts;
 use crate::ownership::{ChangePolicy, FsGroup};
+use crate::place::Medium;
 
 /// Regular and init containers.
 fn containers(pod: &Pod) -> impl Iterator<Item = &Container> {
@@ -113,16 +114,41 @@ fn pod_memory_limit_bytes(pod: &Pod) -> Option<u64> {
     Some(total.max(init.unwrap_or(0))).filter(|size| *size > 0)
 }
 
-/// What kind of medium an emptyDir asks for.
-pub(crate) fn empty_dir_in_memory(volume: &Volume) -> Result<bool, VolumeError> {
-    match volume.empty_dir.as_ref().and_then(|source| source.medium.as_deref()).unwrap_or_default() {
-        "" => Ok(false),
-        "Memory" => Ok(true),
-        other => Err(VolumeError::Unsupported {
-            volume: volume.name.clone(),
-            kind: format!("emptyDir with medium {other:?}"),
-        }),
+/// What an emptyDir is kept in. Huge pages are of the size that the medium names, or of the only one that the pod asks for.
+pub(crate) fn empty_dir_medium(pod: &Pod, volume: &Volume, facts: &PodFacts) -> Result<Medium, VolumeError> {
+    let asked = volume.empty_dir.as_ref().and_then(|source| source.medium.as_deref()).unwrap_or_default();
+    let refused = |problem: String| VolumeError::Medium { volume: volume.name.clone(), problem };
+    let named = match asked {
+        "" => return Ok(Medium::Disk),
+        "Memory" => return Ok(Medium::Memory { size_bytes: memory_size_bytes(pod, volume, facts) }),
+        "HugePages" => None,
+        other => {
+            let size = other.strip_prefix("HugePages-").and_then(page_bytes);
+            Some(size.ok_or_else(|| refused(format!("medium {other:?} is none of emptyDir")))?)
+        }
+    };
+    let mut sizes = huge_page_sizes(pod);
+    sizes.retain(|size| named.is_none_or(|named| named == *size));
+    match sizes.len() {
+        1 => Ok(Medium::HugePages { page_bytes: sizes.pop_first().unwrap_or_default() }),
+        0 => Err(refused(format!("medium {asked}: no container asks for huge pages of that size"))),
+        _ => Err(refused(format!("medium {asked} names no size, and containers ask for huge pages of several"))),
     }
+}
+
+fn page_bytes(size: &str) -> Option<u64> {
+    bytes(&Quantity(size.to_owned())).filter(|size| *size > 0)
+}
+
+/// The sizes of huge pages, in bytes, that anything in the pod asks for.
+fn huge_page_sizes(pod: &Pod) -> BTreeSet<u64> {
+    let of_pod = pod.spec.as_ref().and_then(|spec| spec.resources.as_ref());
+    let all = containers(pod).filter_map(|container| container.resources.as_ref()).chain(of_pod);
+    let named = all.flat_map(|resources| {
+        let lists = [&resources.requests, &resources.limits];
+        lists.into_iter().flatten().flat_map(|list| list.keys())
+    });
+    named.filter_map(|name| page_bytes(name.strip_prefix("hugepages-")?)).collect()
 }
 
 #[cfg(test)]
@@ -180,5 +206,24 @@ mod tests {
         assert_eq!(size(Some("64Mi"), None), Some(64 << 20));
         assert_eq!(size(Some("64Mi"), Some("16Mi")), Some(16 << 20));
         assert_eq!(size(None, Some("4Gi")), Some(1 << 30));
+    }
+
+    #[test]
+    fn huge_pages_are_of_the_size_that_is_named_or_asked_for() {
+        let medium = |medium: &str, sizes: &[&str]| {
+            let limits: serde_json::Map<_, _> =
+                sizes.iter().map(|size| (format!("hugepages-{size}"), json!("1Gi"))).collect();
+            let pod = pod(json!({"containers": [{"name": "c", "resources": {"limits": limits}}],
+                "volumes": [{"name": "a", "emptyDir": {"medium": medium}}]}));
+            let volume = find_volume(&pod, "a").unwrap().clone();
+            empty_dir_medium(&pod, &volume, &PodFacts::default()).map_err(|error| error.to_string())
+        };
+        let pages = |page_bytes| Ok(Medium::HugePages { page_bytes });
+        assert_eq!(medium("HugePages", &["2Mi"]), pages(2 << 20));
+        assert_eq!(medium("HugePages-1Gi", &["2Mi", "1Gi"]), pages(1 << 30));
+        assert!(medium("HugePages", &["2Mi", "1Gi"]).unwrap_err().contains("of several"));
+        assert!(medium("HugePages", &[]).unwrap_err().contains("no container asks"));
+        assert!(medium("HugePages-1Gi", &["2Mi"]).unwrap_err().contains("no container asks"));
+        assert!(medium("Tape", &["2Mi"]).unwrap_err().contains("\"Tape\""));
     }
 }
