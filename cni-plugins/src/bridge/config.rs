@@ -161,8 +161,10 @@ impl Config {
         if raw.mtu != 0 && !(68..=65_535).contains(&raw.mtu) {
             return Err(PluginError::config("mtu", format!("{} is not between 68 and 65535", raw.mtu)));
         }
-        let mac = call.argument("MAC").map(str::to_owned).or(raw.runtime_config.mac).or(raw.args.cni.mac).or(raw.mac);
-        let mac = mac.filter(|text| !text.is_empty()).map(|text| text.parse()).transpose();
+        // What is meant for this container alone comes first: the capability, then arguments, then the environment.
+        let environment = call.argument("MAC").map(str::to_owned);
+        let sources = [raw.runtime_config.mac, raw.args.cni.mac, environment, raw.mac];
+        let mac = sources.into_iter().flatten().find(|text| !text.is_empty()).map(|text| text.parse()).transpose();
         Ok(Config {
             bridge,
             is_gateway: raw.is_gateway || raw.is_default_gateway,

@@ -157,26 +157,24 @@ pub fn ensure_vlan_link(connection: &mut Connection, config: &Config, bridge: &L
 pub fn ensure_gateways(connection: &mut Connection, config: &Config, bridge: &Link, ips: &[IpConfig]) -> Result<()> {
     let failed = || format!("set up the addresses of {}", bridge.name);
     let existing = connection.addresses().context(failed)?;
-    let existing: Vec<IpNet> = existing.into_iter().filter(|one| one.link == bridge.index).map(|one| one.net).collect();
-    for ip in ips {
-        let Some(wanted) = ip.gateway.and_then(|gateway| IpNet::new(gateway, ip.address.prefix_len()).ok()) else {
-            continue;
-        };
-        if existing.contains(&wanted) {
+    let own = existing.into_iter().filter(|one| one.link == bridge.index).map(|one| one.net);
+    let mut existing: Vec<IpNet> = own.collect();
+    let gateway = |ip: &IpConfig| IpNet::new(ip.gateway?, ip.address.prefix_len()).ok();
+    let all: Vec<IpNet> = ips.iter().filter_map(gateway).collect();
+    for wanted in &all {
+        if existing.contains(wanted) {
             continue;
         }
-        // Another address of the same kind means another network's bridge, except that IPv6 links have link-local ones.
-        let rivals =
-            existing.iter().filter(|net| net.addr().is_ipv4() == wanted.addr().is_ipv4() && !is_link_local(net));
+        let (rivals, others): (Vec<IpNet>, _) =
+            existing.into_iter().partition(|net| !all.contains(net) && is_rival(net, wanted));
+        existing = others;
         for rival in rivals {
-            if !config.force_address && (wanted.addr().is_ipv4() || rival.contains(&wanted.network())) {
-                return Err(PluginError::OtherAddress { name: bridge.name.clone(), existing: *rival, wanted });
+            if !config.force_address {
+                return Err(PluginError::OtherAddress { name: bridge.name.clone(), existing: rival, wanted: *wanted });
             }
-            if config.force_address {
-                connection.delete_address(bridge.index, *rival).context(failed)?;
-            }
+            connection.delete_address(bridge.index, rival).context(failed)?;
         }
-        connection.ensure_address(bridge.index, wanted).context(failed)?;
+        connection.ensure_address(bridge.index, *wanted).context(failed)?;
     }
     for ip in ips {
         let forwarding =
@@ -186,8 +184,14 @@ pub fn ensure_gateways(connection: &mut Connection, config: &Config, bridge: &Li
     Ok(())
 }
 
-fn is_link_local(net: &IpNet) -> bool {
-    matches!(net, IpNet::V6(net) if net.addr().is_unicast_link_local())
+/// Whether an address of the bridge is in the way of another. One more of IPv4 means another network's bridge; of IPv6 a
+/// bridge may have one of each network, and its link-local one.
+fn is_rival(existing: &IpNet, wanted: &IpNet) -> bool {
+    if matches!(existing, IpNet::V6(net) if net.addr().is_unicast_link_local()) {
+        return false;
+    }
+    let overlap = existing.contains(&wanted.addr()) || wanted.contains(&existing.addr());
+    existing.addr().is_ipv4() == wanted.addr().is_ipv4() && (wanted.addr().is_ipv4() || overlap)
 }
 
 /// CHECK: the bridge and the port are there and belong together.

@@ -88,11 +88,12 @@ struct ArgsCni {
 impl Config {
     pub fn read(call: &Call) -> Result<Config> {
         let whole: Whole = call.config()?;
-        let mut sets = whole.ipam.ranges.clone();
+        // The runtime's own ranges come first, as the address that the container is known by is of the first.
+        let mut sets = whole.runtime_config.ip_ranges;
         if whole.ipam.single.subnet.is_some() {
-            sets.insert(0, vec![whole.ipam.single.clone()]);
+            sets.push(vec![whole.ipam.single]);
         }
-        sets.extend(whole.runtime_config.ip_ranges.clone());
+        sets.extend(whole.ipam.ranges);
         if sets.is_empty() {
             return Err(PluginError::config("ipam.ranges", "at least one range or ipam.subnet is required"));
         }

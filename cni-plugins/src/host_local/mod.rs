@@ -26,6 +26,8 @@ fn owner(call: &Call) -> Owner<'_> {
 
 fn add(call: &Call) -> Result<CniResult> {
     let config = Config::read(call)?;
+    // Whatever can fail comes before an address is taken.
+    let dns = config.dns()?;
     let store = Store::open(&config.data_dir, &call.network.name)?;
     let owner = owner(call);
     let held = store.recorded(&owner)?.unwrap_or_default();
@@ -56,7 +58,7 @@ fn add(call: &Call) -> Result<CniResult> {
         return Err(PluginError::OutOfRange { address: *address });
     }
     let ips = given.iter().filter_map(|(set, address)| set.ip_config(*address)).collect::<Vec<IpConfig>>();
-    Ok(CniResult { ips, routes: config.routes.clone(), dns: config.dns()?, ..CniResult::default() })
+    Ok(CniResult { ips, routes: config.routes.clone(), dns, ..CniResult::default() })
 }
 
 fn reserve(
