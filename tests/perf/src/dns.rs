@@ -5,8 +5,10 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use bytes::Bytes;
 use serde_json::json;
 
+use crate::list_server::ListServer;
 use crate::netproxy::proxy_with;
 use crate::proxy::Proxy;
 use crate::table::{self, Row};
@@ -18,11 +20,11 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 const WINDOW: usize = 64;
 const SERVICES: usize = 1000;
 
-pub(crate) fn run(seconds: u64, rounds: usize) -> anyhow::Result<()> {
+pub(crate) fn run(seconds: u64, rounds: usize, changes: usize) -> anyhow::Result<()> {
     let directory = tempfile::tempdir()?;
     serve_upstream(directory.path())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let (_server, proxy) = proxy_with(&runtime, SERVICES)?;
+    let (list, proxy) = proxy_with(&runtime, SERVICES)?;
     let server = SocketAddr::from((CLUSTER_DNS, 53));
     let mut rows = Vec::new();
     let mut documents = Vec::new();
@@ -41,6 +43,8 @@ pub(crate) fn run(seconds: u64, rounds: usize) -> anyhow::Result<()> {
         }));
     }
     table::print("cluster DNS by UDP", &rows);
+    let row = Row { name: "endpoint change to right answer".to_owned(), samples: changed(&list, server, changes)? };
+    table::print("cluster DNS after a change", &[row]);
     println!("{}", json!({"bench": "dns", "rows": documents}));
     Ok(())
 }
@@ -93,6 +97,65 @@ fn flood(proxy: &Proxy, server: SocketAddr, question: &[u8], time: Duration) -> 
         socket.send(question)?;
     }
     Ok((count, proxy.usage()?.cpu - before))
+}
+
+/// Milliseconds from the event of an endpoint's change to the first answer that has it. What is asked for is asked again and
+/// again, so that one answer's time is the resolution.
+fn changed(list: &ListServer, server: SocketAddr, changes: usize) -> anyhow::Result<Vec<f64>> {
+    const NAME: &str = "changing";
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let deadline = Instant::now() + PATIENCE;
+    while !(list.is_watched("services") && list.is_watched("endpointslices")) {
+        anyhow::ensure!(Instant::now() < deadline, "netproxy does not watch");
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+    list.send("services", "ADDED", &headless(NAME));
+    let question = question(&format!("{NAME}.bench.svc.cluster.local"));
+    let socket = socket()?;
+    let mut buffer = [0; 1500];
+    let mut samples = Vec::with_capacity(changes);
+    // The first makes the slice and is not measured.
+    for change in 0..=changes {
+        let address = Ipv4Addr::from(0x0a2a_8000 + 1 + change as u32);
+        let event = if change == 0 { "ADDED" } else { "MODIFIED" };
+        let since = list.send("endpointslices", event, &slice(NAME, address));
+        loop {
+            socket.send_to(&question, server)?;
+            let length = socket.recv(&mut buffer).context("cluster DNS does not answer")?;
+            // One answer, whose data is the last of the message.
+            if buffer[6..8] == [0, 1] && buffer[..length].ends_with(&address.octets()) {
+                break;
+            }
+            anyhow::ensure!(since.elapsed() < PATIENCE, "the answer never becomes {address}");
+        }
+        if change > 0 {
+            samples.push(since.elapsed().as_secs_f64() * 1000.0);
+        }
+    }
+    Ok(samples)
+}
+
+fn headless(name: &str) -> Bytes {
+    let object = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": name, "namespace": "bench", "uid": name, "resourceVersion": "1"},
+        "spec": {"type": "ClusterIP", "clusterIP": "None", "clusterIPs": ["None"], "ports": [{"port": 80, "protocol": "TCP"}]},
+    });
+    Bytes::from(object.to_string())
+}
+
+/// The slice of a Service with one endpoint.
+fn slice(service: &str, address: Ipv4Addr) -> Bytes {
+    let object = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("{service}-1"), "namespace": "bench", "uid": format!("{service}-1"), "resourceVersion": "1",
+            "labels": {"kubernetes.io/service-name": service},
+        },
+        "addressType": "IPv4", "ports": [{"port": 80, "protocol": "TCP"}],
+        "endpoints": [{"addresses": [address.to_string()], "conditions": {"ready": true}}],
+    });
+    Bytes::from(object.to_string())
 }
 
 /// A resolver on loopback that says 192.0.2.80 to everything, and a resolv.conf that names it (in this mount namespace).

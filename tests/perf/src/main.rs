@@ -90,12 +90,15 @@ enum Bench {
         #[arg(long, default_value_t = 2000)]
         questions: usize,
     },
-    /// Cluster DNS: questions a second and the time of one
+    /// Cluster DNS: questions a second, the time of one, and how soon an answer follows its endpoint
     Dns {
         #[arg(long, default_value_t = 5)]
         seconds: u64,
         #[arg(long, default_value_t = 5000)]
         rounds: usize,
+        /// Changes of an endpoint
+        #[arg(long, default_value_t = 50)]
+        changes: usize,
     },
 }
 
@@ -116,6 +119,6 @@ fn main() -> anyhow::Result<()> {
             cni::run(cni::Plan { rounds, present, pause: Duration::from_millis(pause) })
         }
         Bench::Net { rounds, seconds, questions } => net::run(rounds, seconds, questions),
-        Bench::Dns { seconds, rounds } => dns::run(seconds, rounds),
+        Bench::Dns { seconds, rounds, changes } => dns::run(seconds, rounds, changes),
     }
 }
