@@ -56,6 +56,7 @@ const CASES: &[&str] = &[
 pub(crate) const DEFAULT_TESTS: &[&str] = &[
     "cni",
     "cni_chained",
+    "cni_options",
     "e2e",
     "netns",
     "node_routes",
@@ -71,6 +72,8 @@ const NETWORK_TESTS: &[&str] = &[
     "balancer",
     "cni",
     "cni_chained",
+    "cni_options",
+    "cluster_dns",
     "netpolicy",
     "netproxy",
     "netproxy_random",

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use hickory_proto::ProtoError;
 use hickory_proto::op::{Edns, Message, MessageType, Metadata, OpCode, Query, ResponseCode};
 use hickory_proto::rr::{DNSClass, Name, RecordType};
 use parking_lot::RwLock;
@@ -281,14 +282,42 @@ fn merge(mut response: Message, answer: Message) -> Message {
 async fn send_udp(socket: &UdpSocket, peer: SocketAddr, request: &Message, response: &Message) {
     let limit =
         request.edns.as_ref().map_or(PLAIN_UDP_BYTES, |edns| edns.max_payload().clamp(PLAIN_UDP_BYTES, MAX_UDP_BYTES));
-    let bytes = match response.to_vec() {
-        Ok(bytes) if bytes.len() <= usize::from(limit) => Ok(bytes),
-        Ok(_) => response.truncate().to_vec(),
-        Err(error) => Err(error),
-    };
+    let bytes = fit(response, usize::from(limit));
     match bytes {
         // What cannot be sent is asked again.
         Ok(bytes) => drop(socket.send_to(&bytes, peer).await),
         Err(error) => debug!(error = &error as &dyn std::error::Error, "DNS answer cannot be encoded"),
     }
+}
+
+/// The message in no more bytes than the asker takes. Additional records are left out first, without which an answer is
+/// whole; then as many answers stay as there is room for, and the asker is told to ask by TCP for all. Some askers never
+/// do, and use what they got.
+fn fit(response: &Message, limit: usize) -> Result<Vec<u8>, ProtoError> {
+    let bytes = response.to_vec()?;
+    if bytes.len() <= limit {
+        return Ok(bytes);
+    }
+    let mut part = response.clone();
+    part.additionals.clear();
+    let bytes = part.to_vec()?;
+    if bytes.len() <= limit {
+        return Ok(bytes);
+    }
+    part.metadata.truncation = true;
+    part.authorities.clear();
+    let answers = std::mem::take(&mut part.answers);
+    let mut best = part.to_vec()?;
+    let (mut fits, mut exceeds) = (0, answers.len() + 1);
+    while exceeds - fits > 1 {
+        let count = fits + (exceeds - fits) / 2;
+        part.answers = answers[..count].to_vec();
+        let bytes = part.to_vec()?;
+        if bytes.len() <= limit {
+            (best, fits) = (bytes, count);
+        } else {
+            exceeds = count;
+        }
+    }
+    Ok(best)
 }
