@@ -242,7 +242,7 @@ impl World {
     }
 
     /// A pod with servers on TCP and UDP port 8080 that answer with the pod's name and the client's address.
-    fn pod(&mut self, name: &str, last: u16) {
+    pub fn pod(&mut self, name: &str, last: u16) {
         let bridge = Connection::open(Protocol::Route).unwrap().require_link("oar0").unwrap();
         self.attach(name, Some(bridge.index), |family| family.pod(last), Family::gateway);
         self.families.iter().for_each(|family| serve(name, family.pod(last)));
