@@ -140,10 +140,10 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
     }
     let mirror_touched = Arc::new(Notify::new());
     let mut known_sources = HashSet::from([Source::Api]);
-    if let Some(directory) = config.static_pod_dir.clone() {
+    if let Some(path) = config.static_pod_dir.clone() {
         known_sources.insert(Source::Files);
         let (shared, touched) = (shared.clone(), mirror_touched.clone());
-        let watch = sources::watch_directory(directory, shared, news.clone(), touched, token.clone());
+        let watch = sources::watch_manifests(path, shared, news.clone(), touched, token.clone());
         tasks.spawn("static pods", finished(watch));
     }
     let api = NodeApi::new(
