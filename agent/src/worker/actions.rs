@@ -176,6 +176,9 @@ impl Job {
             }
             Err(error) => return failed("", error.to_string()),
         }
+        if let Err(message) = spec::hosts::seen_host_name(&self.pod, &shared.config.cluster_domain) {
+            return self.troubled("FailedCreatePodSandBox", format!("Failed to create pod sandbox: {message}"));
+        }
         for message in self.dns().await.omitted {
             shared.recorder.pod(&self.pod, Level::Warning, "DNSConfigForming", message);
         }
