@@ -12,6 +12,7 @@ use oarlock_plugins::watcher::{Taker, Takers};
 use oarlock_probes::{ExecProbe, ProbeManager};
 use oarlock_supervise::Tasks;
 use oarlock_volumes::VolumeManager;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +22,7 @@ use crate::credentials::{self, Connection};
 use crate::cri::Runtime;
 use crate::error::chain;
 use crate::images::ImageCollector;
+use crate::metrics::Histogram;
 use crate::node::capacity::{Capacity, Machine};
 use crate::node::status::Identity;
 use crate::node::{identity, status, sync};
@@ -28,7 +30,7 @@ use crate::objects::Objects;
 use crate::pods::{Pods, Source};
 use crate::pull_credentials::Providers;
 use crate::server::{ApiAuthorizer, Backend};
-use crate::shared::{PodTable, Shared};
+use crate::shared::{POD_START_SECONDS, PodTable, Shared};
 use crate::turns::taking_turns;
 use crate::users::UserRanges;
 use crate::watched::Watched;
@@ -115,6 +117,7 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
         pressure: Default::default(),
         node_changed: Default::default(),
         node_told: Default::default(),
+        pod_starts: Mutex::new(Histogram::new(&POD_START_SECONDS)),
         client: client.clone(),
         runtime,
         recorder,
@@ -140,10 +143,10 @@ pub(crate) async fn run(mut config: Config, connection: Connection, asked: Cance
     }
     let mirror_touched = Arc::new(Notify::new());
     let mut known_sources = HashSet::from([Source::Api]);
-    if let Some(directory) = config.static_pod_dir.clone() {
+    if let Some(path) = config.static_pod_dir.clone() {
         known_sources.insert(Source::Files);
         let (shared, touched) = (shared.clone(), mirror_touched.clone());
-        let watch = sources::watch_directory(directory, shared, news.clone(), touched, token.clone());
+        let watch = sources::watch_manifests(path, shared, news.clone(), touched, token.clone());
         tasks.spawn("static pods", finished(watch));
     }
     let api = NodeApi::new(

@@ -48,7 +48,7 @@ pub struct Config {
     pub max_pods: u32,
     /// At most so many pods for each processor; 0 is no such limit.
     pub pods_per_core: u32,
-    /// A directory of pod manifests to run without an API server.
+    /// A directory of pod manifests, or one manifest, to run without an API server.
     pub static_pod_dir: Option<PathBuf>,
     /// Whether the node's API serves logs and sessions in containers.
     pub debugging_handlers: bool,

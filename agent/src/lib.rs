@@ -24,6 +24,7 @@ mod inhibitor;
 mod kubelet_config;
 mod logs;
 mod memory;
+mod metrics;
 mod model;
 mod node;
 mod objects;

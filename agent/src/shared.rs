@@ -18,6 +18,7 @@ use crate::assignment::Assignments;
 use crate::cgroups::PodCgroups;
 use crate::cri::Runtime;
 use crate::eviction::Pressure;
+use crate::metrics::Histogram;
 use crate::model::{Observed, PodUid};
 use crate::node::capacity::Capacity;
 use crate::objects::Objects;
@@ -27,6 +28,12 @@ use crate::spec;
 use crate::spec::resources::{NodeLimits, Swap};
 use crate::users::UserRanges;
 use crate::watched::Watched;
+
+/// Bounds of how long pods take to run.
+pub(crate) const POD_START_SECONDS: [f64; 25] = [
+    0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 20.0, 30.0, 45.0, 60.0, 120.0, 180.0, 240.0, 300.0, 360.0, 480.0,
+    600.0, 900.0, 1200.0, 1800.0, 2700.0, 3600.0,
+];
 
 /// What every part of the agent works with.
 pub(crate) struct Shared {
@@ -64,6 +71,8 @@ pub(crate) struct Shared {
     pub node_changed: Notify,
     /// The API has taken the node's status.
     pub node_told: Notify,
+    /// Seconds from a pod's coming to its running.
+    pub pod_starts: Mutex<Histogram>,
 }
 
 impl Shared {

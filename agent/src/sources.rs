@@ -1,6 +1,7 @@
-//! Where pods come from: the API watch of pods bound to this node, and a directory of manifests.
+//! Where pods come from: the API watch of pods bound to this node, and manifests on it: a directory of them, or one.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,9 +21,9 @@ use crate::pods::{News, Source};
 use crate::shared::Shared;
 use crate::spec::{self, names};
 
-/// With the directory watched, it is read this often anyway; and when it cannot be watched, or a mirror is not made yet.
-const DIRECTORY_PERIOD: Duration = Duration::from_secs(60);
-const DIRECTORY_RETRY: Duration = Duration::from_secs(10);
+/// With the manifests watched, they are read this often anyway; and when they cannot be watched, or a mirror is not made yet.
+const REREAD_PERIOD: Duration = Duration::from_secs(60);
+const REREAD_RETRY: Duration = Duration::from_secs(10);
 /// A file that is being written gets this long to be whole.
 const SETTLE: Duration = Duration::from_millis(50);
 const MAX_MANIFEST_BYTES: u64 = 1 << 20;
@@ -87,9 +88,10 @@ fn slim(mut pod: Pod) -> Pod {
     pod.clone()
 }
 
-/// Reads a directory of manifests whenever something happens in it, until `shutdown`. A bad manifest is reported and left out.
-pub(crate) async fn watch_directory(
-    directory: PathBuf,
+/// Reads a directory of manifests, or one manifest, whenever something happens to it, until `shutdown`. A bad manifest is
+/// reported and left out; where there is one alone, its pod goes on as it was last described.
+pub(crate) async fn watch_manifests(
+    path: PathBuf,
     shared: Arc<Shared>,
     news: mpsc::Sender<News>,
     mirror_touched: Arc<Notify>,
@@ -98,23 +100,26 @@ pub(crate) async fn watch_directory(
     let (client, node_name) = (shared.client.clone(), shared.config.node_name.clone());
     let mut bad: HashMap<PathBuf, String> = HashMap::new();
     let mut mirrored: HashMap<PodUid, Arc<Pod>> = HashMap::new();
+    let mut known: Vec<Arc<Pod>> = Vec::new();
     let mut searched = false;
-    let mut watch = None;
+    let mut watch: Option<Watch> = None;
     loop {
         // Watched before it is read, so that nothing is missed in between.
-        if watch.is_none() {
-            watch = directory_events(&directory);
+        let place = Place::of(&path);
+        if watch.as_ref().is_none_or(|watch| watch.place != place) {
+            watch = Watch::new(place);
         }
         let mut whole = watch.is_some();
         let registered = shared.node_told.notified();
-        let (dir, node) = (directory.clone(), node_name.clone());
-        let read = tokio::task::spawn_blocking(move || read_directory(&dir, &node)).await;
-        if let Ok((pods, errors)) = read {
+        let (read_path, node) = (path.clone(), node_name.clone());
+        let read = tokio::task::spawn_blocking(move || read_path_of_manifests(&read_path, &node)).await;
+        if let Ok((found, errors)) = read {
             for (path, error) in &errors {
                 if bad.get(path) != Some(error) {
                     tracing::warn!(path = %path.display(), error, "a static pod's manifest is not usable");
                 }
             }
+            let pods = if errors.contains_key(&path) { std::mem::take(&mut known) } else { found };
             bad = errors;
             let _ = news.send(News::SourceInit(Source::Files)).await;
             for pod in &pods {
@@ -125,10 +130,11 @@ pub(crate) async fn watch_directory(
             whole &= mirror(&client, owner.as_ref(), &pods, &mut mirrored).await;
             searched = searched || remove_stale_mirrors(&client, &node_name, &pods).await;
             whole &= searched;
+            known = pods;
         }
         tokio::select! {
             () = shutdown.cancelled() => return,
-            () = tokio::time::sleep(if whole { DIRECTORY_PERIOD } else { DIRECTORY_RETRY }) => {}
+            () = tokio::time::sleep(if whole { REREAD_PERIOD } else { REREAD_RETRY }) => {}
             () = mirror_touched.notified() => {}
             // A node that is registered now may own mirrors.
             () = registered, if !whole => {}
@@ -139,39 +145,78 @@ pub(crate) async fn watch_directory(
     }
 }
 
-type Events = inotify::EventStream<[u8; 4096]>;
-
-/// What happens in a directory; None while it cannot be watched, as when it is not there.
-fn directory_events(directory: &Path) -> Option<Events> {
-    use inotify::WatchMask;
-    let inotify = inotify::Inotify::init().ok()?;
-    let mask = WatchMask::CREATE
-        | WatchMask::CLOSE_WRITE
-        | WatchMask::DELETE
-        | WatchMask::MOVED_FROM
-        | WatchMask::MOVED_TO
-        | WatchMask::DELETE_SELF
-        | WatchMask::MOVE_SELF
-        | WatchMask::ONLYDIR;
-    inotify.watches().add(directory, mask).ok()?;
-    inotify.into_event_stream([0; 4096]).ok()
+/// The directory whose events tell of the manifests.
+#[derive(Debug, PartialEq, Eq)]
+struct Place {
+    directory: PathBuf,
+    /// The only name in it that matters; None when all do.
+    name: Option<OsString>,
 }
 
-/// Waits for something to happen and then for it to be over; false when the directory can no longer be watched.
-async fn next_event(watch: &mut Option<Events>) -> bool {
-    use inotify::EventMask;
-    let Some(events) = watch else { return std::future::pending().await };
-    let gone = |event: &inotify::Event<_>| {
-        event.mask.intersects(EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED)
-    };
-    match events.next().await {
-        Some(Ok(event)) if !gone(&event) => {}
-        _ => return false,
+impl Place {
+    /// A directory is watched itself; a file, and what is not there, by what happens in the directory around it, since
+    /// another file may take its name.
+    fn of(path: &Path) -> Place {
+        match (path.parent(), path.file_name()) {
+            (Some(parent), Some(name)) if !path.is_dir() => {
+                let directory = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+                Place { directory: directory.to_owned(), name: Some(name.to_owned()) }
+            }
+            _ => Place { directory: path.to_owned(), name: None },
+        }
     }
-    while let Ok(event) = tokio::time::timeout(SETTLE, events.next()).await {
+}
+
+struct Watch {
+    place: Place,
+    events: inotify::EventStream<[u8; 4096]>,
+}
+
+impl Watch {
+    /// None while the place cannot be watched, as when it is not there.
+    fn new(place: Place) -> Option<Watch> {
+        use inotify::WatchMask;
+        let inotify = inotify::Inotify::init().ok()?;
+        let mask = WatchMask::CREATE
+            | WatchMask::CLOSE_WRITE
+            | WatchMask::DELETE
+            | WatchMask::MOVED_FROM
+            | WatchMask::MOVED_TO
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF
+            | WatchMask::ONLYDIR;
+        inotify.watches().add(&place.directory, mask).ok()?;
+        Some(Watch { place, events: inotify.into_event_stream([0; 4096]).ok()? })
+    }
+
+    /// Waits for one event: Some(true) when it is about manifests, None when there will be no more.
+    async fn next(&mut self) -> Option<bool> {
+        use inotify::EventMask;
+        let event = self.events.next().await?.ok()?;
+        let over = EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED;
+        // Where events were lost, one of them may have been about manifests.
+        let lost = event.mask.contains(EventMask::Q_OVERFLOW);
+        let matters = self.place.name.is_none() || event.name == self.place.name;
+        (!event.mask.intersects(over)).then_some(lost || matters)
+    }
+}
+
+/// Waits for something to happen and then for it to be over; false when the place can no longer be watched.
+async fn next_event(watch: &mut Option<Watch>) -> bool {
+    let Some(watch) = watch else { return std::future::pending().await };
+    loop {
+        match watch.next().await {
+            None => return false,
+            Some(false) => {}
+            Some(true) => break,
+        }
+    }
+    let mut quiet_at = tokio::time::Instant::now() + SETTLE;
+    while let Ok(event) = tokio::time::timeout_at(quiet_at, watch.next()).await {
         match event {
-            Some(Ok(event)) if !gone(&event) => {}
-            _ => return false,
+            None => return false,
+            Some(false) => {}
+            Some(true) => quiet_at = tokio::time::Instant::now() + SETTLE,
         }
     }
     true
@@ -179,16 +224,15 @@ async fn next_event(watch: &mut Option<Events>) -> bool {
 
 type ReadOut = (Vec<Arc<Pod>>, HashMap<PathBuf, String>);
 
-fn read_directory(directory: &Path, node_name: &str) -> ReadOut {
+/// The usable manifests, and what is wrong with the others. Of what is not there nothing is wrong.
+fn read_path_of_manifests(path: &Path, node_name: &str) -> ReadOut {
+    let paths = match path.metadata() {
+        Ok(meta) if meta.is_dir() => manifests_in(path),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        _ => vec![path.to_owned()],
+    };
     let (mut pods, mut errors) = (Vec::new(), HashMap::new());
-    let mut paths: Vec<PathBuf> =
-        std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-    paths.sort();
     for path in paths {
-        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        if hidden || !path.is_file() {
-            continue;
-        }
         match read_manifest(&path, node_name) {
             Ok(pod) => pods.push(Arc::new(pod)),
             Err(error) => {
@@ -199,8 +243,21 @@ fn read_directory(directory: &Path, node_name: &str) -> ReadOut {
     (pods, errors)
 }
 
+/// The files of a directory that are meant to be read, in the order of their names.
+fn manifests_in(directory: &Path) -> Vec<PathBuf> {
+    let hidden = |path: &Path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut paths: Vec<PathBuf> = entries.filter(|path| !hidden(path) && path.is_file()).collect();
+    paths.sort();
+    paths
+}
+
 fn read_manifest(path: &Path, node_name: &str) -> Result<Pod, String> {
-    let length = path.metadata().map_err(|error| error.to_string())?.len();
+    let meta = path.metadata().map_err(|error| error.to_string())?;
+    if !meta.is_file() {
+        return Err("not a file".to_owned());
+    }
+    let length = meta.len();
     if length > MAX_MANIFEST_BYTES {
         return Err(format!("{length} bytes are too many"));
     }
@@ -338,6 +395,16 @@ mod tests {
         assert!(spec::is_static(&pod));
         let changed = static_pod(&text.replace("image: i", "image: j"), "node-1").expect("a pod");
         assert_ne!(spec::pod_uid(&pod), spec::pod_uid(&changed));
+    }
+
+    #[test]
+    fn a_file_is_watched_by_its_name_in_the_directory_around_it() {
+        let root = tempfile::tempdir().expect("a directory");
+        let whole = Place { directory: root.path().to_owned(), name: None };
+        assert_eq!(Place::of(root.path()), whole);
+        let one = Place { directory: root.path().to_owned(), name: Some("pod.yaml".into()) };
+        assert_eq!(Place::of(&root.path().join("pod.yaml")), one, "also while it is not there");
+        assert_eq!(Place::of(Path::new("pod.yaml")).directory, Path::new("."));
     }
 
     #[test]

@@ -51,7 +51,7 @@ async fn a_node_without_memory_ends_pods_says_so_and_takes_no_more() {
         "{message}"
     );
     assert_eq!(condition(&ended, "DisruptionTarget"), "True");
-    for event in ["EvictionThresholdMet", "Evicted", "Killing"] {
+    for event in ["EvictionThresholdMet", "Evicted", "Killing", "NodeHasInsufficientMemory"] {
         node.wait_for_event(event).await;
     }
     assert!(node.runtime.running().is_empty());

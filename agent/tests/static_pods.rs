@@ -80,3 +80,62 @@ async fn a_bad_manifest_harms_nobody() {
     node.api.wait(MIRROR, "Ready", ready).await;
     assert_eq!(node.runtime.running(), ["app"]);
 }
+
+/// A node of one manifest by its name, and where that is.
+async fn node_of_one_file() -> (Node, PathBuf) {
+    let node = Node::start_with(&["app:1", "app:2"], |config| {
+        std::fs::create_dir_all(&config.data_dir).expect("a directory");
+        config.static_pod_dir = Some(config.data_dir.join("pod.yaml"));
+    })
+    .await;
+    let file = node.dir.path().join("data/pod.yaml");
+    (node, file)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_file_is_followed_through_writing_replacement_and_removal() {
+    let (node, file) = node_of_one_file().await;
+    // Its neighbours are nobody's business, and it may be a manifest by any name.
+    write(&file.with_file_name("neighbour.yaml"), "app:2");
+    write(&file, "app:1");
+    let of = |image: &'static str| move |pod: &Value| pod["spec"]["containers"][0]["image"] == image && ready(pod);
+    let mirror = node.api.wait(MIRROR, "of the file", of("app:1")).await;
+    assert_eq!(mirror["metadata"]["annotations"]["kubernetes.io/config.source"], "file");
+    assert_eq!(node.runtime.running(), ["app"]);
+
+    // Written anew.
+    write(&file, "app:2");
+    node.api.wait(MIRROR, "of what was written", of("app:2")).await;
+    // Another file takes its name, as an editor or a configuration tool does it.
+    let next = file.with_file_name("pod.yaml.new");
+    write(&next, "app:1");
+    std::fs::rename(&next, &file).expect("a rename");
+    node.api.wait(MIRROR, "of the file that took its place", of("app:1")).await;
+
+    // It says nothing usable for a while: the pod goes on.
+    let calls = node.runtime.calls();
+    std::fs::write(&file, "{").expect("a file");
+    node.api.remove(MIRROR);
+    node.api.wait(MIRROR, "shown again", of("app:1")).await;
+    assert_eq!(node.runtime.calls(), calls, "a file that cannot be read ends nothing");
+
+    std::fs::remove_file(&file).expect("the file goes");
+    node.api.wait(MIRROR, "gone", Value::is_null).await;
+    soon("the pod is gone", || node.runtime.is_empty()).await;
+    // And comes back.
+    write(&file, "app:2");
+    node.api.wait(MIRROR, "of the file that came back", of("app:2")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_may_take_the_place_of_the_file() {
+    let (node, path) = node_of_one_file().await;
+    write(&path, "app:1");
+    node.api.wait(MIRROR, "Ready", ready).await;
+    std::fs::remove_file(&path).expect("the file goes");
+    node.api.wait(MIRROR, "gone", Value::is_null).await;
+    std::fs::create_dir(&path).expect("a directory");
+    write(&path.join("web.yaml"), "app:2");
+    let second = |pod: &Value| pod["spec"]["containers"][0]["image"] == "app:2" && ready(pod);
+    node.api.wait(MIRROR, "of the directory's manifest", second).await;
+}

@@ -79,7 +79,7 @@ pub(crate) struct ConfigFile {
     pub(crate) agent_port: Option<u16>,
     /// The port of netproxy's health server.
     pub(crate) proxy_health_port: Option<u16>,
-    /// A directory of manifests that the agent runs without the API.
+    /// A directory of manifests, or one manifest, that the agent runs without the API.
     pub(crate) static_pod_dir: Option<PathBuf>,
     /// Fields of KubeletConfiguration, which win over what is set above.
     pub(crate) kubelet: Option<KubeletConfiguration>,

@@ -1,7 +1,8 @@
 //! [`Runtime`]: one method a call.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use oarlock_proto::cri;
@@ -9,6 +10,8 @@ use oarlock_proto::cri::image_service_client::ImageServiceClient;
 use oarlock_proto::cri::runtime_service_client::RuntimeServiceClient;
 use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
+
+use super::operations::Operations;
 
 /// Ordinary calls.
 const CALL: Duration = Duration::from_secs(30);
@@ -63,23 +66,7 @@ fn code_name(code: tonic::Code) -> String {
 pub(crate) struct Runtime {
     runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
-}
-
-/// The call is in a box of its own: it holds its request several times over, and what awaits it would be as large for as long
-/// as it lives.
-fn bounded<T>(
-    call: &'static str,
-    limit: Duration,
-    answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>> + Send,
-) -> impl Future<Output = Result<T, CriError>> + Send {
-    let answer = Box::pin(answer);
-    async move {
-        match tokio::time::timeout(limit, answer).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(CriError::Status { call, status: Box::new(status) }),
-            Err(_) => Err(CriError::Timeout { call, after: limit }),
-        }
-    }
+    operations: Arc<Operations>,
 }
 
 impl Runtime {
@@ -95,29 +82,57 @@ impl Runtime {
         Self {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
             images: ImageServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES),
+            operations: Arc::default(),
+        }
+    }
+
+    /// Prometheus text about the calls that were made.
+    pub(crate) fn metrics(&self) -> String {
+        self.operations.metrics()
+    }
+
+    /// Makes a call and counts it. It is in a box of its own: it holds its request several times over, and what awaits it
+    /// would be as large for as long as it lives.
+    fn bounded<T>(
+        &self,
+        call: &'static str,
+        limit: Duration,
+        answer: impl Future<Output = Result<tonic::Response<T>, tonic::Status>> + Send,
+    ) -> impl Future<Output = Result<T, CriError>> + Send {
+        let answer = Box::pin(answer);
+        async move {
+            let began = Instant::now();
+            let answer = tokio::time::timeout(limit, answer).await;
+            self.operations.ended(call, began.elapsed(), matches!(answer, Ok(Ok(_))));
+            match answer {
+                Ok(Ok(response)) => Ok(response.into_inner()),
+                Ok(Err(status)) => Err(CriError::Status { call, status: Box::new(status) }),
+                Err(_) => Err(CriError::Timeout { call, after: limit }),
+            }
         }
     }
 
     pub(crate) async fn version(&self) -> Result<cri::VersionResponse, CriError> {
         let request = cri::VersionRequest { version: "v1".to_owned() };
-        bounded("Version", CALL, self.runtime.clone().version(request)).await
+        self.bounded("Version", CALL, self.runtime.clone().version(request)).await
     }
 
     pub(crate) async fn status(&self) -> Result<cri::StatusResponse, CriError> {
-        bounded("Status", CALL, self.runtime.clone().status(cri::StatusRequest { verbose: false })).await
+        self.bounded("Status", CALL, self.runtime.clone().status(cri::StatusRequest { verbose: false })).await
     }
 
     /// Whether the runtime makes cgroups through systemd.
     pub(crate) async fn systemd_cgroups(&self) -> Result<bool, CriError> {
         let mut client = self.runtime.clone();
-        let linux = bounded("RuntimeConfig", CALL, client.runtime_config(cri::RuntimeConfigRequest {})).await?.linux;
+        let linux =
+            self.bounded("RuntimeConfig", CALL, client.runtime_config(cri::RuntimeConfigRequest {})).await?.linux;
         Ok(linux.is_some_and(|linux| linux.cgroup_driver == cri::CgroupDriver::Systemd as i32))
     }
 
     pub(crate) async fn update_pod_cidr(&self, pod_cidr: String) -> Result<(), CriError> {
         let network_config = Some(cri::NetworkConfig { pod_cidr });
         let request = cri::UpdateRuntimeConfigRequest { runtime_config: Some(cri::RuntimeConfig { network_config }) };
-        bounded("UpdateRuntimeConfig", CALL, self.runtime.clone().update_runtime_config(request)).await.map(drop)
+        self.bounded("UpdateRuntimeConfig", CALL, self.runtime.clone().update_runtime_config(request)).await.map(drop)
     }
 
     pub(crate) async fn run_sandbox(
@@ -126,23 +141,25 @@ impl Runtime {
         runtime_handler: String,
     ) -> Result<String, CriError> {
         let request = cri::RunPodSandboxRequest { config: Some(config), runtime_handler };
-        let response = bounded("RunPodSandbox", SLOW_CALL, self.runtime.clone().run_pod_sandbox(request)).await?;
+        let response = self.bounded("RunPodSandbox", SLOW_CALL, self.runtime.clone().run_pod_sandbox(request)).await?;
         Ok(response.pod_sandbox_id)
     }
 
     pub(crate) async fn stop_sandbox(&self, id: &str) -> Result<(), CriError> {
         let request = cri::StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
-        gone_is_fine(bounded("StopPodSandbox", SLOW_CALL, self.runtime.clone().stop_pod_sandbox(request)).await)
+        gone_is_fine(self.bounded("StopPodSandbox", SLOW_CALL, self.runtime.clone().stop_pod_sandbox(request)).await)
     }
 
     pub(crate) async fn remove_sandbox(&self, id: &str) -> Result<(), CriError> {
         let request = cri::RemovePodSandboxRequest { pod_sandbox_id: id.to_owned() };
-        gone_is_fine(bounded("RemovePodSandbox", SLOW_CALL, self.runtime.clone().remove_pod_sandbox(request)).await)
+        gone_is_fine(
+            self.bounded("RemovePodSandbox", SLOW_CALL, self.runtime.clone().remove_pod_sandbox(request)).await,
+        )
     }
 
     pub(crate) async fn sandbox_status(&self, id: &str) -> Result<cri::PodSandboxStatus, CriError> {
         let request = cri::PodSandboxStatusRequest { pod_sandbox_id: id.to_owned(), verbose: false };
-        let response = bounded("PodSandboxStatus", CALL, self.runtime.clone().pod_sandbox_status(request)).await?;
+        let response = self.bounded("PodSandboxStatus", CALL, self.runtime.clone().pod_sandbox_status(request)).await?;
         response.status.ok_or(CriError::Incomplete { call: "PodSandboxStatus", missing: "a status" })
     }
 
@@ -151,7 +168,7 @@ impl Runtime {
         filter: Option<cri::PodSandboxFilter>,
     ) -> Result<Vec<cri::PodSandbox>, CriError> {
         let request = cri::ListPodSandboxRequest { filter };
-        Ok(bounded("ListPodSandbox", CALL, self.runtime.clone().list_pod_sandbox(request)).await?.items)
+        Ok(self.bounded("ListPodSandbox", CALL, self.runtime.clone().list_pod_sandbox(request)).await?.items)
     }
 
     pub(crate) async fn create_container(
@@ -165,26 +182,28 @@ impl Runtime {
             config: Some(config),
             sandbox_config: Some(sandbox_config),
         };
-        let response = bounded("CreateContainer", SLOW_CALL, self.runtime.clone().create_container(request)).await?;
+        let response =
+            self.bounded("CreateContainer", SLOW_CALL, self.runtime.clone().create_container(request)).await?;
         Ok(response.container_id)
     }
 
     pub(crate) async fn start_container(&self, id: &str) -> Result<(), CriError> {
         let request = cri::StartContainerRequest { container_id: id.to_owned() };
-        bounded("StartContainer", SLOW_CALL, self.runtime.clone().start_container(request)).await.map(drop)
+        self.bounded("StartContainer", SLOW_CALL, self.runtime.clone().start_container(request)).await.map(drop)
     }
 
     /// Asks it to end, and kills it after `grace`.
     pub(crate) async fn stop_container(&self, id: &str, grace: Duration) -> Result<(), CriError> {
         let timeout = i64::try_from(grace.as_secs()).unwrap_or(i64::MAX);
         let request = cri::StopContainerRequest { container_id: id.to_owned(), timeout };
-        let answer = bounded("StopContainer", grace + SLOW_CALL, self.runtime.clone().stop_container(request)).await;
+        let answer =
+            self.bounded("StopContainer", grace + SLOW_CALL, self.runtime.clone().stop_container(request)).await;
         gone_is_fine(answer)
     }
 
     pub(crate) async fn remove_container(&self, id: &str) -> Result<(), CriError> {
         let request = cri::RemoveContainerRequest { container_id: id.to_owned() };
-        gone_is_fine(bounded("RemoveContainer", SLOW_CALL, self.runtime.clone().remove_container(request)).await)
+        gone_is_fine(self.bounded("RemoveContainer", SLOW_CALL, self.runtime.clone().remove_container(request)).await)
     }
 
     /// Changes the cgroup values of a running container.
@@ -199,12 +218,12 @@ impl Runtime {
             ..Default::default()
         };
         let mut client = self.runtime.clone();
-        bounded("UpdateContainerResources", CALL, client.update_container_resources(request)).await.map(drop)
+        self.bounded("UpdateContainerResources", CALL, client.update_container_resources(request)).await.map(drop)
     }
 
     pub(crate) async fn container_status(&self, id: &str) -> Result<cri::ContainerStatus, CriError> {
         let request = cri::ContainerStatusRequest { container_id: id.to_owned(), verbose: false };
-        let response = bounded("ContainerStatus", CALL, self.runtime.clone().container_status(request)).await?;
+        let response = self.bounded("ContainerStatus", CALL, self.runtime.clone().container_status(request)).await?;
         response.status.ok_or(CriError::Incomplete { call: "ContainerStatus", missing: "a status" })
     }
 
@@ -213,7 +232,7 @@ impl Runtime {
         filter: Option<cri::ContainerFilter>,
     ) -> Result<Vec<cri::Container>, CriError> {
         let request = cri::ListContainersRequest { filter };
-        Ok(bounded("ListContainers", CALL, self.runtime.clone().list_containers(request)).await?.containers)
+        Ok(self.bounded("ListContainers", CALL, self.runtime.clone().list_containers(request)).await?.containers)
     }
 
     pub(crate) async fn exec_sync(
@@ -225,7 +244,7 @@ impl Runtime {
         let timeout = i64::try_from(limit.as_secs()).unwrap_or(0);
         let request = cri::ExecSyncRequest { container_id: id.to_owned(), cmd: cmd.to_vec(), timeout };
         let slack = if limit.is_zero() { SLOW_CALL } else { limit + Duration::from_secs(5) };
-        bounded("ExecSync", slack, self.runtime.clone().exec_sync(request)).await
+        self.bounded("ExecSync", slack, self.runtime.clone().exec_sync(request)).await
     }
 
     /// Writes a checkpoint to `location`. A limit of zero is the runtime's own.
@@ -236,65 +255,66 @@ impl Runtime {
             timeout: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
         };
         let slack = if limit.is_zero() { SLOW_CALL } else { limit.min(PULL) + Duration::from_secs(5) };
-        bounded("CheckpointContainer", slack, self.runtime.clone().checkpoint_container(request)).await.map(drop)
+        self.bounded("CheckpointContainer", slack, self.runtime.clone().checkpoint_container(request)).await.map(drop)
     }
 
     pub(crate) async fn exec(&self, request: cri::ExecRequest) -> Result<String, CriError> {
-        Ok(bounded("Exec", CALL, self.runtime.clone().exec(request)).await?.url)
+        Ok(self.bounded("Exec", CALL, self.runtime.clone().exec(request)).await?.url)
     }
 
     pub(crate) async fn attach(&self, request: cri::AttachRequest) -> Result<String, CriError> {
-        Ok(bounded("Attach", CALL, self.runtime.clone().attach(request)).await?.url)
+        Ok(self.bounded("Attach", CALL, self.runtime.clone().attach(request)).await?.url)
     }
 
     pub(crate) async fn port_forward(&self, request: cri::PortForwardRequest) -> Result<String, CriError> {
-        Ok(bounded("PortForward", CALL, self.runtime.clone().port_forward(request)).await?.url)
+        Ok(self.bounded("PortForward", CALL, self.runtime.clone().port_forward(request)).await?.url)
     }
 
     pub(crate) async fn reopen_log(&self, id: &str) -> Result<(), CriError> {
         let request = cri::ReopenContainerLogRequest { container_id: id.to_owned() };
-        bounded("ReopenContainerLog", CALL, self.runtime.clone().reopen_container_log(request)).await.map(drop)
+        self.bounded("ReopenContainerLog", CALL, self.runtime.clone().reopen_container_log(request)).await.map(drop)
     }
 
     /// The stream of container events. Its end or an error means: look at everything again.
     pub(crate) async fn events(&self) -> Result<tonic::Streaming<cri::ContainerEventResponse>, CriError> {
-        bounded("GetContainerEvents", CALL, self.runtime.clone().get_container_events(cri::GetEventsRequest {})).await
+        self.bounded("GetContainerEvents", CALL, self.runtime.clone().get_container_events(cri::GetEventsRequest {}))
+            .await
     }
 
     pub(crate) async fn sandbox_stats(&self) -> Result<Vec<cri::PodSandboxStats>, CriError> {
         let request = cri::ListPodSandboxStatsRequest { filter: None };
-        Ok(bounded("ListPodSandboxStats", CALL, self.runtime.clone().list_pod_sandbox_stats(request)).await?.stats)
+        Ok(self.bounded("ListPodSandboxStats", CALL, self.runtime.clone().list_pod_sandbox_stats(request)).await?.stats)
     }
 
     pub(crate) async fn container_stats(&self) -> Result<Vec<cri::ContainerStats>, CriError> {
         let request = cri::ListContainerStatsRequest { filter: None };
-        Ok(bounded("ListContainerStats", CALL, self.runtime.clone().list_container_stats(request)).await?.stats)
+        Ok(self.bounded("ListContainerStats", CALL, self.runtime.clone().list_container_stats(request)).await?.stats)
     }
 
     pub(crate) async fn image_status(&self, image: &str) -> Result<Option<cri::Image>, CriError> {
         let image = Some(cri::ImageSpec { image: image.to_owned(), ..Default::default() });
         let request = cri::ImageStatusRequest { image, verbose: false };
-        Ok(bounded("ImageStatus", CALL, self.images.clone().image_status(request)).await?.image)
+        Ok(self.bounded("ImageStatus", CALL, self.images.clone().image_status(request)).await?.image)
     }
 
     pub(crate) async fn pull_image(&self, request: cri::PullImageRequest) -> Result<String, CriError> {
-        Ok(bounded("PullImage", PULL, self.images.clone().pull_image(request)).await?.image_ref)
+        Ok(self.bounded("PullImage", PULL, self.images.clone().pull_image(request)).await?.image_ref)
     }
 
     pub(crate) async fn list_images(&self) -> Result<Vec<cri::Image>, CriError> {
         let request = cri::ListImagesRequest { filter: None };
-        Ok(bounded("ListImages", CALL, self.images.clone().list_images(request)).await?.images)
+        Ok(self.bounded("ListImages", CALL, self.images.clone().list_images(request)).await?.images)
     }
 
     /// Removes an image by its id; one that is not there is success.
     pub(crate) async fn remove_image(&self, id: &str) -> Result<(), CriError> {
         let image = Some(cri::ImageSpec { image: id.to_owned(), ..Default::default() });
         let request = cri::RemoveImageRequest { image };
-        gone_is_fine(bounded("RemoveImage", SLOW_CALL, self.images.clone().remove_image(request)).await)
+        gone_is_fine(self.bounded("RemoveImage", SLOW_CALL, self.images.clone().remove_image(request)).await)
     }
 
     pub(crate) async fn image_fs_info(&self) -> Result<cri::ImageFsInfoResponse, CriError> {
-        bounded("ImageFsInfo", CALL, self.images.clone().image_fs_info(cri::ImageFsInfoRequest {})).await
+        self.bounded("ImageFsInfo", CALL, self.images.clone().image_fs_info(cri::ImageFsInfoRequest {})).await
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod client;
 mod observe;
+mod operations;
 
 pub(crate) use client::{CriError, Runtime};
 pub(crate) use observe::{Found, found_pods};

@@ -235,6 +235,32 @@ fn conditions(health: &Health, last: Option<&NodeStatus>, now: Timestamp) -> Vec
         .collect()
 }
 
+/// The pressures, with the reasons of the events that tell of them when they begin and when they end.
+const PRESSURE_EVENTS: [(&str, &str, &str); 3] = [
+    ("MemoryPressure", "NodeHasInsufficientMemory", "NodeHasSufficientMemory"),
+    ("DiskPressure", "NodeHasDiskPressure", "NodeHasNoDiskPressure"),
+    ("PIDPressure", "NodeHasInsufficientPID", "NodeHasSufficientPID"),
+];
+
+/// The reasons of the events that tell how `next` differs from `before` in what the node is short of.
+pub(crate) fn pressure_events(before: Option<&NodeStatus>, next: &NodeStatus) -> Vec<&'static str> {
+    let says = |status: &NodeStatus, kind: &str| {
+        status.conditions.iter().flatten().find(|condition| condition.type_ == kind).map(|found| found.status.clone())
+    };
+    let changed = PRESSURE_EVENTS.iter().filter_map(|(kind, begun, ended)| {
+        let now = says(next, kind)?;
+        let same = before.and_then(|before| says(before, kind)).is_some_and(|before| before == now);
+        (!same).then_some(if now == "True" { *begun } else { *ended })
+    });
+    changed.collect()
+}
+
+/// Whether the machine was started anew since the node's status was written.
+pub(crate) fn rebooted(before: Option<&NodeStatus>, identity: &Identity) -> bool {
+    let known = before.and_then(|before| before.node_info.as_ref()).map(|info| info.boot_id.as_str());
+    known.is_some_and(|known| !known.is_empty() && known != identity.boot_id)
+}
+
 /// Whether two statuses say the same, heart-beat times aside.
 pub(crate) fn same(a: &NodeStatus, b: &NodeStatus) -> bool {
     let still = |status: &NodeStatus| {
@@ -325,5 +351,39 @@ mod tests {
         let up = status(&Health::default(), Some(&second), at(30));
         assert_eq!((ready(&up).status.as_str(), ready(&up).last_transition_time), ("True", Some(Time(at(30)))));
         assert!(!same(&second, &up));
+    }
+
+    #[test]
+    fn events_tell_which_pressure_began_and_which_ended() {
+        let short_of = |memory, disk, pid| {
+            let pressure = Pressure { memory, disk, pid };
+            status(&Health { pressure, ..Default::default() }, None, at(10))
+        };
+        let calm = short_of(false, false, false);
+        let at_first = ["NodeHasSufficientMemory", "NodeHasNoDiskPressure", "NodeHasSufficientPID"];
+        assert_eq!(pressure_events(None, &calm), at_first);
+        assert_eq!(pressure_events(Some(&calm), &calm), [""; 0]);
+        let short = short_of(true, false, true);
+        assert_eq!(pressure_events(Some(&calm), &short), ["NodeHasInsufficientMemory", "NodeHasInsufficientPID"]);
+        let other = short_of(false, true, true);
+        assert_eq!(pressure_events(Some(&short), &other), ["NodeHasSufficientMemory", "NodeHasDiskPressure"]);
+        // Somebody else has found that nothing is known of the node.
+        let mut unknown = calm.clone();
+        unknown.conditions.iter_mut().flatten().for_each(|condition| condition.status = "Unknown".to_owned());
+        assert_eq!(pressure_events(Some(&unknown), &calm), at_first);
+    }
+
+    #[test]
+    fn another_boot_id_is_a_reboot() {
+        let before = |boot_id: &str| {
+            let info = NodeSystemInfo { boot_id: boot_id.to_owned(), ..Default::default() };
+            Some(NodeStatus { node_info: Some(info), ..Default::default() })
+        };
+        let identity = Identity { boot_id: "b".to_owned(), ..Default::default() };
+        assert!(rebooted(before("a").as_ref(), &identity));
+        assert!(!rebooted(before("b").as_ref(), &identity));
+        // A node that somebody else made, and a new one.
+        assert!(!rebooted(before("").as_ref(), &identity));
+        assert!(!rebooted(None, &identity));
     }
 }

@@ -55,6 +55,8 @@ pub(crate) struct NodeSync {
     /// What the runtime could do when it was last asked.
     abilities: status::Abilities,
     was_ready: Option<bool>,
+    /// Whether a restart of the machine, which happened before the agent began, has been told.
+    reboot_told: bool,
     /// Whether the runtime has told how it makes cgroups.
     driver_known: bool,
 }
@@ -72,6 +74,7 @@ impl NodeSync {
             images: Vec::new(),
             abilities: Default::default(),
             was_ready: None,
+            reboot_told: false,
             driver_known: false,
         }
     }
@@ -208,9 +211,9 @@ impl NodeSync {
             self.tell_pod_cidr().await;
             return Ok(());
         }
-        let next = match self.sent {
+        let (next, before) = match &self.sent {
             None => self.register(next, health).await?,
-            Some(_) => next,
+            Some((last, _)) => (next, Some(last.clone())),
         };
         let api: Api<Node> = Api::all(shared.client.clone());
         let patch = Patch::Strategic(json!({ "status": patch_body(&next) }));
@@ -224,6 +227,7 @@ impl NodeSync {
             }
             Err(error) => return Err(error),
         }
+        self.tell_pressure(before.as_ref(), &next);
         self.tell_changes(health);
         self.overwritten = false;
         self.sent = Some((next, tokio::time::Instant::now()));
@@ -248,8 +252,32 @@ impl NodeSync {
         self.was_ready = Some(ready);
     }
 
-    /// Creates the node object, or adopts the one that is there; transition times are carried over from it.
-    async fn register(&mut self, status: NodeStatus, health: &Health) -> Result<NodeStatus, kube::Error> {
+    /// Tells what the node has come to be short of, and no longer is; of a new node all of it.
+    fn tell_pressure(&self, before: Option<&NodeStatus>, next: &NodeStatus) {
+        let name = &self.shared.config.node_name;
+        for reason in status::pressure_events(before, next) {
+            self.shared.recorder.node(name, Level::Normal, reason, format!("Node {name} status is now: {reason}"));
+        }
+    }
+
+    /// Tells once that the machine has been started anew since the node object was last written.
+    fn tell_reboot(&mut self, before: Option<&NodeStatus>) {
+        let (name, now) = (&self.shared.config.node_name, &self.identity.boot_id);
+        if self.reboot_told || !status::rebooted(before, &self.identity) {
+            return;
+        }
+        self.reboot_told = true;
+        let message = format!("Node {name} has been rebooted, boot id: {now}");
+        self.shared.recorder.node(name, Level::Warning, "Rebooted", message);
+    }
+
+    /// Creates the node object, or adopts the one that is there; transition times are carried over from it. Gives the status to
+    /// send, and what the object said before.
+    async fn register(
+        &mut self,
+        status: NodeStatus,
+        health: &Health,
+    ) -> Result<(NodeStatus, Option<NodeStatus>), kube::Error> {
         let shared = self.shared.clone();
         let api: Api<Node> = Api::all(shared.client.clone());
         let name = &shared.config.node_name;
@@ -259,7 +287,7 @@ impl NodeSync {
                 tracing::info!(node.name = name, "registered the node");
                 shared.recorder.node(name, Level::Normal, "Starting", "Starting kubelet.");
                 self.take_node(node).await;
-                return Ok(status);
+                return Ok((status, None));
             }
             Err(kube::Error::Api(refusal)) if refusal.code == 409 => {}
             Err(error) => return Err(error),
@@ -275,8 +303,9 @@ impl NodeSync {
         }
         let last = found.status.clone();
         self.take_node(found).await;
+        self.tell_reboot(last.as_ref());
         let now = Timestamp::now();
-        Ok(status::node_status(&self.fixed(&shared), health, last.as_ref(), now))
+        Ok((status::node_status(&self.fixed(&shared), health, last.as_ref(), now), last))
     }
 
     async fn take_node(&mut self, mut node: Node) {

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::machine::{self, Rate};
-use super::{cadvisor, stats};
+use super::{cadvisor, metrics, stats};
 use crate::eviction::{self, PodUsage};
 use crate::go_duration::show;
 use crate::model::{Container, ContainerId, PodUid, RunState};
@@ -223,14 +223,16 @@ impl NodeBackend for Backend {
             MetricsPage::Probes => self.shared.probes.metrics(),
             MetricsPage::Agent => {
                 let volumes = self.driver_volumes().await;
-                stats::agent_metrics(&self.shared) + &stats::volume_metrics(volumes.values().flatten())
+                metrics::agent_metrics(&self.shared) + &metrics::volume_metrics(volumes.values().flatten())
             }
-            MetricsPage::Resource | MetricsPage::CAdvisor => {
+            MetricsPage::Resource => {
+                let runtime = &self.shared.runtime;
+                let told = tokio::join!(runtime.sandbox_stats(), runtime.container_stats());
+                metrics::resource_metrics(&told, &metrics::container_starts(&self.shared))
+            }
+            MetricsPage::CAdvisor => {
                 let pods = self.shared.runtime.sandbox_stats().await.unwrap_or_default();
                 let containers = self.shared.runtime.container_stats().await.unwrap_or_default();
-                if page == MetricsPage::Resource {
-                    return stats::resource_metrics(&pods, &containers);
-                }
                 let capacity = &self.shared.capacity;
                 let cores = capacity.capacity.get("cpu").copied().unwrap_or(0) / 1000;
                 let machine = cadvisor::MachineFacts { cores, memory_bytes: capacity.memory_bytes() };

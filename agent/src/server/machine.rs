@@ -27,6 +27,19 @@ fn boot_second(stat: &str) -> Option<i64> {
     stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse().ok())
 }
 
+/// Bytes of swap in use; None where that cannot be read.
+pub(super) fn swap_used_bytes() -> Option<u64> {
+    swap_used(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn swap_used(meminfo: &str) -> Option<u64> {
+    let of = |name: &str| {
+        let kib = meminfo.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?;
+        kib.parse::<u64>().ok()
+    };
+    Some(of("SwapTotal:")?.saturating_sub(of("SwapFree:")?) * 1024)
+}
+
 /// Turns a growing count into a rate, from one look to the next.
 #[derive(Default)]
 pub(super) struct Rate {
@@ -92,6 +105,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn swap_in_use_is_what_is_not_free() {
+        assert_eq!(swap_used("MemTotal: 9 kB\nSwapTotal:  100 kB\nSwapFree:    60 kB\n"), Some(40 * 1024));
+        assert_eq!(swap_used("MemTotal: 9 kB\n"), None);
+    }
 
     #[test]
     fn the_interface_of_the_default_route_stands_for_the_node() {

@@ -4,6 +4,7 @@ mod auth;
 mod backend;
 mod cadvisor;
 mod machine;
+mod metrics;
 mod stats;
 
 pub(crate) use auth::ApiAuthorizer;

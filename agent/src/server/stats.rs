@@ -1,7 +1,6 @@
-//! Statistics in the shapes that clients read: the summary API, and Prometheus text.
+//! Statistics in the shape of the summary API.
 
 use std::collections::HashMap;
-use std::fmt::Write;
 
 use jiff::Timestamp;
 use oarlock_csi::VolumeUse;
@@ -229,107 +228,11 @@ pub(super) fn summary(
 }
 
 /// Available and total memory in bytes.
-fn memory_now() -> (u64, u64) {
+pub(super) fn memory_now() -> (u64, u64) {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let of = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
         line.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) * 1024
     };
     (of("MemAvailable:"), of("MemTotal:"))
-}
-
-/// `/metrics`.
-pub(super) fn agent_metrics(shared: &Shared) -> String {
-    let entries = shared.table.all();
-    let (mut running, mut containers) = (0usize, 0usize);
-    for entry in &entries {
-        let live = entry.observed.containers.iter().filter(|container| container.live()).count();
-        containers += live;
-        running += usize::from(live > 0);
-    }
-    let mut text = String::new();
-    let _ = writeln!(text, "# HELP kubelet_running_pods Number of pods that have a running pod sandbox");
-    let _ = writeln!(text, "# TYPE kubelet_running_pods gauge\nkubelet_running_pods {running}");
-    let _ = writeln!(text, "# HELP kubelet_running_containers Number of containers currently running");
-    let _ = writeln!(text, "# TYPE kubelet_running_containers gauge");
-    let _ = writeln!(text, "kubelet_running_containers{{container_state=\"running\"}} {containers}");
-    let _ = writeln!(text, "# HELP kubelet_node_name The node's name. The count is always 1.");
-    let _ = writeln!(text, "# TYPE kubelet_node_name gauge");
-    let _ = writeln!(text, "kubelet_node_name{{node=\"{}\"}} 1", shared.config.node_name);
-    text
-}
-
-/// What of `/metrics` tells of claims' volumes.
-pub(super) fn volume_metrics<'a>(volumes: impl Iterator<Item = &'a VolumeUse>) -> String {
-    let mut lines: [Vec<String>; 6] = Default::default();
-    let names = ["available_bytes", "capacity_bytes", "used_bytes", "inodes_free", "inodes", "inodes_used"];
-    for usage in volumes {
-        let Some((namespace, claim)) = &usage.claim else { continue };
-        let of = |amounts: Option<(i64, i64, i64)>| amounts.map_or([None; 3], |(a, b, c)| [Some(a), Some(b), Some(c)]);
-        let amounts = of(usage.bytes).into_iter().chain(of(usage.inodes));
-        for ((name, amount), lines) in names.iter().zip(amounts).zip(&mut lines) {
-            if let Some(amount) = amount {
-                let labels = format!("namespace=\"{namespace}\",persistentvolumeclaim=\"{claim}\"");
-                lines.push(format!("kubelet_volume_stats_{name}{{{labels}}} {amount}"));
-            }
-        }
-    }
-    let mut text = String::new();
-    for (name, lines) in names.iter().zip(lines).filter(|(_, lines)| !lines.is_empty()) {
-        let _ = writeln!(text, "# TYPE kubelet_volume_stats_{name} gauge\n{}", lines.join("\n"));
-    }
-    text
-}
-
-/// `/metrics/resource`.
-pub(super) fn resource_metrics(pods: &[cri::PodSandboxStats], containers: &[cri::ContainerStats]) -> String {
-    let mut text = String::new();
-    let (cpu_name, memory_name) = ("container_cpu_usage_seconds_total", "container_memory_working_set_bytes");
-    let labels = |stats: &cri::ContainerStats| {
-        let of = |name: &str| stats.attributes.as_ref().and_then(|a| a.labels.get(name)).cloned().unwrap_or_default();
-        format!(
-            "container=\"{}\",namespace=\"{}\",pod=\"{}\"",
-            of(names::CONTAINER_NAME),
-            of(names::POD_NAMESPACE),
-            of(names::POD_NAME)
-        )
-    };
-    let seconds = |usage: Option<&cri::CpuUsage>| {
-        usage.and_then(|usage| number(usage.usage_core_nano_seconds.as_ref())).map(|nanos| nanos as f64 / 1e9)
-    };
-    let working_set = |usage: Option<&cri::MemoryUsage>| usage.and_then(|u| number(u.working_set_bytes.as_ref()));
-    let _ = writeln!(text, "# TYPE {cpu_name} counter");
-    for stats in containers {
-        if let Some(value) = seconds(stats.cpu.as_ref()) {
-            let _ = writeln!(text, "{cpu_name}{{{}}} {value}", labels(stats));
-        }
-    }
-    let _ = writeln!(text, "# TYPE {memory_name} gauge");
-    for stats in containers {
-        if let Some(value) = working_set(stats.memory.as_ref()) {
-            let _ = writeln!(text, "{memory_name}{{{}}} {value}", labels(stats));
-        }
-    }
-    let (available, total) = memory_now();
-    let _ = writeln!(text, "# TYPE node_cpu_usage_seconds_total counter");
-    let _ = writeln!(text, "node_cpu_usage_seconds_total {}", machine::processor().0.unwrap_or(0) as f64 / 1e9);
-    let _ = writeln!(text, "# TYPE node_memory_working_set_bytes gauge");
-    let _ = writeln!(text, "node_memory_working_set_bytes {}", total.saturating_sub(available));
-    for (name, kind) in [("pod_cpu_usage_seconds_total", "counter"), ("pod_memory_working_set_bytes", "gauge")] {
-        let _ = writeln!(text, "# TYPE {name} {kind}");
-        for stats in pods {
-            let Some(metadata) = stats.attributes.as_ref().and_then(|a| a.metadata.as_ref()) else { continue };
-            let linux = stats.linux.clone().unwrap_or_default();
-            let value = match kind {
-                "counter" => seconds(linux.cpu.as_ref()),
-                _ => working_set(linux.memory.as_ref()).map(|bytes| bytes as f64),
-            };
-            if let Some(value) = value {
-                let _ =
-                    writeln!(text, "{name}{{namespace=\"{}\",pod=\"{}\"}} {value}", metadata.namespace, metadata.name);
-            }
-        }
-    }
-    let _ = writeln!(text, "# TYPE scrape_error gauge\nscrape_error 0");
-    text
 }

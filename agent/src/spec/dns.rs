@@ -5,8 +5,10 @@ use std::net::IpAddr;
 use k8s_openapi::api::core::v1::Pod;
 use oarlock_proto::cri;
 
-/// The resolver may have at most this many name servers, and this many search paths in that many characters.
+/// The resolver may have at most this many name servers, and this many search paths in that many characters, each no longer
+/// than a name may be.
 const MAX_SERVERS: usize = 3;
+const MAX_NAME_CHARS: usize = 253;
 const MAX_SEARCHES: usize = 32;
 const MAX_SEARCH_CHARS: usize = 2048;
 
@@ -24,7 +26,10 @@ pub(crate) fn parse_resolv_conf(text: &str) -> cri::DnsConfig {
         let mut words = line.split_whitespace();
         match words.next() {
             Some("nameserver") => config.servers.extend(words.next().map(str::to_owned)),
-            Some("search") => config.searches = words.filter(|word| *word != ".").map(str::to_owned).collect(),
+            Some("search") => {
+                let names = words.filter(|word| *word != ".");
+                config.searches = names.map(|name| name.strip_suffix('.').unwrap_or(name).to_owned()).collect();
+            }
             Some("options") => config.options = words.map(str::to_owned).collect(),
             _ => {}
         }
@@ -32,8 +37,15 @@ pub(crate) fn parse_resolv_conf(text: &str) -> cri::DnsConfig {
     config
 }
 
+/// A pod's resolver configuration.
+pub(crate) struct Formed {
+    pub config: cri::DnsConfig,
+    /// What had to be left out of it, in words for an event.
+    pub omitted: Vec<String>,
+}
+
 /// The resolver configuration for a pod.
-pub(crate) fn dns_config(pod: &Pod, node: &cri::DnsConfig, cluster: &ClusterDns<'_>) -> cri::DnsConfig {
+pub(crate) fn dns_config(pod: &Pod, node: &cri::DnsConfig, cluster: &ClusterDns<'_>) -> Formed {
     let spec = pod.spec.clone().unwrap_or_default();
     let host_network = spec.host_network.unwrap_or(false);
     let mut config = match spec.dns_policy.as_deref().unwrap_or("ClusterFirst") {
@@ -52,12 +64,31 @@ pub(crate) fn dns_config(pod: &Pod, node: &cri::DnsConfig, cluster: &ClusterDns<
             config.options.push(option.value.map_or(name.clone(), |value| format!("{name}:{value}")));
         }
     }
-    config.servers.truncate(MAX_SERVERS);
+    within_limits(config)
+}
+
+fn within_limits(mut config: cri::DnsConfig) -> Formed {
+    let mut omitted = Vec::new();
+    if config.servers.len() > MAX_SERVERS {
+        config.servers.truncate(MAX_SERVERS);
+        omitted.push(format!(
+            "Nameserver limits were exceeded, some nameservers have been omitted, the applied nameserver line is: {}",
+            config.servers.join(" ")
+        ));
+    }
+    let wanted = config.searches.len();
     config.searches.truncate(MAX_SEARCHES);
+    config.searches.retain(|search| search.len() <= MAX_NAME_CHARS);
     while config.searches.iter().map(|search| search.len() + 1).sum::<usize>() > MAX_SEARCH_CHARS + 1 {
         config.searches.pop();
     }
-    config
+    if config.searches.len() < wanted {
+        omitted.push(format!(
+            "Search Line limits were exceeded, some search paths have been omitted, the applied search line is: {}",
+            config.searches.join(" ")
+        ));
+    }
+    Formed { config, omitted }
 }
 
 fn cluster_config(namespace: &str, node: &cri::DnsConfig, cluster: &ClusterDns<'_>) -> cri::DnsConfig {
@@ -91,7 +122,41 @@ mod tests {
                 .expect("a pod");
         let node = parse_resolv_conf("# x\nnameserver 192.0.2.1\nsearch example.org .\noptions timeout:1\n");
         let servers = ["10.43.0.10".parse().unwrap()];
-        dns_config(&pod, &node, &ClusterDns { servers: &servers, domain: "cluster.local" })
+        let formed = dns_config(&pod, &node, &ClusterDns { servers: &servers, domain: "cluster.local" });
+        assert_eq!(formed.omitted, [""; 0]);
+        formed.config
+    }
+
+    #[test]
+    fn what_the_resolver_cannot_take_is_left_out_and_told() {
+        let config = |servers: usize, searches: Vec<String>| cri::DnsConfig {
+            servers: (1..=servers).map(|last| format!("192.0.2.{last}")).collect(),
+            searches,
+            options: Vec::new(),
+        };
+        let numbered = |count: usize, length: usize| (0..count).map(|at| format!("{at:0length$}")).collect::<Vec<_>>();
+        let fits = within_limits(config(3, numbered(32, 63)));
+        assert_eq!((fits.config.servers.len(), fits.config.searches.len(), fits.omitted.len()), (3, 32, 0));
+
+        let many = within_limits(config(4, Vec::new()));
+        assert_eq!(
+            many.omitted,
+            ["Nameserver limits were exceeded, some nameservers have been omitted, the applied nameserver line is: \
+              192.0.2.1 192.0.2.2 192.0.2.3"]
+        );
+        // Too many of them, too long together, and one too long by itself.
+        assert_eq!(within_limits(config(1, numbered(33, 2))).config.searches, numbered(32, 2));
+        assert_eq!(within_limits(config(1, numbered(9, 250))).config.searches, numbered(8, 250));
+        let long = within_limits(config(1, vec!["a".repeat(254), "b.c".to_owned()]));
+        assert_eq!(
+            long.omitted,
+            ["Search Line limits were exceeded, some search paths have been omitted, the applied search line is: b.c"]
+        );
+    }
+
+    #[test]
+    fn a_final_dot_makes_no_other_name() {
+        assert_eq!(parse_resolv_conf("search example.org. . a.b\n").searches, ["example.org", "a.b"]);
     }
 
     #[test]

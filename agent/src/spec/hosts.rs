@@ -20,6 +20,31 @@ pub(crate) fn host_name(pod: &Pod, cluster_domain: &str) -> (String, String) {
     (name, domain)
 }
 
+/// The kernel takes no longer host name.
+const MAX_HOST_NAME: usize = 64;
+
+/// The host name that the pod's processes see, which on the host network is the node's own: nothing. Err is what the event
+/// says.
+pub(crate) fn seen_host_name(pod: &Pod, cluster_domain: &str) -> Result<String, String> {
+    if super::host_network(pod) {
+        return Ok(String::new());
+    }
+    let (name, domain) = host_name(pod, cluster_domain);
+    let full = pod.spec.as_ref().and_then(|spec| spec.set_hostname_as_fqdn).unwrap_or(false);
+    if !full || domain.is_empty() {
+        return Ok(name);
+    }
+    let name = format!("{name}.{domain}");
+    if name.len() > MAX_HOST_NAME {
+        return Err(format!(
+            "failed to construct FQDN from pod hostname and cluster domain, FQDN {name} is too long ({MAX_HOST_NAME} \
+             characters is the max, {} characters requested)",
+            name.len()
+        ));
+    }
+    Ok(name)
+}
+
 /// The hosts file. `node_hosts` is the node's own file, which pods on the host network see.
 pub(crate) fn hosts_file(pod: &Pod, ips: &[String], cluster_domain: &str, node_hosts: &str) -> String {
     let mut text = if super::host_network(pod) {
@@ -66,6 +91,27 @@ mod tests {
         let text = hosts_file(&pod, &["10.42.0.3".to_owned()], "cluster.local", "");
         assert!(text.contains("10.42.0.3\th.s.ns.svc.cluster.local\th\n"), "{text}");
         assert!(text.contains("192.0.2.9\ta\tb\n"), "{text}");
+    }
+
+    #[test]
+    fn a_full_name_is_seen_where_it_is_wanted_and_fits() {
+        let seen = |spec: serde_json::Value| {
+            let mut spec = spec;
+            spec["containers"] = serde_json::json!([]);
+            let pod = serde_json::json!({"metadata": {"name": "p", "namespace": "ns"}, "spec": spec});
+            seen_host_name(&serde_json::from_value(pod).expect("a pod"), "cluster.local")
+        };
+        let full = |subdomain: &str| serde_json::json!({"setHostnameAsFQDN": true, "subdomain": subdomain});
+        assert_eq!(seen(full("s")), Ok("p.s.ns.svc.cluster.local".to_owned()));
+        assert_eq!(seen(serde_json::json!({"subdomain": "s"})), Ok("p".to_owned()));
+        assert_eq!(seen(serde_json::json!({"setHostnameAsFQDN": true})), Ok("p".to_owned()), "it has no domain");
+        let most = "s".repeat(64 - "p..ns.svc.cluster.local".len());
+        assert_eq!(seen(full(&most)).map(|name| name.len()), Ok(64));
+        let refusal = seen(full(&format!("{most}s"))).expect_err("too long");
+        assert!(refusal.ends_with("is too long (64 characters is the max, 65 characters requested)"), "{refusal}");
+        let mut on_host = full(&format!("{most}s"));
+        on_host["hostNetwork"] = serde_json::json!(true);
+        assert_eq!(seen(on_host), Ok(String::new()));
     }
 
     #[test]

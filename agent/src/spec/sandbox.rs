@@ -22,14 +22,8 @@ pub(crate) struct SandboxFacts<'a> {
 
 /// The sandbox of a pod.
 pub(crate) fn sandbox_config(pod: &Pod, facts: SandboxFacts<'_>) -> cri::PodSandboxConfig {
-    let spec = pod.spec.clone().unwrap_or_default();
-    let (mut hostname, domain) = super::hosts::host_name(pod, facts.cluster_domain);
-    if spec.set_hostname_as_fqdn.unwrap_or(false) && !domain.is_empty() {
-        hostname = format!("{hostname}.{domain}");
-    }
-    if super::host_network(pod) {
-        hostname = String::new();
-    }
+    // One that cannot be has kept the sandbox from being made.
+    let hostname = super::hosts::seen_host_name(pod, facts.cluster_domain).unwrap_or_default();
     let security_context = pod.spec.as_ref().and_then(|spec| spec.security_context.as_ref());
     let sysctls = security_context.and_then(|context| context.sysctls.clone()).unwrap_or_default();
     cri::PodSandboxConfig {

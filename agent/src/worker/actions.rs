@@ -176,6 +176,12 @@ impl Job {
             }
             Err(error) => return failed("", error.to_string()),
         }
+        if let Err(message) = spec::hosts::seen_host_name(&self.pod, &shared.config.cluster_domain) {
+            return self.troubled("FailedCreatePodSandBox", format!("Failed to create pod sandbox: {message}"));
+        }
+        for message in self.dns().await.omitted {
+            shared.recorder.pod(&self.pod, Level::Warning, "DNSConfigForming", message);
+        }
         let config = self.sandbox_config(attempt, users).await;
         match shared.runtime.run_sandbox(config, handler).await {
             Ok(_) => Outcome::Done,
@@ -206,16 +212,21 @@ impl Job {
         taken.map_err(|error| error.to_string())?.map(Some)
     }
 
-    pub(super) async fn sandbox_config(&self, attempt: u32, users: Option<Range>) -> cri::PodSandboxConfig {
+    async fn dns(&self) -> dns::Formed {
         let config = &self.shared.config;
         let text = tokio::fs::read_to_string(&config.resolv_conf).await.unwrap_or_default();
         let cluster = dns::ClusterDns { servers: &config.cluster_dns, domain: &config.cluster_domain };
+        dns::dns_config(&self.pod, &dns::parse_resolv_conf(&text), &cluster)
+    }
+
+    pub(super) async fn sandbox_config(&self, attempt: u32, users: Option<Range>) -> cri::PodSandboxConfig {
+        let config = &self.shared.config;
         sandbox::sandbox_config(
             &self.pod,
             sandbox::SandboxFacts {
                 attempt,
                 log_directory: self.shared.log_dir(&self.pod).to_string_lossy().into_owned(),
-                dns: dns::dns_config(&self.pod, &dns::parse_resolv_conf(&text), &cluster),
+                dns: self.dns().await.config,
                 cgroup_parent: self.shared.cgroups.load().parent(&self.pod),
                 cluster_domain: &config.cluster_domain,
                 users,

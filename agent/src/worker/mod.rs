@@ -412,6 +412,7 @@ impl Worker {
         for transition in report::transitions(self.report.current(), &next) {
             transition.record(&self.shared.recorder, &self.pod);
         }
+        self.note_start(&next, now);
         self.report.set_current(next);
         let entry = PodEntry {
             pod: self.pod.clone(),

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PodStatus;
 use oarlock_probes::Target;
 
 use super::{Ended, Worker};
@@ -17,6 +19,16 @@ pub(super) fn jittered() -> Duration {
 }
 
 impl Worker {
+    /// Notes how long a pod took that runs now for the first time.
+    pub(super) fn note_start(&self, next: &PodStatus, now: Timestamp) {
+        let before = self.report.current().phase.as_deref();
+        let starts = matches!(before, None | Some("" | "Pending")) && next.phase.as_deref() == Some("Running");
+        if let Some(since) = self.state.started_at.filter(|_| starts) {
+            let took = now.duration_since(since).as_secs_f64().max(0.0);
+            self.shared.pod_starts.lock().observe(took);
+        }
+    }
+
     /// Starts the probes of containers that have started, with what the API last knew of those taken over.
     pub(super) fn run_probes(&mut self) {
         let Some(observed) = &self.state.observed else { return };

@@ -107,12 +107,17 @@ impl Node {
     }
 
     pub async fn wait_for_event(&self, wanted: &str) {
+        self.wait_for_events(wanted, 1).await;
+    }
+
+    /// Waits until there are so many events of that reason.
+    pub async fn wait_for_events(&self, wanted: &str, count: usize) {
         let found = tokio::time::timeout(Duration::from_secs(10), async {
-            while !self.events().iter().any(|reason| reason == wanted) {
+            while self.events().iter().filter(|reason| *reason == wanted).count() < count {
                 tokio::task::yield_now().await;
             }
         });
-        assert!(found.await.is_ok(), "no event {wanted}: {:?}", self.events());
+        assert!(found.await.is_ok(), "not {count} events {wanted}: {:?}", self.events());
     }
 }
 

@@ -1,7 +1,7 @@
 //! A container runtime that runs nothing: CRI over a unix socket, containers that live until they are stopped or told to end.
 
-use std::collections::HashMap;
-use std::path::Path;
+use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -24,6 +24,7 @@ use tower::Service;
 pub struct Sandbox {
     pub id: String,
     pub config: cri::PodSandboxConfig,
+    pub runtime_handler: String,
     pub ready: bool,
     pub created_at: i64,
 }
@@ -50,7 +51,12 @@ pub struct World {
     pub logins: Vec<String>,
     /// Calls that change something, in order.
     pub calls: Vec<String>,
+    /// What commands end with, once those below are used up.
     pub exec_exit_code: i32,
+    /// What the next commands end with.
+    pub exec_exit_codes: VecDeque<i32>,
+    /// Containers that were stopped, by name, with the seconds they were given.
+    pub stops: Vec<(String, i64)>,
     pub no_user_namespaces: bool,
     /// Working sets in bytes, by container name.
     pub memory: HashMap<String, u64>,
@@ -190,6 +196,13 @@ fn memory(bytes: u64) -> cri::MemoryUsage {
 }
 
 impl World {
+    /// Where a container's log is.
+    fn log_path(&self, container: &Container) -> PathBuf {
+        let sandbox = self.sandboxes.iter().find(|sandbox| sandbox.id == container.sandbox);
+        let directory = sandbox.map(|sandbox| sandbox.config.log_directory.clone()).unwrap_or_default();
+        Path::new(&directory).join(&container.config.log_path)
+    }
+
     fn memory_of(&self, container: &Container) -> u64 {
         let name = container.config.metadata.clone().unwrap_or_default().name;
         self.memory.get(&name).copied().unwrap_or(0)
@@ -238,11 +251,13 @@ impl RuntimeService for FakeRuntime {
     }
 
     async fn run_pod_sandbox(&self, request: Request<cri::RunPodSandboxRequest>) -> Answer<cri::RunPodSandboxResponse> {
-        let config = request.into_inner().config.unwrap_or_default();
+        let cri::RunPodSandboxRequest { config, runtime_handler } = request.into_inner();
+        let config = config.unwrap_or_default();
         let id = self.change("run", |world| {
             world.made += 1;
             let id = format!("sandbox{}", world.made);
-            world.sandboxes.push(Sandbox { id: id.clone(), config, ready: true, created_at: now() });
+            let created_at = now();
+            world.sandboxes.push(Sandbox { id: id.clone(), config, runtime_handler, ready: true, created_at });
             Ok(id)
         })?;
         ok(cri::RunPodSandboxResponse { pod_sandbox_id: id })
@@ -353,8 +368,10 @@ impl RuntimeService for FakeRuntime {
     }
 
     async fn stop_container(&self, request: Request<cri::StopContainerRequest>) -> Answer<cri::StopContainerResponse> {
-        let id = request.into_inner().container_id;
+        let cri::StopContainerRequest { container_id: id, timeout } = request.into_inner();
         self.change("stop", |world| {
+            let name = world.containers.iter().find(|c| c.id == id).and_then(|c| c.config.metadata.clone());
+            world.stops.push((name.unwrap_or_default().name, timeout));
             let running = |c: &&mut Container| c.id == id && c.state == cri::ContainerState::ContainerRunning;
             for container in world.containers.iter_mut().filter(running) {
                 container.state = cri::ContainerState::ContainerExited;
@@ -406,11 +423,16 @@ impl RuntimeService for FakeRuntime {
         let world = self.world.lock().unwrap();
         let found = world.containers.iter().find(|container| container.id == id);
         let container = found.ok_or_else(|| Status::not_found("no such container"))?;
-        ok(cri::ContainerStatusResponse { status: Some(container_status(container)), ..Default::default() })
+        let mut status = container_status(container);
+        status.log_path = world.log_path(container).display().to_string();
+        ok(cri::ContainerStatusResponse { status: Some(status), ..Default::default() })
     }
 
-    async fn exec_sync(&self, _: Request<cri::ExecSyncRequest>) -> Answer<cri::ExecSyncResponse> {
-        let exit_code = self.world.lock().unwrap().exec_exit_code;
+    async fn exec_sync(&self, request: Request<cri::ExecSyncRequest>) -> Answer<cri::ExecSyncResponse> {
+        let command = request.into_inner().cmd.join(" ");
+        let exit_code = self.change(format!("exec {command}"), |world| {
+            Ok(world.exec_exit_codes.pop_front().unwrap_or(world.exec_exit_code))
+        })?;
         ok(cri::ExecSyncResponse { exit_code, ..Default::default() })
     }
 
@@ -460,9 +482,19 @@ impl RuntimeService for FakeRuntime {
     }
     async fn reopen_container_log(
         &self,
-        _: Request<cri::ReopenContainerLogRequest>,
+        request: Request<cri::ReopenContainerLogRequest>,
     ) -> Answer<cri::ReopenContainerLogResponse> {
-        none()
+        let id = request.into_inner().container_id;
+        self.change("reopen", |world| {
+            let found = world.containers.iter().find(|container| container.id == id);
+            let path = world.log_path(found.ok_or_else(|| Status::not_found("no such container"))?);
+            std::fs::OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .map_err(|e| Status::internal(e.to_string()))
+        })?;
+        ok(cri::ReopenContainerLogResponse {})
     }
     async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
         none()

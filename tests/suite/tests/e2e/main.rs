@@ -5,6 +5,7 @@
 //! `cargo test` prints, so that results are counted alike. Arguments filter cases by name.
 
 mod agent_claims;
+mod agent_hooks;
 mod agent_isolation;
 mod agent_pods;
 mod bad_input;
@@ -42,6 +43,7 @@ fn all_cases() -> Vec<Case> {
         net_policy::CASES,
         limits::CASES,
         agent_claims::CASES,
+        agent_hooks::CASES,
         agent_isolation::CASES,
         agent_pods::CASES,
         registry::CASES,
