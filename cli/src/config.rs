@@ -62,7 +62,8 @@ pub(crate) struct ConfigFile {
     /// Addresses for Services of type LoadBalancer, as networks and as ranges `first-last`; none are given by default.
     pub(crate) load_balancer_pools: Vec<String>,
     /// How packets get to pods of nodes that are not on the same segment: `auto` (WireGuard where both kernels have it, else
-    /// VXLAN), `vxlan`, or `wireguard` (between all nodes, on the same segment too). The same on every node.
+    /// VXLAN), `vxlan`, or `wireguard` (between all nodes, on the same segment too). `none` leaves pods to another network plugin: no routes,
+    /// no tunnels and no CNI configuration of ours. The same on every node.
     pub(crate) node_tunnel: Option<String>,
     /// DNS domains that have resolvers of their own.
     pub(crate) stub_domains: BTreeMap<String, Vec<IpAddr>>,
@@ -404,7 +405,8 @@ fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, Config
             "auto" => oarlock_netproxy::Tunnel::Auto,
             "vxlan" => oarlock_netproxy::Tunnel::Vxlan,
             "wireguard" => oarlock_netproxy::Tunnel::Wireguard,
-            other => return Err(field("nodeTunnel", format!("{other:?} is none of auto, vxlan, wireguard"))),
+            "none" => oarlock_netproxy::Tunnel::None,
+            other => return Err(field("nodeTunnel", format!("{other:?} is none of auto, vxlan, wireguard, none"))),
         },
         load_balancer_pools: balancer_pools(&file.load_balancer_pools, &own)?,
         node_name,

@@ -44,6 +44,7 @@ impl ClusterFile {
             oarlock_netproxy::Tunnel::Auto => "auto",
             oarlock_netproxy::Tunnel::Vxlan => "vxlan",
             oarlock_netproxy::Tunnel::Wireguard => "wireguard",
+            oarlock_netproxy::Tunnel::None => "none",
         };
         Self {
             cluster_cidr: OneOrTwo { first: settings.cluster_cidr, second: second.map(|second| second.cluster_cidr) },

@@ -32,6 +32,8 @@ pub enum Tunnel {
     Vxlan,
     /// By WireGuard only, to nodes of the same segment too: nothing between pods of two nodes is readable on the way.
     Wireguard,
+    /// Another network plugin connects pods: no routes, no tunnels and no CNI configuration of ours.
+    None,
 }
 
 /// What the proxy has to know about its node and cluster.

@@ -16,7 +16,7 @@ use tracing::{debug, info, warn};
 use crate::announce::{Candidate, NodeId, World};
 use crate::balancer_health::Wanted;
 use crate::cluster::Cluster;
-use crate::config::Config;
+use crate::config::{Config, Tunnel};
 use crate::health::Status;
 use crate::host;
 use crate::node::{self, Node};
@@ -271,7 +271,7 @@ impl Hub {
         let others: BTreeMap<String, Node> = self
             .nodes
             .iter()
-            .filter(|(name, _)| name.as_ref() != config.node_name)
+            .filter(|(name, _)| name.as_ref() != config.node_name && config.tunnel != Tunnel::None)
             .map(|(name, node)| (name.to_string(), node.clone()))
             .collect();
         let work = move || {
@@ -302,20 +302,23 @@ impl Hub {
                     complete = false;
                 }
             }
-            if let (Some(directory), Some(own)) = (&config.cni_conf_dir, own.filter(|own| !own.pod_cidrs.is_empty())) {
-                let clusters: Vec<_> = config.networks.iter().map(|network| network.cluster_cidr).collect();
-                let content = node::conflist(&own.pod_cidrs, &clusters, &config.cni_state_dir, mtu);
-                match node::write_conflist(directory, &content) {
-                    Ok(true) => info!(pod_cidrs = ?own.pod_cidrs, "CNI configuration written"),
-                    Ok(false) => {}
-                    Err(error) => {
-                        warn!(
-                            error = &error as &dyn std::error::Error,
-                            "CNI configuration cannot be written; trying again"
-                        );
-                        complete = false;
-                    }
+            let own = own.filter(|own| !own.pod_cidrs.is_empty());
+            let written = match (&config.cni_conf_dir, own) {
+                (Some(directory), _) if config.tunnel == Tunnel::None => node::remove_conflist(directory),
+                (Some(directory), Some(own)) => {
+                    let clusters: Vec<_> = config.networks.iter().map(|network| network.cluster_cidr).collect();
+                    let content = node::conflist(&own.pod_cidrs, &clusters, &config.cni_state_dir, mtu);
+                    node::write_conflist(directory, &content).map(|written| {
+                        if written {
+                            info!(pod_cidrs = ?own.pod_cidrs, "CNI configuration written");
+                        }
+                    })
                 }
+                _ => Ok(()),
+            };
+            if let Err(error) = written {
+                warn!(error = &error as &dyn std::error::Error, "CNI configuration cannot be written; trying again");
+                complete = false;
             }
             (complete, key, peers, answers)
         };

@@ -117,6 +117,15 @@ pub fn write_conflist(directory: &Path, content: &str) -> Result<bool, WriteErro
     write().map(|()| true).map_err(|source| WriteError { path, source })
 }
 
+/// Removes the configuration of an earlier start, so that only the other plugin's is there.
+pub fn remove_conflist(directory: &Path) -> Result<(), WriteError> {
+    let path = directory.join(CONFLIST);
+    match fs::remove_file(&path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(WriteError { path, source }),
+        _ => Ok(()),
+    }
+}
+
 /// Lets the node itself reach Service addresses when no other route covers them, as on hosts without a default route: the
 /// packets need some route before they are given another destination. It leads out of the node's own link, where our
 /// table lets nothing of it pass; through `lo`, refusals would not find back.

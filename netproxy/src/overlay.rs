@@ -156,7 +156,7 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>, answers: &mut Answers
     let mut synced = Synced::default();
     let is_near = |node: &Node| node.internal.iter().any(|one| networks.iter().any(|(_, net)| net.contains(one)));
     let needs_wireguard = match own.tunnel {
-        Tunnel::Vxlan => false,
+        Tunnel::Vxlan | Tunnel::None => false,
         Tunnel::Wireguard => !foreign.is_empty(),
         Tunnel::Auto => foreign.values().any(|node| !is_near(node)),
     };

@@ -16,7 +16,7 @@ use oarlock_pki::Pin;
 use super::children::{self, Children};
 use super::machine::{self, Stages};
 use super::stop::{self, Supervisor};
-use super::{discovery, netproxy};
+use super::{discovery, netproxy, up};
 use crate::config::{ConfigFlags, Settings};
 use crate::joined::Joined;
 use crate::{host, pki};
@@ -145,10 +145,16 @@ async fn start(children: &mut Children<'_>, stages: &mut Stages) -> anyhow::Resu
     stages.done("the node has its certificate");
     children.wait_ready("netproxy", netproxy, patience).await?;
     stages.done("Service proxy and cluster DNS ready");
-    let client = netproxy::client(&settings.layout.component_kubeconfig("agent")).await?;
-    let ready = tokio::time::timeout(patience, machine::node_ready(client, &settings.node_name)).await;
-    ready.map_err(|_| anyhow::anyhow!("node {} is not Ready after {} s", settings.node_name, patience.as_secs()))??;
-    stages.done(&format!("node {} Ready", settings.node_name));
+    if settings.node_tunnel == oarlock_netproxy::Tunnel::None {
+        stages.done(&up::waits_for_network(settings));
+    } else {
+        let client = netproxy::client(&settings.layout.component_kubeconfig("agent")).await?;
+        let ready = tokio::time::timeout(patience, machine::node_ready(client, &settings.node_name)).await;
+        ready.map_err(|_| {
+            anyhow::anyhow!("node {} is not Ready after {} s", settings.node_name, patience.as_secs())
+        })??;
+        stages.done(&format!("node {} Ready", settings.node_name));
+    }
     let _ = fs::remove_file(bootstrap);
     Ok(format!(
         "this machine is a node of the cluster at {}. Logs of the daemons are in {}",

@@ -82,6 +82,12 @@ async fn supervise(settings: &Settings, config: &ConfigFlags, flags: &UpFlags) -
     children::keep(Children::new(settings, config), flags.keep_pods, start).await
 }
 
+/// What a node without a network of ours still needs.
+pub(crate) fn waits_for_network(settings: &Settings) -> String {
+    let directory = settings.cni_conf_dir.display();
+    format!("node {} gets Ready when a network plugin has its configuration in {directory}", settings.node_name)
+}
+
 /// Starts the four daemons in the order of their needs and waits for the node.
 async fn start(children: &mut Children<'_>, flags: &UpFlags, stages: &mut Stages) -> anyhow::Result<()> {
     let server = children.spawn("server")?;
@@ -96,6 +102,10 @@ async fn start(children: &mut Children<'_>, flags: &UpFlags, stages: &mut Stages
     children.wait_ready("agent", agent, READY_TIMEOUT).await?;
     let settings = children.settings;
     let client = demo::admin_client(settings).await?;
+    if settings.node_tunnel == oarlock_netproxy::Tunnel::None && !flags.demo {
+        stages.done(&waits_for_network(settings));
+        return Ok(());
+    }
     tokio::time::timeout(READY_TIMEOUT, machine::node_ready(client.clone(), &settings.node_name)).await.map_err(
         |_| anyhow::anyhow!("node {} is not Ready after {} s", settings.node_name, READY_TIMEOUT.as_secs()),
     )??;

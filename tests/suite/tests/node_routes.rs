@@ -19,6 +19,7 @@ use serde_json::json;
 
 with_each_families! {
     pods_of_all_nodes_reach_each_other
+    another_plugin_can_do_all_of_it
     wireguard_is_used_where_both_kernels_have_it
     with_wireguard_alone_nothing_is_readable_on_the_way
 }
@@ -158,6 +159,25 @@ fn with_wireguard_alone_nothing_is_readable_on_the_way(families: &[Family]) {
         assert_eq!(route.gateway, None, "through the device");
     }
     assert_eq!(wireguard_peers("a"), Some(2));
+}
+
+/// With `none` there is nothing of ours between nodes, and what an earlier start has left goes.
+fn another_plugin_can_do_all_of_it(families: &[Family]) {
+    let (_router, api, machines) = cluster(Tunnel::None, families);
+    let conflist = machines[0].directory.path().join("net.d/10-oarlock.conflist");
+    std::fs::create_dir_all(conflist.parent().unwrap()).unwrap();
+    std::fs::write(&conflist, "{}").unwrap();
+    let theirs = conflist.with_file_name("20-other.conflist");
+    std::fs::write(&theirs, "{}").unwrap();
+    api.delete("nodes", "", "c", json!({}));
+    wait_for("our configuration to go", TIMEOUT, || (!conflist.exists()).then_some(()));
+    assert!(theirs.exists());
+    assert!(vxlan_links("a").is_empty());
+    assert_eq!(wireguard_peers("a"), None);
+    let routes = Connection::open_in(Protocol::Route, &netns("a")).unwrap().routes().unwrap();
+    for family in families.iter().copied() {
+        assert!(!routes.iter().any(|route| route.destination == net(pod(family, "b", 0)).trunc()));
+    }
 }
 
 fn pods_of_all_nodes_reach_each_other(families: &[Family]) {
