@@ -254,8 +254,11 @@ impl Pods {
         }
         // Taken up before the agent last started: judged then.
         let acknowledged = pod.status.as_ref().is_some_and(|status| status.start_time.is_some());
-        let mut judged =
-            if acknowledged || pod.metadata.deletion_timestamp.is_some() { Ok(()) } else { self.judge(&pod).await };
+        let mut judged = if acknowledged || terminal(&pod) || pod.metadata.deletion_timestamp.is_some() {
+            Ok(())
+        } else {
+            self.judge(&pod).await
+        };
         let mut leaving = Vec::new();
         if let Some(found) = judged.as_ref().err().and_then(|refusal| self.room_for(&pod, &refusal.lacking)) {
             (judged, leaving) = (Ok(()), found);
@@ -334,10 +337,24 @@ impl Pods {
         }
         let shared = self.shared.clone();
         self.admissions.spawn(async move {
-            let runs = |entry: PodEntry| entry.observed.containers.iter().any(|container| container.live());
-            let gone = |table: &PodTable| leaving.iter().all(|uid| !table.get(uid).is_some_and(runs));
-            if !leaving.is_empty() && !shared.table.wait_for(limit, gone).await {
-                tracing::warn!(pod.uid = uid.as_str(), "pods that make room take longer than their grace; going on");
+            if !leaving.is_empty() {
+                let runs = |entry: &PodEntry| entry.observed.containers.iter().any(|container| container.live());
+                // A worker that has not looked at the runtime yet says nothing of its pod.
+                let seen = parking_lot::Mutex::new(HashSet::new());
+                let is_gone = |table: &PodTable, uid: &PodUid| match table.get(uid) {
+                    Some(entry) => {
+                        seen.lock().insert(uid.clone());
+                        !runs(&entry)
+                    }
+                    None => seen.lock().contains(uid),
+                };
+                let gone = |table: &PodTable| leaving.iter().all(|uid| is_gone(table, uid));
+                if shared.table.wait_for(limit, gone).await {
+                    shared.assignments.keep_only(|held| !leaving.iter().any(|uid| uid.as_str() == held));
+                } else {
+                    let uid = uid.as_str();
+                    tracing::warn!(pod.uid = uid, "pods that make room take longer than their grace; going on");
+                }
             }
             let result = if asks { shared.assignments.admit(&pod).await } else { Ok(()) };
             (uid, result)
@@ -373,7 +390,9 @@ impl Pods {
 
     /// Gives a pod the resources that its object asks for, if the node has them, and hands it on.
     async fn allocate(&mut self, uid: &PodUid) {
-        let Some(known) = self.known.get(uid).filter(|known| !known.admitting) else { return };
+        // One that is deleted while it waits has nothing to wait for.
+        let hears = |known: &&Known| !known.admitting || known.desired.metadata.deletion_timestamp.is_some();
+        let Some(known) = self.known.get(uid).filter(hears) else { return };
         let desired = known.desired.clone();
         let mut pending = None;
         let mut pod = desired.clone();

@@ -81,10 +81,16 @@ pub(crate) async fn watch_api(
     }
 }
 
-/// The pod without the record of who wrote which field, which takes more memory than all the rest. The copy has what it
+/// The pod without a claim to be static, and without the record of who wrote which field, which takes more memory than all the rest. The copy has what it
 /// needs: while a pod is read its lists grow by doubling, and stay as long as they grew.
 fn slim(mut pod: Pod) -> Pod {
     pod.metadata.managed_fields = None;
+    // Only who can write manifests on the node can make a pod that the node needs.
+    if !spec::is_mirror(&pod)
+        && let Some(annotations) = &mut pod.metadata.annotations
+    {
+        annotations.remove(names::CONFIG_SOURCE);
+    }
     pod.clone()
 }
 

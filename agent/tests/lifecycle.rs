@@ -242,9 +242,11 @@ async fn a_critical_pod_takes_the_place_of_another_on_a_full_node() {
         pod["spec"]["priority"] = json!(priority);
         pod
     };
-    node.api.put(LATE, named("late", 1_000_000));
+    let mut late = named("late", 1_000_000);
+    late["metadata"]["annotations"] = json!({"kubernetes.io/config.source": "file"});
+    node.api.put(LATE, late);
     let late = node.api.wait(LATE, "refused", |pod| pod["status"]["phase"] == "Failed").await;
-    assert_eq!(late["status"]["reason"], "OutOfpods", "a high priority alone is the scheduler's concern");
+    assert_eq!(late["status"]["reason"], "OutOfpods", "neither a high priority nor a claim to be static makes room");
     node.api.put(VITAL, named("vital", 2_000_001_000));
     node.api.wait(VITAL, "Ready", ready).await;
     let pod = node.api.wait(POD, "Failed", |pod| pod["status"]["phase"] == "Failed").await;

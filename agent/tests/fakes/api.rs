@@ -105,6 +105,11 @@ impl FakeApi {
         self.changed.send_modify(|count| *count += 1);
     }
 
+    /// Changes with every change of an object.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
     /// Waits until the object (Null when there is none) satisfies `wanted`.
     pub async fn wait(&self, path: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let mut changed = self.changed.subscribe();

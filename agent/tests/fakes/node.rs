@@ -112,9 +112,10 @@ impl Node {
 
     /// Waits until there are so many events of that reason.
     pub async fn wait_for_events(&self, wanted: &str, count: usize) {
-        let found = tokio::time::timeout(Duration::from_secs(10), async {
+        let mut changed = self.api.subscribe();
+        let found = tokio::time::timeout(Duration::from_secs(20), async {
             while self.events().iter().filter(|reason| *reason == wanted).count() < count {
-                tokio::task::yield_now().await;
+                changed.changed().await.expect("the fake lives");
             }
         });
         assert!(found.await.is_ok(), "not {count} events {wanted}: {:?}", self.events());
