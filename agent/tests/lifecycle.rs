@@ -233,7 +233,11 @@ async fn a_critical_pod_takes_the_place_of_another_on_a_full_node() {
     const VITAL: &str = "/api/v1/namespaces/default/pods/vital";
     const LATE: &str = "/api/v1/namespaces/default/pods/late";
     let node = Node::start_with(&["app:1"], |config| config.max_pods = 1).await;
-    node.create(plain());
+    let mut first = plain();
+    // Its end takes a while, in which the other must not start.
+    first["spec"]["terminationGracePeriodSeconds"] = json!(10);
+    first["spec"]["containers"][0]["lifecycle"] = json!({"preStop": {"sleep": {"seconds": 1}}});
+    node.create(first);
     node.api.wait(POD, "Ready", ready).await;
     let named = |name: &str, priority: i64| {
         let mut pod = plain();
