@@ -17,7 +17,7 @@ use crate::pki;
 
 /// The settings that must be the same on every node, by the names that they have in the configuration file. Fields that a later
 /// server adds are not minded.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct ClusterFile {
     #[serde(rename = "clusterCIDR")]
@@ -71,6 +71,31 @@ pub(crate) struct Joined {
     #[serde(rename = "nodeIP", skip_serializing_if = "Option::is_none")]
     pub(crate) node_ip: Option<OneOrTwo<IpAddr>>,
     pub(crate) cluster: ClusterFile,
+}
+
+impl ClusterFile {
+    /// These settings with all of `told` that can change while a cluster runs, and the names of what differs beside that.
+    pub(crate) fn with_changes_of(&self, told: &ClusterFile) -> (ClusterFile, Vec<&'static str>) {
+        let changed = ClusterFile {
+            node_tunnel: told.node_tunnel.clone(),
+            external_ips_allowed: told.external_ips_allowed.clone(),
+            load_balancer_pools: told.load_balancer_pools.clone(),
+            ..self.clone()
+        };
+        let differs = [
+            ("clusterCIDR", self.cluster_cidr != told.cluster_cidr),
+            ("serviceCIDR", self.service_cidr != told.service_cidr),
+            ("clusterDNS", self.cluster_dns != told.cluster_dns),
+            ("clusterDomain", self.cluster_domain != told.cluster_domain),
+            ("nodePortRange", self.node_port_range != told.node_port_range),
+        ];
+        (changed, differs.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect())
+    }
+
+    /// The pools as networks.
+    pub(crate) fn pools(&self) -> Vec<IpNet> {
+        self.load_balancer_pools.iter().filter_map(|pool| pool.parse().ok()).collect()
+    }
 }
 
 impl Joined {

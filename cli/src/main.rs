@@ -9,6 +9,7 @@ mod joined;
 mod layout;
 mod one_or_two;
 mod pki;
+mod reload;
 mod runtime_config;
 
 use std::process::ExitCode;
@@ -108,10 +109,10 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 Command::Stop(flags) => commands::stop::run(&settings, flags),
                 Command::Reset(flags) => commands::reset::run(&settings, flags),
                 Command::Demo(flags) => commands::demo::run(&settings, &flags),
-                Command::Server => commands::server::run(settings),
+                Command::Server => commands::server::run(settings, &arguments.config),
                 Command::Runtime => commands::runtime::run(settings),
                 Command::Agent => commands::agent::run(settings),
-                Command::Netproxy => commands::netproxy::run(settings),
+                Command::Netproxy => commands::netproxy::run(settings, &arguments.config),
                 Command::Images(flags) => commands::images::run(&settings, flags),
                 Command::Doctor => commands::doctor::run(&settings),
                 Command::Join(_) | Command::Version | Command::Completion { .. } => Ok(ExitCode::SUCCESS),

@@ -37,7 +37,7 @@ pub enum Tunnel {
 }
 
 /// What the proxy has to know about its node and cluster.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     pub node_name: String,
     /// One network, or one of each family with the primary one first.
@@ -71,6 +71,31 @@ pub struct Config {
     pub stub_domains: Vec<(String, Vec<SocketAddr>)>,
     /// The nftables table, in family `ip`, `ip6` or both.
     pub table_name: String,
+}
+
+impl Config {
+    /// This configuration with all of `told` that can change while a proxy runs, and the names of what differs beside that:
+    /// the networks of a cluster, say, are what its pods have been given addresses of.
+    pub(crate) fn with_changes_of(&self, told: &Config) -> (Config, Vec<&'static str>) {
+        let changed = Config {
+            node_port_range: told.node_port_range,
+            node_port_addresses: told.node_port_addresses.clone(),
+            external_ips_allowed: told.external_ips_allowed.clone(),
+            balancer_pools: told.balancer_pools.clone(),
+            tunnel: told.tunnel,
+            stub_domains: told.stub_domains.clone(),
+            ..self.clone()
+        };
+        let differs = [
+            ("nodeName", self.node_name != told.node_name),
+            ("clusterCIDR, serviceCIDR, clusterDNS or nodeIP", self.networks != told.networks),
+            ("clusterDomain", self.cluster_domain != told.cluster_domain),
+            ("proxyHealthPort", self.health_listen != told.health_listen),
+            ("cni.confDir", self.cni_conf_dir != told.cni_conf_dir),
+            ("dataDir", self.cni_state_dir != told.cni_state_dir),
+        ];
+        (changed, differs.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect())
+    }
 }
 
 impl Default for Config {

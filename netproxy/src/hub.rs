@@ -17,11 +17,13 @@ use crate::announce::{Candidate, NodeId, World};
 use crate::balancer_health::Wanted;
 use crate::cluster::Cluster;
 use crate::config::{Config, Tunnel};
+use crate::dns::Upstream;
 use crate::health::Status;
 use crate::host;
 use crate::node::{self, Node};
 use crate::overlay;
 use crate::plan::{self, Context};
+use crate::proxy;
 use crate::service::{Service, ServiceName, Slice};
 use crate::watch::{Event, Kind};
 use crate::wireguard;
@@ -58,6 +60,7 @@ pub struct Hub {
     world: watch::Sender<Arc<World>>,
     /// With the right to annotate this node.
     nodes_api: kube::Api<k8s_openapi::api::core::v1::Node>,
+    upstream: Arc<Upstream>,
 }
 
 /// Addresses of a Service, and who may announce them.
@@ -75,6 +78,8 @@ pub struct Outputs {
     pub world: watch::Sender<Arc<World>>,
     /// A client with the right to annotate this node.
     pub node_client: kube::Client,
+    /// Told when stub domains change.
+    pub upstream: Arc<Upstream>,
 }
 
 impl Hub {
@@ -94,10 +99,16 @@ impl Hub {
             announced: BTreeMap::new(),
             world: outputs.world,
             nodes_api: kube::Api::all(outputs.node_client),
+            upstream: outputs.upstream,
         }
     }
 
-    pub async fn run(mut self, mut events: mpsc::Receiver<Event>, shutdown: CancellationToken) {
+    pub async fn run(
+        mut self,
+        mut events: mpsc::Receiver<Event>,
+        mut changes: Option<watch::Receiver<Config>>,
+        shutdown: CancellationToken,
+    ) {
         let mut audit = tokio::time::interval(AUDIT_INTERVAL);
         let mut host_audit = tokio::time::interval(HOST_AUDIT_INTERVAL);
         let mut batch = Vec::with_capacity(EVENT_BATCH);
@@ -125,6 +136,13 @@ impl Hub {
                     }
                     nodes_changed
                 }
+                told = next_change(&mut changes) => {
+                    if self.reconfigure(&told).await.is_err() {
+                        return;
+                    }
+                    calls.again();
+                    true
+                }
                 () = sleep_until(calls.next.unwrap_or_else(Instant::now)), if calls.next.is_some() => {
                     // What fails now is tried again with the audits, which this is not to keep from their turn.
                     calls.next = None;
@@ -144,6 +162,33 @@ impl Hub {
                 conflist_pending = !self.sync_nodes(&mut calls).await;
             }
         }
+    }
+
+    /// Goes by another configuration, as far as that can be without another start.
+    async fn reconfigure(&mut self, told: &Config) -> Result<(), mpsc::error::SendError<Job>> {
+        let (config, later) = self.config.with_changes_of(told);
+        if !later.is_empty() {
+            warn!(settings = later.join(", "), "changed settings that netproxy minds when it starts again");
+        }
+        if config == *self.config {
+            return Ok(());
+        }
+        let stubs = match proxy::stub_domains(&config) {
+            Ok(stubs) => stubs,
+            Err(error) => {
+                warn!(error = &error as &dyn std::error::Error, "the changed configuration is not used");
+                return Ok(());
+            }
+        };
+        self.upstream.set_stubs(stubs);
+        self.jobs.send(Job::Configure(proxy::grounds(&config))).await?;
+        self.config = Arc::new(config);
+        let zone = self.contexts.first().and_then(|context| context.zone.clone());
+        let context = |network| Context { zone: zone.clone(), ..Context::new(&self.config, network) };
+        self.contexts = self.config.networks.iter().map(context).collect();
+        self.dirty.extend(self.cluster.read().names());
+        info!("configuration changed");
+        self.apply().await
     }
 
     /// Takes events in; says whether some were about nodes.
@@ -363,6 +408,17 @@ impl Hub {
             _ => debug!("host checked"),
         }
     }
+}
+
+/// Waits for another configuration, for ever where none can come.
+async fn next_change(changes: &mut Option<watch::Receiver<Config>>) -> Config {
+    if let Some(receiver) = changes {
+        if receiver.changed().await.is_ok() {
+            return receiver.borrow_and_update().clone();
+        }
+        *changes = None;
+    }
+    std::future::pending().await
 }
 
 /// Peers of WireGuard that are called, and when to look next.

@@ -22,7 +22,7 @@ use crate::hub::{self, Hub, Outputs};
 use crate::rules::Settings;
 use crate::sync::Proxier;
 use crate::watch as watches;
-use crate::worker::{self, Family};
+use crate::worker::{self, Family, Ground};
 use crate::{balancer_health, dns_service, policy};
 
 const EVENT_QUEUE: usize = 4096;
@@ -52,18 +52,26 @@ pub struct Netproxy {
     config: Config,
     client: kube::Client,
     node_client: Option<kube::Client>,
+    changes: Option<watch::Receiver<Config>>,
     status: Arc<Status>,
 }
 
 impl Netproxy {
     pub fn new(config: Config, client: kube::Client) -> Netproxy {
-        Netproxy { config, client, node_client: None, status: Arc::default() }
+        Netproxy { config, client, node_client: None, changes: None, status: Arc::default() }
     }
 
     /// What this node's own object is annotated with, where the other client may not do that.
     #[must_use]
     pub fn with_node_client(self, client: kube::Client) -> Netproxy {
         Netproxy { node_client: Some(client), ..self }
+    }
+
+    /// Goes by what is told there while it runs: every field that can change without another start, and the others are named
+    /// in the log.
+    #[must_use]
+    pub fn with_changes(self, changes: watch::Receiver<Config>) -> Netproxy {
+        Netproxy { changes: Some(changes), ..self }
     }
 
     /// Becomes true with the first commit: from then on Services work and names are answered.
@@ -74,7 +82,7 @@ impl Netproxy {
     /// Works until `shutdown`. The rules stay in the kernel, so that connections do not notice a restart;
     /// [`crate::remove_everything`] takes them away.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), Error> {
-        let Netproxy { config, client, node_client, status } = self;
+        let Netproxy { config, client, node_client, changes, status } = self;
         let config = Arc::new(config);
         let domain = parse_domain(&config.cluster_domain)?;
         match config.networks.as_slice() {
@@ -126,17 +134,16 @@ impl Netproxy {
             pod_cidrs: cidrs_in,
             world: world_in,
             node_client: node_client.unwrap_or_else(|| client.clone()),
+            upstream: upstream.clone(),
         };
-        if !config.balancer_pools.is_empty() {
-            let identity = Identity {
-                name: config.node_name.as_str().into(),
-                addresses: config.networks.iter().filter_map(|network| network.node_ip).collect(),
-            };
-            let announcing = announce::run(identity, client.clone(), world, status.clone(), token.clone());
-            tasks.spawn("balancer addresses", infallible(announcing));
-        }
+        let identity = Identity {
+            name: config.node_name.as_str().into(),
+            addresses: config.networks.iter().filter_map(|network| network.node_ip).collect(),
+        };
+        let announcing = announce::run(identity, client.clone(), world, status.clone(), token.clone());
+        tasks.spawn("balancer addresses", infallible(announcing));
         let hub = Hub::new(config.clone(), outputs);
-        tasks.spawn("hub", infallible(hub.run(events, token.clone())));
+        tasks.spawn("hub", infallible(hub.run(events, changes, token.clone())));
         for address in &dns_addresses {
             tasks.spawn("cluster DNS", infallible(serve_dns(dns.clone(), *address, token.clone())));
         }
@@ -173,17 +180,28 @@ fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> 
     let is_ipv4 = network.is_ipv4();
     let record = config.sysctl_record.as_deref();
     host::enable_forwarding(is_ipv4, record).map_err(Error::Forwarding)?;
-    let settings = settings(config, network, !host::enable_bridge_filtering(is_ipv4, record));
-    let of_family = |net: &&ipnet::IpNet| net.addr().is_ipv4() == is_ipv4;
-    let scope = Scope {
+    let masquerade_bridged = !host::enable_bridge_filtering(is_ipv4, record);
+    let kernel = Netlink::open().map_err(Error::Nftables)?;
+    let settings = settings(config, network, masquerade_bridged);
+    Ok(Family::new(Proxier::new(kernel, settings, host::addresses), scope(config, network)))
+}
+
+/// What every family is to go by, from a configuration that has changed.
+pub fn grounds(config: &Config) -> Vec<Ground> {
+    let ground = |network| Ground { settings: settings(config, network, false), scope: scope(config, network) };
+    config.networks.iter().map(ground).collect()
+}
+
+/// Which flows can be this proxy's.
+fn scope(config: &Config, network: &Network) -> Scope {
+    let of_family = |net: &&ipnet::IpNet| net.addr().is_ipv4() == network.is_ipv4();
+    Scope {
         service_cidr: network.service_cidr,
         cluster_cidr: network.cluster_cidr,
         dns_address: Some(network.cluster_dns),
         node_ports: config.node_port_range,
         external: config.balancer_pools.iter().chain(&config.external_ips_allowed).filter(of_family).copied().collect(),
-    };
-    let kernel = Netlink::open().map_err(Error::Nftables)?;
-    Ok(Family::new(Proxier::new(kernel, settings, host::addresses), scope))
+    }
 }
 
 async fn infallible(task: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {
@@ -191,7 +209,7 @@ async fn infallible(task: impl Future<Output = ()>) -> Result<(), std::convert::
     Ok(())
 }
 
-fn stub_domains(config: &Config) -> Result<StubDomains, Error> {
+pub fn stub_domains(config: &Config) -> Result<StubDomains, Error> {
     config.stub_domains.iter().map(|(domain, servers)| Ok((parse_domain(domain)?, servers.clone()))).collect()
 }
 

@@ -48,6 +48,8 @@ pub struct Proxier<K> {
     node_addresses: Box<dyn Fn() -> Vec<IpAddr> + Send>,
     ledger: Ledger,
     staged: Delta,
+    /// The ledger has been in the kernel before.
+    written: bool,
     /// The chains in the kernel that come and go; none before the first commit.
     present: Option<Vec<Dynamic>>,
     generation: Option<u32>,
@@ -66,6 +68,7 @@ impl<K: Kernel> Proxier<K> {
             node_addresses: Box::new(node_addresses),
             ledger: Ledger::default(),
             staged: Delta::default(),
+            written: false,
             present: None,
             generation: None,
             audited: None,
@@ -85,11 +88,22 @@ impl<K: Kernel> Proxier<K> {
 
     /// Replaces the elements of one Service; [`Proxier::commit`] carries it out.
     pub fn stage(&mut self, service: &ServiceName, entries: &[Entry]) {
-        if self.present.is_some() {
+        if self.written {
             self.ledger.set(service, entries, &mut self.staged);
         } else {
             // The first commit writes everything, so what changes until then does not matter.
             self.ledger.set(service, entries, &mut Delta::default());
+        }
+    }
+
+    /// Goes by other settings from the next commit on. The table and how the kernel shows bridged packets stay what they are.
+    pub fn configure(&mut self, settings: Settings) {
+        let table = self.settings.table.clone();
+        let settings = Settings { table, masquerade_bridged: self.settings.masquerade_bridged, ..settings };
+        if settings != self.settings {
+            self.settings = settings;
+            // Its rules are of another version now, and replaced as those of an older program are.
+            self.present = None;
         }
     }
 
@@ -99,8 +113,12 @@ impl<K: Kernel> Proxier<K> {
         let committed = describe(&staged);
         self.may_be_bound |= self.ledger.has_affinity();
         let Some(mut present) = self.present.take() else {
-            self.establish()?;
-            return Ok(Committed { connectionless_changed: true, endpoints_removed: true, retired: Vec::new() });
+            if let Err(error) = self.establish() {
+                self.staged = staged;
+                return Err(error);
+            }
+            self.written = true;
+            return Ok(Committed { connectionless_changed: true, endpoints_removed: true, ..committed });
         };
         let transaction = self.ledger.change(&self.settings, &staged, &mut present);
         match self.kernel.commit(&transaction) {

@@ -13,6 +13,7 @@ use crate::element::Entry;
 use crate::health::Status;
 use crate::ledger::Ledger;
 use crate::memory;
+use crate::rules::Settings;
 use crate::service::ServiceName;
 use crate::sync::Proxier;
 
@@ -31,13 +32,23 @@ pub type Planned = (ServiceName, Vec<Vec<Entry>>);
 pub enum Job {
     /// Replace the elements of these Services.
     Apply(Vec<Planned>),
+    /// Go by this from now on, for each family in turn; the next `Apply` has every Service.
+    Configure(Vec<Ground>),
     /// Look whether all is well, and try again what failed.
     Audit,
+}
+
+/// What one family's rules and flows go by.
+#[derive(Debug, Clone)]
+pub struct Ground {
+    pub settings: Settings,
+    pub scope: conntrack::Scope,
 }
 
 /// One family's table and what is left to do about it.
 pub struct Family<K> {
     proxier: Proxier<K>,
+    scope: conntrack::Scope,
     forget_flows: ForgetFlows,
     failed: bool,
     /// For clients that are bound to endpoints that are gone.
@@ -47,16 +58,18 @@ pub struct Family<K> {
     retired: conntrack::Retired,
 }
 
-type ForgetFlows = Box<dyn FnMut(&Ledger, &conntrack::Retired) -> oarlock_netlink::Result<usize> + Send>;
+type ForgetFlows =
+    Box<dyn FnMut(&Ledger, &conntrack::Scope, &conntrack::Retired) -> oarlock_netlink::Result<usize> + Send>;
 
 impl<K: Kernel> Family<K> {
     pub fn new(proxier: Proxier<K>, scope: conntrack::Scope) -> Family<K> {
-        Family::with(proxier, Box::new(move |ledger, retired| conntrack::clean(ledger, &scope, retired)))
+        Family::with(proxier, scope, Box::new(conntrack::clean))
     }
 
-    fn with(proxier: Proxier<K>, forget_flows: ForgetFlows) -> Family<K> {
+    fn with(proxier: Proxier<K>, scope: conntrack::Scope, forget_flows: ForgetFlows) -> Family<K> {
         Family {
             proxier,
+            scope,
             forget_flows,
             failed: false,
             bindings: Look::default(),
@@ -105,6 +118,7 @@ pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jo
                     unreturned += services.len();
                     services.iter().for_each(|planned| stage(&mut families, planned));
                 }
+                Job::Configure(grounds) => configure(&mut families, grounds),
                 Job::Audit => audit = true,
             }
         }
@@ -142,6 +156,13 @@ fn look<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
 fn stage<K: Kernel>(families: &mut [Family<K>], (service, by_family): &Planned) {
     for (family, entries) in families.iter_mut().zip(by_family) {
         family.proxier.stage(service, entries);
+    }
+}
+
+fn configure<K: Kernel>(families: &mut [Family<K>], grounds: Vec<Ground>) {
+    for (family, ground) in families.iter_mut().zip(grounds) {
+        family.proxier.configure(ground.settings);
+        family.scope = ground.scope;
     }
 }
 
@@ -200,7 +221,7 @@ fn run_audit<K: Kernel>(proxier: &mut Proxier<K>, status: &Status) {
 }
 
 fn forget_flows<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
-    match (family.forget_flows)(family.proxier.ledger(), &family.retired) {
+    match (family.forget_flows)(family.proxier.ledger(), &family.scope, &family.retired) {
         Ok(count) => {
             family.flows.done(now);
             family.retired.retain(|_, since| now.saturating_duration_since(*since) < IN_FLIGHT);
@@ -224,7 +245,7 @@ mod tests {
 
     use super::*;
     use crate::element::{Balancer, ElementKey, Map, Scope, Target};
-    use crate::rules::{self, Settings};
+    use crate::rules;
     use crate::service::Protocol;
 
     const SERVICE: [u8; 4] = [10, 43, 1, 1];
@@ -238,6 +259,16 @@ mod tests {
             balancer_pools: Vec::new(),
             node_port_addresses: None,
             masquerade_bridged: false,
+        }
+    }
+
+    fn scope() -> conntrack::Scope {
+        conntrack::Scope {
+            service_cidr: settings().service_cidr,
+            cluster_cidr: settings().cluster_cidr,
+            dns_address: None,
+            node_ports: (30_000, 32_767),
+            external: Vec::new(),
         }
     }
 
@@ -279,13 +310,13 @@ mod tests {
         let (gone, stays) = (SocketAddr::from(([10, 42, 0, 2], 8080)), SocketAddr::from(([10, 42, 0, 3], 8080)));
         let looks = Arc::new(Mutex::new((0, Ok(()))));
         let told = Arc::clone(&looks);
-        let forget: ForgetFlows = Box::new(move |_, _| {
+        let forget: ForgetFlows = Box::new(move |_, _, _| {
             let mut looks = told.lock().unwrap();
             looks.0 += 1;
             std::mem::replace(&mut looks.1, Ok(())).map(|()| 0)
         });
         let proxier = Proxier::new(Fake::new(), settings(), Vec::new);
-        let mut families = vec![Family::with(proxier, forget)];
+        let mut families = vec![Family::with(proxier, scope(), forget)];
         let status = Status::default();
         let now = Instant::now();
         for endpoints in [&[gone, stays][..], &[stays]] {

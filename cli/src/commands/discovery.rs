@@ -9,16 +9,24 @@ use std::time::Duration;
 use anyhow::Context;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use futures::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::Api;
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::{WatchStreamExt, watcher};
 use oarlock_pki::Pin;
 use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
-use crate::joined::ClusterFile;
+use crate::config::{ConfigFlags, Settings};
+use crate::joined::{ClusterFile, Joined};
+use crate::layout::Layout;
 use crate::pki;
 
 const CALL: Duration = Duration::from_secs(15);
 const NODE_CONFIGURATION: &str = "oarlock-node-configuration";
+const KEY: &str = "config.yaml";
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
 
 /// What is known of a cluster.
 pub(crate) struct Cluster {
@@ -34,6 +42,72 @@ fn configuration(server: &str) -> anyhow::Result<kube::Config> {
     config.connect_timeout = Some(Duration::from_secs(10));
     config.read_timeout = Some(CALL);
     Ok(config)
+}
+
+/// Keeps what nodes are told as this node's own, until `shutdown`: the daemons of the machine read it as they read their
+/// configuration file.
+pub(crate) async fn follow(client: kube::Client, layout: Layout, flags: ConfigFlags, shutdown: CancellationToken) {
+    let api: Api<ConfigMap> = Api::namespaced(client, "kube-system");
+    let config = watcher::Config::default().fields(&format!("metadata.name={NODE_CONFIGURATION}"));
+    let mut told = watcher(api, config).default_backoff().applied_objects().boxed();
+    loop {
+        let next = tokio::select! {
+            next = told.next() => next,
+            () = shutdown.cancelled() => return,
+        };
+        let map = match next {
+            None => return,
+            // Tried again by itself, and as long as the API is away other watches say so.
+            Some(Err(error)) => {
+                tracing::debug!(%error, "what nodes are told cannot be watched");
+                continue;
+            }
+            Some(Ok(map)) => map,
+        };
+        let Some(text) = map.data.and_then(|mut data| data.remove(KEY)) else { continue };
+        let (layout, flags) = (layout.clone(), flags.clone());
+        match tokio::task::spawn_blocking(move || keep(&text, &layout, &flags)).await {
+            Ok(Ok(true)) => tracing::info!("the cluster's settings changed"),
+            Ok(Ok(false)) | Err(_) => {}
+            Ok(Err(error)) => tracing::error!(problem = format!("{error:#}"), "the cluster's changed settings are not used"),
+        }
+    }
+}
+
+/// Takes up what nodes are told, if this machine can have it; says whether that is anything new.
+fn keep(text: &str, layout: &Layout, flags: &ConfigFlags) -> anyhow::Result<bool> {
+    let cluster: ClusterFile = serde_yaml_ng::from_str(text).context("what nodes are told is of another version")?;
+    let Some(joined) = Joined::read(layout)?.filter(|joined| joined.cluster != cluster) else { return Ok(false) };
+    let joined = Joined { cluster, ..joined };
+    Settings::load_as(flags, &joined).context("this machine cannot have what nodes are told")?;
+    joined.write(layout)?;
+    Ok(true)
+}
+
+/// Tells the nodes, and does not rest until that is written.
+pub(crate) async fn tell_nodes(client: kube::Client, mut settings: watch::Receiver<ClusterFile>) {
+    let api: Api<ConfigMap> = Api::namespaced(client, "kube-system");
+    while settings.changed().await.is_ok() {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let now = settings.borrow_and_update().clone();
+            let written = async {
+                let patch = Patch::Merge(json!({"data": {KEY: serde_yaml_ng::to_string(&now)?}}));
+                let parameters = PatchParams::default();
+                let request = api.patch(NODE_CONFIGURATION, &parameters, &patch);
+                tokio::time::timeout(CALL, request).await.context("no answer in time")??;
+                anyhow::Ok(())
+            };
+            match written.await {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::warn!(problem = format!("{error:#}"), "nodes cannot be told of changed settings; trying again");
+                }
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(CALL);
+        }
+    }
 }
 
 /// Reads a ConfigMap's key.
@@ -70,7 +144,7 @@ pub(crate) async fn discover(server: &str, token: &str, pin: &Pin) -> anyhow::Re
     let mut known = kube::Config::from_custom_kubeconfig(read_back, &Default::default()).await?;
     known.connect_timeout = Some(Duration::from_secs(10));
     known.read_timeout = Some(CALL);
-    let told = read(kube::Client::try_from(known)?, "kube-system", NODE_CONFIGURATION, "config.yaml").await;
+    let told = read(kube::Client::try_from(known)?, "kube-system", NODE_CONFIGURATION, KEY).await;
     let text = told.map_err(|error| match error.downcast_ref::<kube::Error>() {
         Some(kube::Error::Api(status)) if status.code == 401 => {
             anyhow::anyhow!(

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 use oarlock_netproxy::{Config, Netproxy, Network};
 
-use super::{agent, daemon, node_identity};
-use crate::config::Settings;
-use crate::host;
+use super::{agent, daemon, discovery, node_identity};
+use crate::config::{ConfigFlags, Settings};
+use crate::{host, reload};
 
 /// The `loadBalancerClass` that asks for addresses of the pools.
 pub(crate) const BALANCER_CLASS: &str = "oarlock.io/announced";
@@ -67,11 +67,14 @@ pub(crate) async fn client(path: &Path) -> anyhow::Result<kube::Client> {
     kube::Client::try_from(config).context("cannot make an API client")
 }
 
-pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(settings: Settings, flags: &ConfigFlags) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock netproxy")?;
+    let flags = flags.clone();
     daemon::run(&settings.clone(), 2, |shutdown| async move {
+        let changes = reload::follow(flags.clone(), &settings, proxy_config, shutdown.clone());
         let proxy = if settings.joined.is_some() {
             let Some(identities) = node_identity::identities(&settings, &shutdown).await? else { return Ok(()) };
+            tokio::spawn(discovery::follow(identities.node.clone(), settings.layout.clone(), flags, shutdown.clone()));
             Netproxy::new(proxy_config(&settings), identities.proxy).with_node_client(identities.node)
         } else {
             let client = client(&settings.layout.component_kubeconfig("netproxy")).await?;
@@ -80,6 +83,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             let own = settings.layout.component_kubeconfig("agent");
             if own.exists() { proxy.with_node_client(self::client(&own).await?) } else { proxy }
         };
+        let proxy = proxy.with_changes(changes);
         let ready = proxy.ready();
         tokio::spawn(daemon::announce_when("netproxy", shutdown.clone(), move || {
             let mut ready = ready.clone();

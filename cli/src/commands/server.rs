@@ -5,18 +5,21 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use ipnet::IpNet;
 use oarlock_apiserver::ApiServer;
 use oarlock_controllers::Controllers;
 use oarlock_scheduler::Scheduler;
 use oarlock_supervise::Tasks;
+use tokio::sync::watch;
 
-use super::daemon;
 use super::netproxy::BALANCER_CLASS;
-use crate::config::Settings;
+use super::{daemon, discovery};
+use crate::config::{ConfigFlags, Settings};
 use crate::joined::ClusterFile;
-use crate::pki;
+use crate::{pki, reload};
 
-pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(settings: Settings, flags: &ConfigFlags) -> anyhow::Result<ExitCode> {
+    let flags = flags.clone();
     daemon::run(&settings.clone(), 2, |shutdown| async move {
         let credentials = pki::ensure(&settings)?;
         let config = oarlock_apiserver::Config {
@@ -41,6 +44,8 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
             ..oarlock_apiserver::Config::default()
         };
         let server = ApiServer::new(config).await.context("cannot start the API server")?;
+        let (cluster_in, cluster) = watch::channel(ClusterFile::of(&settings));
+        let (pools_in, balancer_pools) = watch::channel(settings.load_balancer_pools.clone());
         let controllers = Controllers::new(
             server.client("system:kube-controller-manager", &["system:masters"]),
             oarlock_controllers::Config {
@@ -50,7 +55,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
                     .map(|cidr| (cidr, if cidr.addr().is_ipv4() { 24 } else { 64 }))
                     .collect(),
                 root_ca_pem: credentials.ca_pem.clone(),
-                balancer_pools: settings.load_balancer_pools.clone(),
+                balancer_pools,
                 balancer_class: BALANCER_CLASS.to_owned(),
                 signing_ca_dir: Some(settings.layout.pki_dir()),
                 server_names: pki::api_names(&settings)?,
@@ -63,6 +68,10 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         let probe = server.client("kubernetes-admin", &["system:masters"]);
         let own = settings.server_url();
 
+        let changes = reload::follow(flags, &settings, ClusterFile::of, shutdown.clone());
+        tokio::spawn(discovery::tell_nodes(probe.clone(), cluster));
+        tokio::spawn(take_changes(changes, cluster_in, pools_in));
+
         let mut tasks = Tasks::new(shutdown);
         let token = tasks.token();
         tasks.spawn("api server", server.run(token.clone()));
@@ -74,6 +83,26 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
         }));
         tasks.join(Duration::from_secs(5)).await.context("the server ended")
     })
+}
+
+/// Takes up what can change while the cluster runs, and says what cannot.
+async fn take_changes(
+    mut changes: watch::Receiver<ClusterFile>,
+    cluster: watch::Sender<ClusterFile>,
+    pools: watch::Sender<Vec<IpNet>>,
+) {
+    while changes.changed().await.is_ok() {
+        let told = changes.borrow_and_update().clone();
+        let (now, later) = cluster.borrow().with_changes_of(&told);
+        if !later.is_empty() {
+            tracing::warn!(settings = later.join(", "), "changed settings that the server minds when it starts again");
+        }
+        if now != *cluster.borrow() {
+            tracing::info!("configuration changed");
+            pools.send_replace(now.pools());
+            cluster.send_replace(now);
+        }
+    }
 }
 
 /// Whether the API answers in process and the port is open.

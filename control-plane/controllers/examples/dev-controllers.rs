@@ -20,7 +20,7 @@ async fn main() -> anyhow::Result<()> {
     let config = oarlock_controllers::Config {
         cluster_cidrs: vec![("10.42.0.0/16".parse()?, 24)],
         root_ca_pem: "not a certificate\n".to_owned(),
-        balancer_pools: Vec::new(),
+        balancer_pools: tokio::sync::watch::channel(Vec::new()).1,
         balancer_class: String::new(),
         signing_ca_dir: None,
         server_names: Vec::new(),

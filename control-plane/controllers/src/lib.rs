@@ -26,6 +26,7 @@ mod token_cleaner;
 
 use ipnet::IpNet;
 use oarlock_machinery::Recorder;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -39,8 +40,8 @@ pub struct Config {
     pub cluster_cidrs: Vec<(IpNet, u8)>,
     /// PEM of the cluster's CA, published as `kube-root-ca.crt` in each namespace.
     pub root_ca_pem: String,
-    /// Addresses for Services of type LoadBalancer; none are handed out without any.
-    pub balancer_pools: Vec<IpNet>,
+    /// Addresses for Services of type LoadBalancer; none are handed out without any. They may change.
+    pub balancer_pools: watch::Receiver<Vec<IpNet>>,
     /// The `loadBalancerClass` that asks for them, beside no class at all.
     pub balancer_class: String,
     /// The directory of the authority that signs certificate requests; None signs none.
@@ -94,8 +95,8 @@ impl Controllers {
         start("deployment", deployment::start(&shared, &stop));
         start("replicaset", replicaset::start(&shared, &stop));
         start("endpointslice", endpoints::start(&shared, &stop));
-        let provider = balancer::Provider { pools: self.config.balancer_pools, class: self.config.balancer_class };
-        start("service-load-balancer", balancer::start(&shared, &stop, provider));
+        let (pools, class) = (self.config.balancer_pools, self.config.balancer_class);
+        start("service-load-balancer", balancer::start(&shared, &stop, pools, class));
         start("namespace", namespace::start(&shared, &stop));
         start("garbage", garbage::start(&shared, &stop));
         start("serviceaccount", service_account::start(&shared, &stop));

@@ -3,14 +3,17 @@
 
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use oarlock_controllers::{Config, Controllers};
 use oarlock_machinery::fake::{FakeApi, Refused};
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 struct Cluster {
     api: Arc<FakeApi>,
+    pools: watch::Sender<Vec<IpNet>>,
     _stop: DropGuard,
     _tasks: Vec<JoinHandle<()>>,
 }
@@ -30,10 +33,11 @@ fn cluster() -> Cluster {
         "status": {"conditions": [{"type": "Ready", "status": "True"}]},
     }));
     let stop = CancellationToken::new();
+    let (pools, balancer_pools) = watch::channel(vec!["192.0.2.0/30".parse().unwrap()]);
     let config = Config {
         cluster_cidrs: vec![("10.42.0.0/16".parse().unwrap(), 24)],
         root_ca_pem: "PEM".to_owned(),
-        balancer_pools: vec!["192.0.2.0/30".parse().unwrap()],
+        balancer_pools,
         balancer_class: "ours".to_owned(),
         signing_ca_dir: None,
         server_names: Vec::new(),
@@ -42,7 +46,7 @@ fn cluster() -> Cluster {
     let token = stop.clone();
     let running = tokio::spawn(async move { controllers.run(token).await.expect("the controllers run until stopped") });
     let agent = tokio::spawn(stand_in(api.clone()));
-    Cluster { api, _stop: stop.drop_guard(), _tasks: vec![running, agent] }
+    Cluster { api, pools, _stop: stop.drop_guard(), _tasks: vec![running, agent] }
 }
 
 fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
@@ -477,6 +481,15 @@ async fn balancer_addresses_come_and_go_with_their_services() {
     cluster.event("SyncLoadBalancerFailed", "192.0.2.0 belongs to Service default/one").await;
     cluster.delete("services", "default", "one", json!({}));
     cluster.until_true("the address that is free again", |api| has(api, "two").as_deref() == Some("192.0.2.0")).await;
+    cluster.pools.send(vec!["198.51.100.8/30".parse().unwrap()]).unwrap();
+    cluster.until_true("the address that is in no pool to end", |api| has(api, "two").as_deref() == Some("")).await;
+    cluster.event("SyncLoadBalancerFailed", "192.0.2.0 is in no pool").await;
+    cluster.edit("services", "default", "two", |service| service["spec"]["loadBalancerIP"] = Value::Null);
+    cluster.until_true("an address of the new pool", |api| has(api, "two").as_deref() == Some("198.51.100.8")).await;
+    cluster.pools.send(Vec::new()).unwrap();
+    cluster.until_true("the address without a pool to end", |api| has(api, "two").as_deref() == Some("")).await;
+    cluster.pools.send(vec!["192.0.2.0/30".parse().unwrap()]).unwrap();
+    cluster.until_true("the address of before", |api| has(api, "two").as_deref() == Some("192.0.2.0")).await;
     cluster.edit("services", "default", "two", |service| service["spec"]["type"] = "ClusterIP".into());
     cluster.until_true("the address to be given back", |api| has(api, "two").as_deref() == Some("")).await;
 }

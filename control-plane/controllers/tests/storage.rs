@@ -23,7 +23,7 @@ fn cluster() -> (Arc<FakeApi>, DropGuard) {
     let config = Config {
         cluster_cidrs: vec![("10.42.0.0/16".parse().unwrap(), 24)],
         root_ca_pem: "PEM".to_owned(),
-        balancer_pools: Vec::new(),
+        balancer_pools: tokio::sync::watch::channel(Vec::new()).1,
         balancer_class: "ours".to_owned(),
         signing_ca_dir: None,
         server_names: Vec::new(),

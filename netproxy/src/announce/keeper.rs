@@ -83,6 +83,7 @@ pub async fn run(
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut looked_at_links: Option<Instant> = None;
     loop {
+        let is_idle = keeper.own.is_empty() && world.borrow().addresses.is_empty();
         tokio::select! {
             changed = world.changed() => if changed.is_err() { return },
             event = seen.recv() => {
@@ -91,7 +92,7 @@ pub async fn run(
                 }
                 continue;
             }
-            _ = look.tick() => {}
+            _ = look.tick(), if !is_idle => {}
             () = shutdown.cancelled() => return,
         }
         let now = world.borrow_and_update().clone();

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hickory_proto::op::{Edns, Message, Query, ResponseCode};
 use hickory_proto::rr::Name;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
@@ -62,7 +62,7 @@ pub struct Counts {
 pub struct Upstream {
     path: PathBuf,
     own: Vec<IpAddr>,
-    stubs: StubDomains,
+    stubs: RwLock<StubDomains>,
     servers: Mutex<Servers>,
     /// Resolvers that did not answer, and when.
     silent: Mutex<HashMap<SocketAddr, Instant>>,
@@ -81,19 +81,27 @@ struct Servers {
 
 impl Upstream {
     /// Takes resolvers from the file at `path`, leaving out `own`, which would be a loop.
-    pub fn new(path: &Path, own: Vec<IpAddr>, mut stubs: StubDomains) -> Upstream {
-        // The longest domain that a name is in decides.
-        stubs.sort_by_key(|(domain, _)| std::cmp::Reverse(domain.num_labels()));
+    pub fn new(path: &Path, own: Vec<IpAddr>, stubs: StubDomains) -> Upstream {
         Upstream {
             path: path.to_owned(),
             own,
-            stubs,
+            stubs: RwLock::new(sorted(stubs)),
             servers: Mutex::default(),
             silent: Mutex::default(),
             counts: Counts::default(),
             cache: Mutex::default(),
             pending: Semaphore::new(MAX_PENDING),
             loops: Loops::default(),
+        }
+    }
+
+    /// Asks others for these domains from now on. What others said of them is forgotten.
+    pub fn set_stubs(&self, stubs: StubDomains) {
+        let stubs = sorted(stubs);
+        let mut known = self.stubs.write();
+        if *known != stubs {
+            *known = stubs;
+            *self.cache.lock() = Cache::default();
         }
     }
 
@@ -152,8 +160,10 @@ impl Upstream {
 
     /// The servers for a name, those last that were silent a moment ago.
     fn servers_for(&self, name: &Name) -> Vec<SocketAddr> {
-        let stub = self.stubs.iter().find(|(domain, _)| domain.zone_of(name));
-        let mut servers = stub.map_or_else(|| self.servers(), |(_, servers)| servers.clone());
+        let stubs = self.stubs.read();
+        let stub = stubs.iter().find(|(domain, _)| domain.zone_of(name)).map(|(_, servers)| servers.clone());
+        drop(stubs);
+        let mut servers = stub.unwrap_or_else(|| self.servers());
         servers.retain(|server| !self.loops.is_looping(server));
         let silent = self.silent.lock();
         servers.sort_by_key(|server| silent.get(server).is_some_and(|since| since.elapsed() < GRUDGE));
@@ -163,7 +173,7 @@ impl Upstream {
     /// All servers that anything may be asked of.
     pub fn all_servers(&self) -> Vec<SocketAddr> {
         let mut servers = self.servers();
-        servers.extend(self.stubs.iter().flat_map(|(_, servers)| servers));
+        servers.extend(self.stubs.read().iter().flat_map(|(_, servers)| servers));
         servers.sort();
         servers.dedup();
         servers
@@ -183,6 +193,12 @@ impl Upstream {
         }
         servers.addresses.clone()
     }
+}
+
+/// The longest domain that a name is in decides.
+fn sorted(mut stubs: StubDomains) -> StubDomains {
+    stubs.sort_by_key(|(domain, _)| std::cmp::Reverse(domain.num_labels()));
+    stubs
 }
 
 fn parse(resolv_conf: &str, own: &[IpAddr]) -> Vec<SocketAddr> {

@@ -67,6 +67,9 @@ enum Bench {
         /// Changes of each kind at each size
         #[arg(long, default_value_t = 100)]
         rounds: usize,
+        /// Tracked flows among which stale ones are found; 0 leaves that out
+        #[arg(long, default_value_t = 200_000)]
+        tracked: usize,
     },
     /// ADD and DEL of the CNI plugins, beside the reference plugins where they are installed
     Cni {
@@ -114,7 +117,7 @@ fn main() -> anyhow::Result<()> {
         Bench::Runtime(flags) => cri::run(&flags),
         Bench::Pull(flags) => pull::run(&flags),
         Bench::Logs(flags) => logs::run(&flags),
-        Bench::Netproxy { services, rounds } => netproxy::run(&services, rounds),
+        Bench::Netproxy { services, rounds, tracked } => netproxy::run(&services, rounds, tracked),
         Bench::Cni { rounds, present, pause } => {
             cni::run(cni::Plan { rounds, present, pause: Duration::from_millis(pause) })
         }

@@ -1,9 +1,9 @@
 //! `bench netproxy`: the Service proxy with thousands of Services. From the first list to the last commit, one Service more,
-//! one endpoint changed, memory, and connections through the rules.
+//! one endpoint changed, memory, connections through the rules, and stale flows among many tracked ones.
 
 use std::collections::HashMap;
 use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::table::{self, Row};
 /// The first Service, whose endpoints exist.
 const REAL: usize = 0;
 
-pub(crate) fn run(sizes: &[usize], rounds: usize) -> anyhow::Result<()> {
+pub(crate) fn run(sizes: &[usize], rounds: usize, tracked: usize) -> anyhow::Result<()> {
     let directory = tempfile::tempdir()?;
     let pod = directory.path().join("pod");
     make_pod(&pod)?;
@@ -31,6 +31,12 @@ pub(crate) fn run(sizes: &[usize], rounds: usize) -> anyhow::Result<()> {
     for size in sizes {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         loads.push(measure(&runtime, *size, rounds)?);
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        remove_table();
+    }
+    if tracked > 0 {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        forget_flows(&runtime, &pod, tracked)?;
         runtime.shutdown_timeout(Duration::from_secs(1));
         remove_table();
     }
@@ -75,7 +81,7 @@ fn measure(runtime: &tokio::runtime::Runtime, size: usize, rounds: usize) -> any
     }
     let (idle, settled) = idle(&proxy)?;
     let mut commits = Commits::open()?;
-    let mut rows = [
+    let mut changes = [
         Row { name: format!("one Service more, at {size}"), samples: Vec::new() },
         Row { name: format!("one endpoint changed, at {size}"), samples: Vec::new() },
     ];
@@ -85,16 +91,26 @@ fn measure(runtime: &tokio::runtime::Runtime, size: usize, rounds: usize) -> any
         server.send("endpointslices", "ADDED", &slice(number, 3));
         std::thread::park_timeout(Duration::from_millis(2));
         commits.drain();
-        rows[0].samples.push(commits.wait_since(server.send("services", "ADDED", &service(number)))?);
-        rows[1].samples.push(commits.wait_since(server.send("endpointslices", "MODIFIED", &slice(number, 2)))?);
+        changes[0].samples.push(commits.wait_since(server.send("services", "ADDED", &service(number)))?);
+        changes[1].samples.push(commits.wait_since(server.send("endpointslices", "MODIFIED", &slice(number, 2)))?);
     }
-    table::print("event to commit", &rows);
-    table::print("connections through one Service", &[connect(rounds * 10).context(proxy.log())?]);
+    table::print("event to commit", &changes);
+    let (service, direct) = (SocketAddr::from((cluster_ip(REAL), 80)), SocketAddr::from((endpoints(REAL, 1)[0], 8080)));
+    let rows = [
+        connect("to the Service", service, rounds * 10).context(proxy.log())?,
+        connect("to its endpoint", direct, rounds * 10)?,
+    ];
+    table::print(&format!("connecting, one after another, at {size}"), &rows);
+    let rates = [rate(service)?, rate(direct)?];
+    println!("\nconnections a second at {size}: {:.0} through the Service, {:.0} to its endpoint", rates[0], rates[1]);
+    let [first, floor] = rows;
     anyhow::ensure!(proxy.directory().exists(), "the directory of the proxy is gone");
     Ok(json!({
         "services": size, "load_s": load.as_secs_f64(), "start_s": start.as_secs_f64(), "cpu_s": loaded.cpu.as_secs_f64(),
         "pss_mb": settled as f64 / 1e6, "peak_mb": loaded.peak_bytes as f64 / 1e6, "idle_cpu_ms_per_s": idle,
-        "add_ms_p50": rows[0].percentile(0.5), "change_ms_p50": rows[1].percentile(0.5),
+        "add_ms_p50": changes[0].percentile(0.5), "change_ms_p50": changes[1].percentile(0.5),
+        "connect_ms_p50": first.percentile(0.5), "connect_direct_ms_p50": floor.percentile(0.5),
+        "connections_per_s": rates[0], "connections_direct_per_s": rates[1],
     }))
 }
 
@@ -113,22 +129,108 @@ fn idle(proxy: &Proxy) -> anyhow::Result<(f64, u64)> {
     Ok(((after.cpu - before.cpu).as_secs_f64() * 1000.0 / WINDOW.as_secs_f64(), after.pss_bytes))
 }
 
-/// Connections from the node to the Service with real endpoints, one after another.
-fn connect(count: usize) -> anyhow::Result<Row> {
-    let address = SocketAddr::from((cluster_ip(REAL), 80));
+/// Connections from the node, one after another.
+fn connect(name: &str, address: SocketAddr, count: usize) -> anyhow::Result<Row> {
     let mut samples = Vec::with_capacity(count);
     for _ in 0..count {
         let begin = Instant::now();
         let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))
-            .context("no connection through the Service")?;
+            .with_context(|| format!("no connection to {address}"))?;
         samples.push(begin.elapsed().as_secs_f64() * 1000.0);
-        // Until the server has accepted and closed: connections that only wait to be accepted fill its queue, and the next
-        // one is lost and tried again a second later.
-        let _ = stream.read(&mut [0]);
-        // Reset on close, so that ports are free at once.
-        setsockopt(&stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?;
+        finish(&mut stream)?;
     }
-    Ok(Row { name: "connect".to_owned(), samples })
+    Ok(Row { name: name.to_owned(), samples })
+}
+
+/// Waits until the server has accepted and closed: connections that only wait to be accepted fill its queue, and the next one
+/// is lost and tried again a second later. Then resets, so that the port is free at once.
+fn finish(stream: &mut TcpStream) -> anyhow::Result<()> {
+    let _ = stream.read(&mut [0]);
+    setsockopt(stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 })?;
+    Ok(())
+}
+
+/// Connections a second from the node, made by a few clients at once.
+fn rate(address: SocketAddr) -> anyhow::Result<f64> {
+    const CLIENTS: usize = 4;
+    const WINDOW: Duration = Duration::from_secs(2);
+    let begin = Instant::now();
+    let client = || -> anyhow::Result<usize> {
+        let mut count = 0;
+        while begin.elapsed() < WINDOW {
+            finish(&mut TcpStream::connect_timeout(&address, Duration::from_secs(5))?)?;
+            count += 1;
+        }
+        Ok(count)
+    };
+    let counts = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(client)).collect();
+        clients.into_iter().map(|client| client.join().expect("a client does not panic")).collect::<Vec<_>>()
+    });
+    let count = counts.into_iter().sum::<anyhow::Result<usize>>()?;
+    Ok(count as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// How soon flows to an endpoint that is gone are forgotten, among `tracked` ones that are nobody's business.
+fn forget_flows(runtime: &tokio::runtime::Runtime, pod: &Path, tracked: usize) -> anyhow::Result<()> {
+    const SERVICE: usize = 2000;
+    const STALE: [usize; 2] = [1, 25_000];
+    let (server, proxy) = proxy_with(runtime, 1000)?;
+    let [old, new] = [endpoints(REAL, 2)[0], endpoints(REAL, 2)[1]];
+    // What nobody receives would be answered with refusals.
+    let _sink = oarlock_netns::run_in(pod, || UdpSocket::bind(("0.0.0.0", 8080)))??;
+    let begin = Instant::now();
+    fill(tracked, old)?;
+    println!("\n{} flows tracked after {:.1} s", count_flows()?, begin.elapsed().as_secs_f64());
+    let udp = |object: Bytes| String::from_utf8_lossy(&object).replace("TCP", "UDP");
+    let slice_to = |address: Ipv4Addr| {
+        let mut object: Value = serde_json::from_str(&udp(slice(SERVICE, 1))).expect("it was JSON before");
+        object["endpoints"][0]["addresses"] = json!([address.to_string()]);
+        Bytes::from(object.to_string())
+    };
+    let mut rows = Vec::new();
+    let mut commits = Commits::open()?;
+    server.send("endpointslices", "ADDED", &slice_to(new));
+    std::thread::park_timeout(Duration::from_millis(5));
+    commits.drain();
+    commits.wait_since(server.send("services", "ADDED", &Bytes::from(udp(service(SERVICE)))))?;
+    for stale in STALE {
+        commits.drain();
+        commits.wait_since(server.send("endpointslices", "MODIFIED", &slice_to(old)))?;
+        for port in 0..stale {
+            let socket = UdpSocket::bind(("0.0.0.0", 5000 + port as u16))?;
+            socket.send_to(b"?", (cluster_ip(SERVICE), 80))?;
+        }
+        let forgotten = proxy.metric("oarlock_netproxy_stale_flows_removed_total")?;
+        let begin = server.send("endpointslices", "MODIFIED", &slice_to(new));
+        while proxy.metric("oarlock_netproxy_stale_flows_removed_total")? < forgotten + stale as f64 {
+            anyhow::ensure!(begin.elapsed() < Duration::from_secs(60), "flows are not forgotten:\n{}", proxy.log());
+            std::thread::park_timeout(Duration::from_millis(2));
+        }
+        rows.push(Row {
+            name: format!("{stale} stale of {}", count_flows()? + stale),
+            samples: vec![begin.elapsed().as_secs_f64() * 1000.0],
+        });
+    }
+    table::print("endpoint gone to its flows forgotten", &rows);
+    Ok(())
+}
+
+/// Makes flows past all Services.
+fn fill(count: usize, to: Ipv4Addr) -> anyhow::Result<()> {
+    const PORTS: usize = 50_000;
+    for (number, part) in (0..count).step_by(PORTS).zip(0_u16..) {
+        let socket = UdpSocket::bind(("0.0.0.0", 2000 + part))?;
+        for port in 0..PORTS.min(count - number) {
+            // A refusal of the packet before is told here.
+            let _ = socket.send_to(b"?", (to, 10_000 + port as u16));
+        }
+    }
+    Ok(())
+}
+
+fn count_flows() -> anyhow::Result<usize> {
+    Ok(std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?.trim().parse()?)
 }
 
 /// A namespace with the first Service's endpoints.

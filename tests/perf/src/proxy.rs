@@ -1,5 +1,7 @@
 //! A netproxy of its own against a [`ListServer`]: the program under test, its readiness and its memory.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,6 +15,7 @@ use crate::list_server::ListServer;
 
 /// How long a start may take before the benchmark gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
+const HEALTH_PORT: u16 = 10_256;
 
 pub(crate) struct Proxy {
     child: Child,
@@ -65,6 +68,17 @@ impl Proxy {
             peak_bytes: process.status()?.vmhwm.unwrap_or(0) * 1024,
             cpu: Duration::from_secs_f64((stat.utime + stat.stime) as f64 / procfs::ticks_per_second() as f64),
         })
+    }
+
+    /// A value that its health server tells.
+    pub(crate) fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let mut stream = TcpStream::connect_timeout(&([127, 0, 0, 1], HEALTH_PORT).into(), Duration::from_secs(5))?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        value.with_context(|| format!("there is no metric {name}"))
     }
 
     pub(crate) fn directory(&self) -> &Path {

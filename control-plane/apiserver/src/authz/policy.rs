@@ -48,19 +48,18 @@ pub(crate) fn namespaced_roles() -> Vec<Value> {
     let announcer = role(NAME, &[], vec![rule(&verbs, &["coordination.k8s.io"], &["leases"])]);
     let mut bound = namespaced(binding(NAME, NAME, &[("User", "system:kube-proxy")]), "RoleBinding", NAMESPACE);
     bound["roleRef"]["kind"] = "Role".into();
-    let one =
-        |map: &str| json!({"verbs": ["get"], "apiGroups": [""], "resources": ["configmaps"], "resourceNames": [map]});
-    let read = |name: &str, namespace: &str, map: &str, groups: &[&str]| {
+    let one = |map: &str, verbs: &[&str]| json!({"verbs": verbs, "apiGroups": [""], "resources": ["configmaps"], "resourceNames": [map]});
+    let read = |name: &str, namespace: &str, map: &str, verbs: &[&str], groups: &[&str]| {
         let subjects: Vec<(&str, &str)> = groups.iter().map(|group| ("Group", *group)).collect();
         let mut bound = namespaced(binding(name, name, &subjects), "RoleBinding", namespace);
         bound["roleRef"]["kind"] = "Role".into();
-        [namespaced(role(name, &[], vec![one(map)]), "Role", namespace), bound]
+        [namespaced(role(name, &[], vec![one(map, verbs)]), "Role", namespace), bound]
     };
     // Where the cluster is and by which authority it is known is public: whoever joins knows nothing yet.
     let everybody = ["system:authenticated", "system:unauthenticated"];
-    let info = read("oarlock:cluster-info", "kube-public", "cluster-info", &everybody);
+    let info = read("oarlock:cluster-info", "kube-public", "cluster-info", &["get"], &everybody);
     let nodes = ["system:bootstrappers", "system:nodes"];
-    let configuration = read("oarlock:node-configuration", NAMESPACE, NODE_CONFIGURATION, &nodes);
+    let configuration = read("oarlock:node-configuration", NAMESPACE, NODE_CONFIGURATION, READ, &nodes);
     [namespaced(announcer, "Role", NAMESPACE), bound].into_iter().chain(info).chain(configuration).collect()
 }
 

@@ -9,14 +9,16 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Service;
 use kube::{Api, ResourceExt};
 use oarlock_machinery::{ApiError, Change, EventType, Key, Next, Recorder, WorkQueue, merge_status, queue};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use plan::Provider;
+use plan::Provider;
 
 use crate::shared::{Shared, Task};
 
@@ -25,16 +27,27 @@ const EVERYTHING: &str = "all";
 
 struct Controller {
     shared: Arc<Shared>,
-    provider: Provider,
+    pools: watch::Receiver<Vec<IpNet>>,
+    /// The pools that the Services' statuses are of.
+    planned: Mutex<Vec<IpNet>>,
+    class: String,
     recorder: Recorder,
     /// What was said last about each Service that has a problem.
     told: Mutex<HashMap<Key, String>>,
 }
 
-pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken, provider: Provider) -> Task {
+pub(crate) fn start(
+    shared: &Arc<Shared>,
+    stop: &CancellationToken,
+    mut pools: watch::Receiver<Vec<IpNet>>,
+    class: String,
+) -> Task {
+    let planned = Mutex::new(pools.borrow_and_update().clone());
     let controller = Arc::new(Controller {
         shared: shared.clone(),
-        provider,
+        pools: pools.clone(),
+        planned,
+        class,
         recorder: shared.recorder.named("service-controller"),
         told: Mutex::default(),
     });
@@ -50,19 +63,32 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken, provider: Pr
     Box::pin(async move {
         // Only when every Service is known it is known which addresses are free.
         controller.shared.services.wait_synced().await;
-        queue::work("service-load-balancer", queue, 1, stop, |_| controller.clone().reconcile()).await;
+        let on_pools = queue.clone();
+        let told = async {
+            while pools.changed().await.is_ok() {
+                on_pools.add(EVERYTHING);
+            }
+            std::future::pending().await
+        };
+        tokio::select! {
+            () = queue::work("service-load-balancer", queue, 1, stop, |_| controller.clone().reconcile()) => {}
+            () = told => {}
+        }
     })
 }
 
 impl Controller {
     async fn reconcile(self: Arc<Self>) -> Result<Next, ApiError> {
-        // Without pools the statuses are somebody else's business.
-        if self.provider.pools.is_empty() {
-            return Ok(Next::Done);
-        }
+        let pools = self.pools.borrow().clone();
         let mut services = self.shared.services.list();
         services.retain(|service| plan::concerns(service));
-        let plan = plan::plan(&services, &self.provider);
+        if pools.is_empty() {
+            // Then the statuses are somebody else's business, but for what was given from pools that were there before.
+            let former = Provider { pools: self.planned.lock().clone(), class: self.class.clone() };
+            services.retain(|service| plan::has_of(service, &former));
+        }
+        let provider = Provider { pools: pools.clone(), class: self.class.clone() };
+        let plan = plan::plan(&services, &provider);
         self.tell(&plan.problems);
         let mut failed = None;
         for (key, addresses) in plan.write {
@@ -72,6 +98,9 @@ impl Controller {
                 // The others shall not wait for this one.
                 Err(error) => failed = Some(error),
             }
+        }
+        if failed.is_none() {
+            *self.planned.lock() = pools;
         }
         failed.map_or(Ok(Next::Done), Err)
     }

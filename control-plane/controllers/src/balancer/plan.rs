@@ -61,6 +61,11 @@ pub(super) fn concerns(service: &Service) -> bool {
     service.spec.as_ref().is_some_and(is_balanced) || !ingress(service).is_empty()
 }
 
+/// Whether a Service has an address of the provider's pools.
+pub(super) fn has_of(service: &Service, provider: &Provider) -> bool {
+    ingress(service).iter().any(|address| provider.has(address))
+}
+
 /// The addresses in a Service's status.
 fn ingress(service: &Service) -> Vec<IpAddr> {
     let balancer = service.status.as_ref().and_then(|status| status.load_balancer.as_ref());
