@@ -50,13 +50,13 @@ pub(crate) async fn connect(config: &Config, stop: &CancellationToken) -> Result
     let server = read(&path).await?;
     let failed = |source| Error::Client { path: path.clone(), source };
     if bootstrap.is_none() && !config.rotate_certificates {
-        return Ok(Connection { client: kube::Client::try_from(server).map_err(failed)?, keeper: None });
+        return Ok(Connection { client: oarlock_credentials::client(server).map_err(failed)?, keeper: None });
     }
     let rotation = client_rotation(config);
     let mut identity = current(&rotation.store).await;
     if identity.is_none() && bootstrap.is_some() {
         tracing::info!("the node has no certificate yet: asking for one with the bootstrap credentials");
-        let client = kube::Client::try_from(server.clone()).map_err(failed)?;
+        let client = oarlock_credentials::client(server.clone()).map_err(failed)?;
         identity = Some(rotation.obtain_at_last(&client, stop).await.map_err(Error::Credentials)?);
     }
     if bootstrap.is_some() {
@@ -64,7 +64,7 @@ pub(crate) async fn connect(config: &Config, stop: &CancellationToken) -> Result
     }
     let first = match &identity {
         Some(identity) => LiveClient::client_as(&server, identity),
-        None => kube::Client::try_from(server.clone()),
+        None => oarlock_credentials::client(server.clone()),
     };
     let live = LiveClient::new(server, first.map_err(failed)?);
     let keeper = config.rotate_certificates.then(|| (rotation, live.clone()));

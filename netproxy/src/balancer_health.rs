@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,15 +50,11 @@ pub async fn run(mut wanted: watch::Receiver<Arc<Wanted>>, status: Arc<Status>, 
 }
 
 async fn listen(port: u16, said: Arc<RwLock<Arc<Wanted>>>, status: Arc<Status>, token: CancellationToken) {
-    // Any address of either family.
-    let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
-    let fallback = SocketAddr::from(([0, 0, 0, 0], port));
+    // Any address of either family; without IPv6, any of the other.
+    let any: [IpAddr; 2] = [Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()];
     let listener = loop {
-        let bound = match TcpListener::bind(address).await {
-            Ok(listener) => Ok(listener),
-            Err(_) => TcpListener::bind(fallback).await,
-        };
-        match bound {
+        let listen = |address| oarlock_listen::tcp(SocketAddr::new(address, port));
+        match listen(any[0]).or_else(|_| listen(any[1])).and_then(TcpListener::from_std) {
             Ok(listener) => break listener,
             Err(error) => {
                 warn!(

@@ -4,6 +4,7 @@
 //! such protocols all their flows are compared with what is right now: level-based, so nothing has to be remembered.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use ipnet::IpNet;
@@ -11,6 +12,7 @@ use oarlock_netlink::conntrack::Flow;
 use oarlock_netlink::{Connection, Protocol as NetlinkProtocol};
 
 use crate::element::{ElementKey, Map, Target};
+use crate::host;
 use crate::ledger::Ledger;
 use crate::service::Protocol;
 use crate::sync::has_endpoint;
@@ -20,7 +22,7 @@ use crate::sync::has_endpoint;
 pub struct Scope {
     pub service_cidr: IpNet,
     pub cluster_cidr: IpNet,
-    pub dns_address: Option<std::net::IpAddr>,
+    pub dns_address: Option<IpAddr>,
     /// First and last node port.
     pub node_ports: (u16, u16),
     /// Networks in which every address is a Service's or nobody's.
@@ -31,8 +33,8 @@ pub struct Scope {
 /// balancers gave; those in networks of ours are found without it. With each, when it went.
 pub type Retired = HashMap<ElementKey, Instant>;
 
-/// Whether a flow goes somewhere that the ledger does not lead to (any more).
-pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired) -> bool {
+/// Whether a flow goes somewhere that the ledger does not lead to (any more). `node` are the addresses of this node.
+pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired, node: &[IpAddr]) -> bool {
     let (wanted, actual) = (flow.original.destination, flow.reply.source);
     let protocol = Protocol(flow.original.protocol);
     let by_address = |map| ElementKey::by_address(map, wanted.ip(), protocol, wanted.port());
@@ -48,7 +50,9 @@ pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired) 
     if scope.service_cidr.contains(&wanted.ip()) {
         return true;
     }
-    if is_frontend(by_port(Map::NodePorts)) {
+    // Whoever calls somebody else at a port of that number is none of ours.
+    let is_here = actual != wanted || node.contains(&wanted.ip());
+    if is_here && is_frontend(by_port(Map::NodePorts)) {
         return !leads(by_port(Map::NodePorts)) && !leads(by_port(Map::LocalNodePorts));
     }
     let was_frontend = || {
@@ -68,9 +72,10 @@ pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired) 
 pub fn clean(ledger: &Ledger, scope: &Scope, retired: &Retired) -> oarlock_netlink::Result<usize> {
     let mut connection = Connection::open(NetlinkProtocol::Netfilter)?;
     let is_ipv4 = scope.service_cidr.addr().is_ipv4();
+    let node = host::addresses();
     let mut stale = Vec::new();
     connection.each_flow(is_ipv4, &[Protocol::UDP.0, Protocol::SCTP.0], |flow| {
-        if is_stale(&flow, ledger, scope, retired) {
+        if is_stale(&flow, ledger, scope, retired, &node) {
             stale.push(flow);
         }
     })?;

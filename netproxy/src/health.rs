@@ -2,27 +2,28 @@
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
-use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::dns::{Counts, DnsServer};
 
 /// A change that waits longer than this for its commit makes the proxy unhealthy.
 const MAX_DELAY: Duration = Duration::from_secs(120);
 const MAX_CONNECTIONS: usize = 64;
+const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const BUCKETS_MICROSECONDS: [u64; 9] = [250, 1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000, 4_000_000, 16_000_000];
 
@@ -31,6 +32,10 @@ const BUCKETS_MICROSECONDS: [u64; 9] = [250, 1_000, 4_000, 16_000, 64_000, 256_0
 pub struct Status {
     /// True from the first commit on.
     pub ready: watch::Sender<bool>,
+    /// The oldest change that is not committed yet.
+    pending: Mutex<Option<Instant>>,
+    /// The Node says that it is going, so balancers had better send elsewhere.
+    pub leaving: AtomicBool,
     pub queued_at: AtomicU64,
     pub synced_at: AtomicU64,
     pub commits: AtomicU64,
@@ -53,11 +58,19 @@ pub fn now_milliseconds() -> u64 {
 impl Status {
     pub fn queued(&self) {
         self.queued_at.store(now_milliseconds(), Ordering::Relaxed);
+        self.pending.lock().get_or_insert_with(Instant::now);
+    }
+
+    /// A commit that did not go through, and is tried again.
+    pub fn failed(&self) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        self.pending.lock().get_or_insert_with(Instant::now);
     }
 
     /// A commit that went through after `took`.
     pub fn synced(&self, took: Duration) {
         self.synced_at.store(now_milliseconds(), Ordering::Relaxed);
+        *self.pending.lock() = None;
         self.ready.send_if_modified(|ready| !std::mem::replace(ready, true));
         self.commits.fetch_add(1, Ordering::Relaxed);
         let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
@@ -70,29 +83,34 @@ impl Status {
     }
 
     pub fn is_healthy_now(&self) -> bool {
-        self.is_healthy(now_milliseconds())
+        self.is_healthy(Instant::now())
     }
 
-    fn is_healthy(&self, now: u64) -> bool {
-        let (queued, synced) = (self.queued_at.load(Ordering::Relaxed), self.synced_at.load(Ordering::Relaxed));
-        let pending = queued > synced;
-        *self.ready.borrow() && (!pending || u128::from(now.saturating_sub(queued)) < MAX_DELAY.as_millis())
+    fn is_healthy(&self, now: Instant) -> bool {
+        let late = self.pending.lock().is_some_and(|since| now.saturating_duration_since(since) >= MAX_DELAY);
+        *self.ready.borrow() && !late
     }
 }
 
-/// Serves the health port until shutdown.
-pub async fn run(
-    listen: SocketAddr,
-    status: Arc<Status>,
-    dns: Arc<DnsServer>,
-    shutdown: CancellationToken,
-) -> io::Result<()> {
-    let listener = TcpListener::bind(listen).await?;
+/// Serves the health port until shutdown. One that another program has is tried again: Services and names do not hang on it.
+pub async fn run(listen: SocketAddr, status: Arc<Status>, dns: Arc<DnsServer>, shutdown: CancellationToken) {
+    let listener = loop {
+        match oarlock_listen::tcp(listen).and_then(TcpListener::from_std) {
+            Ok(listener) => break listener,
+            Err(error) => {
+                warn!(%listen, error = &error as &dyn std::error::Error, "health port cannot be served; trying again")
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(RETRY_INTERVAL) => {}
+            () = shutdown.cancelled() => return,
+        }
+    };
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = shutdown.cancelled() => return Ok(()),
+            () = shutdown.cancelled() => return,
         };
         let Ok((stream, _)) = accepted else {
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -121,7 +139,8 @@ fn respond(request: &Request<Incoming>, status: &Status, dns: &DnsServer) -> Res
     let now = now_milliseconds();
     let (code, kind, body) = match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/healthz") => {
-            let code = if status.is_healthy(now) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            let is_well = status.is_healthy_now() && !status.leaving.load(Ordering::Relaxed);
+            let code = if is_well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
             (code, "application/json", health(status, now))
         }
         (&Method::GET | &Method::HEAD, "/livez") => (StatusCode::OK, "application/json", health(status, now)),
@@ -144,7 +163,8 @@ fn health(status: &Status, now: u64) -> String {
         timestamp.map(|timestamp| timestamp.to_string()).unwrap_or_default()
     };
     let updated = status.synced_at.load(Ordering::Relaxed);
-    serde_json::json!({"lastUpdated": time(updated), "currentTime": time(now), "nodeEligible": true}).to_string()
+    let eligible = !status.leaving.load(Ordering::Relaxed);
+    serde_json::json!({"lastUpdated": time(updated), "currentTime": time(now), "nodeEligible": eligible}).to_string()
 }
 
 fn metrics(status: &Status, dns: Counts) -> String {
@@ -202,12 +222,19 @@ mod tests {
     #[test]
     fn a_change_that_waits_too_long_makes_the_proxy_unhealthy() {
         let status = Status::default();
-        let now = now_milliseconds();
+        let now = Instant::now();
         assert!(!status.is_healthy(now), "before the first commit");
         status.synced(Duration::from_millis(1));
-        assert!(status.is_healthy(now));
-        status.queued_at.store(now + 10_000, Ordering::Relaxed);
-        assert!(status.is_healthy(now + 20_000));
-        assert!(!status.is_healthy(now + 200_000));
+        assert!(status.is_healthy(now + 2 * MAX_DELAY));
+        status.queued();
+        assert!(status.is_healthy(now + MAX_DELAY / 2));
+        assert!(!status.is_healthy(now + 2 * MAX_DELAY));
+        // Changes that come later do not make the first one younger.
+        *status.pending.lock() = now.checked_sub(MAX_DELAY);
+        status.queued();
+        assert!(!status.is_healthy(now));
+        status.synced(Duration::from_millis(1));
+        status.failed();
+        assert!(!status.is_healthy(now + 2 * MAX_DELAY), "a change whose commit fails waits");
     }
 }

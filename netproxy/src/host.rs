@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use oarlock_netlink::{Connection, Protocol};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 /// A sysctl that could not be set.
 #[derive(Debug, thiserror::Error)]
@@ -71,11 +71,15 @@ fn keep_advertised_routes(record: Option<&Path>) {
     }
 }
 
+fn bridge_setting(is_ipv4: bool) -> PathBuf {
+    let name = if is_ipv4 { "bridge-nf-call-iptables" } else { "bridge-nf-call-ip6tables" };
+    Path::new("/proc/sys/net/bridge").join(name)
+}
+
 /// Shows packets that only cross a bridge to nftables, so that an answer from one pod to another of the same node is
 /// translated back. Says whether the kernel can.
 pub fn enable_bridge_filtering(is_ipv4: bool, record: Option<&Path>) -> bool {
-    let name = if is_ipv4 { "bridge-nf-call-iptables" } else { "bridge-nf-call-ip6tables" };
-    let path = Path::new("/proc/sys/net/bridge").join(name);
+    let path = bridge_setting(is_ipv4);
     if !path.exists() {
         // Built in, or loaded already, on most hosts; where it is neither, this is the only way to get it.
         let loaded = Command::new("modprobe").arg("br_netfilter").output();
@@ -85,10 +89,23 @@ pub fn enable_bridge_filtering(is_ipv4: bool, record: Option<&Path>) -> bool {
         }
         info!("kernel module br_netfilter loaded");
     }
+    let seen = see_bridged(is_ipv4, record);
+    if !seen {
+        warn!(setting = %path.display(), "bridged packets stay out of sight: it cannot be set");
+    }
+    seen
+}
+
+/// As [`enable_bridge_filtering`], for a kernel as it is: others may have switched it off, or loaded the module since.
+pub fn see_bridged(is_ipv4: bool, record: Option<&Path>) -> bool {
+    let path = bridge_setting(is_ipv4);
+    if !path.exists() {
+        return false;
+    }
     match ensure(&path, "1", record) {
         Ok(()) => true,
         Err(error) => {
-            warn!(error = &error as &dyn std::error::Error, "bridged packets stay out of sight");
+            debug!(error = &error as &dyn std::error::Error, "bridged packets stay out of sight");
             false
         }
     }

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1 as core;
 use oarlock_netlink::{Connection, Protocol as NetlinkProtocol, WireguardKey};
 use parking_lot::RwLock;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -59,8 +60,12 @@ pub struct Hub {
     announced: BTreeMap<ServiceName, Announced>,
     world: watch::Sender<Arc<World>>,
     /// With the right to annotate this node.
-    nodes_api: kube::Api<k8s_openapi::api::core::v1::Node>,
+    nodes_api: kube::Api<core::Node>,
+    /// Held while the Node is annotated.
+    announcing: Arc<Mutex<()>>,
     upstream: Arc<Upstream>,
+    /// For each network whether packets that only cross a bridge are out of sight.
+    unseen: Vec<bool>,
 }
 
 /// Addresses of a Service, and who may announce them.
@@ -80,6 +85,8 @@ pub struct Outputs {
     pub node_client: kube::Client,
     /// Told when stub domains change.
     pub upstream: Arc<Upstream>,
+    /// For each network whether packets that only cross a bridge are out of sight.
+    pub unseen: Vec<bool>,
 }
 
 impl Hub {
@@ -99,7 +106,9 @@ impl Hub {
             announced: BTreeMap::new(),
             world: outputs.world,
             nodes_api: kube::Api::all(outputs.node_client),
+            announcing: Arc::default(),
             upstream: outputs.upstream,
+            unseen: outputs.unseen,
         }
     }
 
@@ -126,6 +135,7 @@ impl Hub {
                     if nodes_changed {
                         self.note_zone();
                         self.note_pod_cidrs();
+                        self.note_leaving();
                     }
                     if self.apply().await.is_err() {
                         return;
@@ -149,6 +159,9 @@ impl Hub {
                     true
                 }
                 _ = audit.tick() => {
+                    if self.look_at_bridges().await.is_err() {
+                        return;
+                    }
                     // A full queue means that the worker is busy, and the next tick is soon.
                     let _ = self.jobs.try_send(Job::Audit);
                     conflist_pending
@@ -181,7 +194,7 @@ impl Hub {
             }
         };
         self.upstream.set_stubs(stubs);
-        self.jobs.send(Job::Configure(proxy::grounds(&config))).await?;
+        self.jobs.send(Job::Configure(proxy::grounds(&config, &self.unseen))).await?;
         self.config = Arc::new(config);
         let zone = self.contexts.first().and_then(|context| context.zone.clone());
         let context = |network| Context { zone: zone.clone(), ..Context::new(&self.config, network) };
@@ -228,6 +241,11 @@ impl Hub {
         info!(?zone, "zone of this node");
         self.contexts.iter_mut().for_each(|context| context.zone = zone.clone());
         self.dirty.extend(self.cluster.read().names());
+    }
+
+    fn note_leaving(&self) {
+        let leaving = self.nodes.get(self.config.node_name.as_str()).is_some_and(|own| own.leaving);
+        self.status.leaving.store(leaving, Ordering::Relaxed);
     }
 
     fn note_pod_cidrs(&self) {
@@ -322,12 +340,14 @@ impl Hub {
         let work = move || {
             let mut complete = true;
             let mut mtu = 0;
+            let cluster: Vec<_> = config.networks.iter().map(|network| network.cluster_cidr).collect();
             let this = overlay::Own {
                 name: &config.node_name,
                 node: own.as_ref(),
                 tunnel: config.tunnel,
                 wireguard_key: config.wireguard_key.as_deref(),
                 keeps_vxlan,
+                cluster: &cluster,
             };
             let mut key = None;
             let mut peers = None;
@@ -351,8 +371,7 @@ impl Hub {
             let written = match (&config.cni_conf_dir, own) {
                 (Some(directory), _) if config.tunnel == Tunnel::None => node::remove_conflist(directory),
                 (Some(directory), Some(own)) => {
-                    let clusters: Vec<_> = config.networks.iter().map(|network| network.cluster_cidr).collect();
-                    let content = node::conflist(&own.pod_cidrs, &clusters, &config.cni_state_dir, mtu);
+                    let content = node::conflist(&own.pod_cidrs, &cluster, &config.cni_state_dir, mtu);
                     node::write_conflist(directory, &content).map(|written| {
                         if written {
                             info!(pod_cidrs = ?own.pod_cidrs, "CNI configuration written");
@@ -372,30 +391,38 @@ impl Hub {
         if let Some((secure, called)) = peers {
             calls.done(secure, called);
         }
-        complete & self.announce_key(key).await
+        complete & self.announce_key(key)
     }
 
     /// Tells the other nodes with which key this one can be reached; says whether they know.
-    async fn announce_key(&self, key: Option<WireguardKey>) -> bool {
+    fn announce_key(&self, key: Option<WireguardKey>) -> bool {
         let Some(own) = self.nodes.get(self.config.node_name.as_str()).filter(|own| own.wireguard_key != key) else {
             return true;
         };
-        let text = key.as_ref().map(wireguard::key_text);
-        let patch = serde_json::json!({"metadata": {"annotations": {wireguard::ANNOTATION: text}}});
-        let parameters = kube::api::PatchParams::default();
-        let patch = kube::api::Patch::Merge(&patch);
-        let request = self.nodes_api.patch_metadata(&self.config.node_name, &parameters, &patch);
-        match tokio::time::timeout(ANNOTATION_TIMEOUT, request).await {
-            Ok(Ok(_)) => {
-                info!(had = own.wireguard_key.is_some(), has = key.is_some(), "WireGuard key of this node announced");
-                true
-            }
-            Ok(Err(error)) => {
-                warn!(error = &error as &dyn std::error::Error, "WireGuard key cannot be announced; trying again");
-                false
-            }
-            Err(_elapsed) => false,
+        // Services shall not wait for that, and the Node tells when it is done.
+        if let Ok(turn) = self.announcing.clone().try_lock_owned() {
+            let (nodes, name, had) =
+                (self.nodes_api.clone(), self.config.node_name.clone(), own.wireguard_key.is_some());
+            tokio::spawn(async move {
+                announce(&nodes, &name, key, had).await;
+                drop(turn);
+            });
         }
+        false
+    }
+
+    /// Others may have put bridged packets out of sight, and policies with them; or the kernel can show them only now.
+    async fn look_at_bridges(&mut self) -> Result<(), mpsc::error::SendError<Job>> {
+        let record = self.config.sysctl_record.as_deref();
+        let unseen = self.config.networks.iter().map(|network| !host::see_bridged(network.is_ipv4(), record));
+        let unseen: Vec<bool> = unseen.collect();
+        if unseen == self.unseen {
+            return Ok(());
+        }
+        info!(out_of_sight = unseen.contains(&true), "whether bridged packets are seen has changed");
+        self.unseen = unseen;
+        self.jobs.send(Job::Configure(proxy::grounds(&self.config, &self.unseen))).await?;
+        self.jobs.send(Job::Apply(Vec::new())).await
     }
 
     /// What others may have taken from the host meanwhile.
@@ -457,6 +484,20 @@ impl Calls {
         self.vxlan_until = self.vxlan_until.filter(|until| now < *until);
         self.delay = (self.delay * 2).clamp(FIRST_CALL_CHECK, LAST_CALL_CHECK);
         self.next = if called > 0 { Some(now + self.delay) } else { self.vxlan_until };
+    }
+}
+
+/// Annotates the Node with the key that it can be reached with, or with none.
+async fn announce(nodes: &kube::Api<core::Node>, name: &str, key: Option<WireguardKey>, had: bool) {
+    let text = key.as_ref().map(wireguard::key_text);
+    let patch = serde_json::json!({"metadata": {"annotations": {wireguard::ANNOTATION: text}}});
+    let (parameters, patch) = (kube::api::PatchParams::default(), kube::api::Patch::Merge(&patch));
+    match tokio::time::timeout(ANNOTATION_TIMEOUT, nodes.patch_metadata(name, &parameters, &patch)).await {
+        Ok(Ok(_)) => info!(had, has = key.is_some(), "WireGuard key of this node announced"),
+        Ok(Err(error)) => {
+            warn!(error = &error as &dyn std::error::Error, "WireGuard key cannot be announced; trying again")
+        }
+        Err(_elapsed) => warn!("WireGuard key cannot be announced in time; trying again"),
     }
 }
 

@@ -335,7 +335,7 @@ fn udp_flows_to_endpoints_and_services_that_are_gone_are_stale() {
         let tuple = |source, destination| Tuple { protocol: Protocol::UDP.0, source, destination };
         let flow =
             Flow { original: tuple(client, wanted.parse().unwrap()), reply: tuple(actual.parse().unwrap(), client) };
-        conntrack::is_stale(&flow, &ledger, &scope, &retired)
+        conntrack::is_stale(&flow, &ledger, &scope, &retired, &[[192, 168, 7, 1].into()])
     };
     assert!(stale("192.0.2.1:53", "10.42.0.2:8080"), "an address of a pool that no Service has any more");
     assert!(stale("198.51.100.9:53", "10.42.0.2:8080"), "an address that a Service had");
@@ -350,6 +350,8 @@ fn udp_flows_to_endpoints_and_services_that_are_gone_are_stale() {
     assert!(stale("192.168.0.10:30081", "10.42.0.2:8080"), "node port is gone");
     assert!(!stale("10.43.0.10:53", "10.43.0.10:53"), "cluster DNS");
     assert!(!stale("8.8.8.8:53", "8.8.8.8:53"), "none of ours");
+    assert!(!stale("8.8.8.8:30080", "8.8.8.8:30080"), "somebody else's port of that number");
+    assert!(stale("192.168.7.1:30080", "192.168.7.1:30080"), "began before there was a node port");
 }
 
 #[test]

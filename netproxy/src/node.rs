@@ -32,9 +32,12 @@ pub struct Node {
     pub takes_traffic: bool,
     /// The key that it says others can send to it with.
     pub wireguard_key: Option<WireguardKey>,
+    /// It is being deleted, or an autoscaler is about to: balancers had better send elsewhere.
+    pub leaving: bool,
 }
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 const EXCLUDE_LABEL: &str = "node.kubernetes.io/exclude-from-external-load-balancers";
 
 impl Node {
@@ -57,6 +60,8 @@ impl Node {
                 .annotations
                 .as_ref()
                 .and_then(|annotations| wireguard::read_key(annotations.get(wireguard::ANNOTATION)?)),
+            leaving: object.metadata.deletion_timestamp.is_some()
+                || spec.is_some_and(|spec| spec.taints.iter().flatten().any(|taint| taint.key == LEAVING_TAINT)),
             takes_traffic: is_ready && !labels.is_some_and(|labels| labels.contains_key(EXCLUDE_LABEL)),
         }
     }

@@ -29,6 +29,8 @@ pub const DEVICES: [&str; 2] = ["oar-vxlan4", "oar-vxlan6"];
 const NETWORK: u32 = 4096;
 const PORT: u16 = 8472;
 /// What the outer headers take of a packet.
+/// What links have where nobody says anything else.
+const USUAL_MTU: u32 = 1500;
 const OVERHEAD_IPV4_BYTES: u32 = 50;
 const OVERHEAD_IPV6_BYTES: u32 = 70;
 
@@ -58,6 +60,8 @@ pub struct Own<'a> {
     pub wireguard_key: Option<&'a Path>,
     /// Whether VXLAN devices stay that this node does not send through: others may do so still.
     pub keeps_vxlan: bool,
+    /// The addresses of all pods of all nodes.
+    pub cluster: &'a [IpNet],
 }
 
 /// The Ethernet address of a node's VXLAN device: locally administered, of the node's name.
@@ -201,7 +205,41 @@ pub fn sync(own: Own<'_>, others: &BTreeMap<String, Node>, answers: &mut Answers
     for (device, tunnels) in devices_kept {
         synced.changed += remove_entries(&mut connection, device, &tunnels)?;
     }
+    synced.changed += sync_unreachable(&mut connection, &nowhere(own, &foreign))?;
+    synced.mtu = match (synced.mtu, underlay_mtu(&mut connection, internal)?) {
+        (0, Some(mtu)) if mtu != USUAL_MTU => mtu,
+        (tunnel, _) => tunnel,
+    };
     Ok(synced)
+}
+
+/// The networks that no route but those to nodes' pods leads to: what is for pods of a node that is gone, or cannot be reached
+/// as it should be, must not go to the world by the default route. Not where nodes themselves have such addresses.
+fn nowhere(own: Own<'_>, others: &BTreeMap<String, Node>) -> Vec<IpNet> {
+    if own.tunnel == Tunnel::None {
+        return Vec::new();
+    }
+    let nodes = || own.node.into_iter().chain(others.values()).flat_map(|node| &node.internal);
+    own.cluster.iter().filter(|net| !nodes().any(|address| net.contains(address))).map(IpNet::trunc).collect()
+}
+
+fn sync_unreachable(connection: &mut Connection, wanted: &[IpNet]) -> oarlock_netlink::Result<usize> {
+    let existing = connection.unreachable(ROUTE_PROTOCOL)?;
+    let (stale, new) =
+        (existing.iter().filter(|net| !wanted.contains(net)), wanted.iter().filter(|net| !existing.contains(net)));
+    let changed = stale.clone().count() + new.clone().count();
+    stale.into_iter().try_for_each(|net| connection.remove_unreachable(*net, ROUTE_PROTOCOL))?;
+    new.into_iter().try_for_each(|net| connection.ensure_unreachable(*net, ROUTE_PROTOCOL))?;
+    Ok(changed)
+}
+
+/// The largest packet on the link that has the node's address; none where that is loopback, or not there.
+fn underlay_mtu(connection: &mut Connection, internal: &[IpAddr]) -> oarlock_netlink::Result<Option<u32>> {
+    let addresses = connection.addresses()?;
+    let of_node = |address: &&oarlock_netlink::Address| internal.contains(&address.net.addr());
+    let Some(own) = addresses.iter().find(of_node).filter(|own| !own.net.addr().is_loopback()) else { return Ok(None) };
+    let link = connection.link_by_index(own.link)?;
+    Ok(link.filter(|link| link.name != "lo").map(|link| link.mtu))
 }
 
 /// While two nodes change over from one tunnel to another, what comes by the old one would be answered by the new one. Hosts
@@ -356,6 +394,7 @@ fn sync_routes(connection: &mut Connection, wanted: &[Route]) -> oarlock_netlink
 /// Takes the devices away, with all that is theirs.
 pub fn remove(connection: &mut Connection) -> oarlock_netlink::Result<()> {
     wireguard::remove(connection)?;
+    sync_unreachable(connection, &[])?;
     DEVICES.iter().try_for_each(|name| connection.delete_link_by_name(name))
 }
 
@@ -374,6 +413,7 @@ mod tests {
             zone: None,
             takes_traffic: true,
             wireguard_key: None,
+            leaving: false,
         }
     }
 

@@ -90,7 +90,8 @@ impl Netproxy {
             [one, other] if one.is_ipv4() != other.is_ipv4() => {}
             _ => return Err(Error::Networks),
         }
-        let families = config.networks.iter().map(|network| family(&config, network)).collect::<Result<Vec<_>, _>>()?;
+        let made = config.networks.iter().map(|network| family(&config, network)).collect::<Result<Vec<_>, _>>()?;
+        let (families, unseen): (Vec<_>, Vec<_>) = made.into_iter().unzip();
         let cluster = Arc::new(RwLock::new(Cluster::default()));
         let (events_in, events) = mpsc::channel(EVENT_QUEUE);
         let (jobs_in, jobs) = mpsc::channel(JOB_QUEUE);
@@ -135,6 +136,7 @@ impl Netproxy {
             world: world_in,
             node_client: node_client.unwrap_or_else(|| client.clone()),
             upstream: upstream.clone(),
+            unseen,
         };
         let identity = Identity {
             name: config.node_name.as_str().into(),
@@ -150,7 +152,7 @@ impl Netproxy {
         tasks.spawn("DNS loops", infallible(dns::watch_loops(upstream, token.clone())));
         tasks.spawn("DNS Service", infallible(dns_service::keep(client, dns_addresses, token.clone())));
         tasks.spawn("balancer health", infallible(balancer_health::run(balancers, status.clone(), token.clone())));
-        tasks.spawn("health", health::run(config.health_listen, status, dns, token));
+        tasks.spawn("health", infallible(health::run(config.health_listen, status, dns, token)));
         tasks.join(DRAIN).await.map_err(Error::Task)
     }
 }
@@ -176,20 +178,25 @@ pub fn settings(config: &Config, network: &Network, masquerade_bridged: bool) ->
 }
 
 /// Prepares the host for one family, and what keeps its table.
-fn family(config: &Config, network: &Network) -> Result<Family<Netlink>, Error> {
+/// Says too whether bridged packets are out of its sight.
+fn family(config: &Config, network: &Network) -> Result<(Family<Netlink>, bool), Error> {
     let is_ipv4 = network.is_ipv4();
     let record = config.sysctl_record.as_deref();
     host::enable_forwarding(is_ipv4, record).map_err(Error::Forwarding)?;
     let masquerade_bridged = !host::enable_bridge_filtering(is_ipv4, record);
     let kernel = Netlink::open().map_err(Error::Nftables)?;
     let settings = settings(config, network, masquerade_bridged);
-    Ok(Family::new(Proxier::new(kernel, settings, host::addresses), scope(config, network)))
+    let family = Family::new(Proxier::new(kernel, settings, host::addresses), scope(config, network));
+    Ok((family, masquerade_bridged))
 }
 
-/// What every family is to go by, from a configuration that has changed.
-pub fn grounds(config: &Config) -> Vec<Ground> {
-    let ground = |network| Ground { settings: settings(config, network, false), scope: scope(config, network) };
-    config.networks.iter().map(ground).collect()
+/// What every family is to go by; `unseen` says of each whether bridged packets are out of sight.
+pub fn grounds(config: &Config, unseen: &[bool]) -> Vec<Ground> {
+    let ground = |(network, unseen): (&Network, &bool)| Ground {
+        settings: settings(config, network, *unseen),
+        scope: scope(config, network),
+    };
+    config.networks.iter().zip(unseen).map(ground).collect()
 }
 
 /// Which flows can be this proxy's.

@@ -96,10 +96,9 @@ impl<K: Kernel> Proxier<K> {
         }
     }
 
-    /// Goes by other settings from the next commit on. The table and how the kernel shows bridged packets stay what they are.
+    /// Goes by other settings from the next commit on. The table stays the same one.
     pub fn configure(&mut self, settings: Settings) {
-        let table = self.settings.table.clone();
-        let settings = Settings { table, masquerade_bridged: self.settings.masquerade_bridged, ..settings };
+        let settings = Settings { table: self.settings.table.clone(), ..settings };
         if settings != self.settings {
             self.settings = settings;
             // Its rules are of another version now, and replaced as those of an older program are.

@@ -181,7 +181,7 @@ fn commit<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
         }
         Err(problem) => {
             family.failed = true;
-            status.failures.fetch_add(1, Ordering::Relaxed);
+            status.failed();
             error!(error = &problem as &dyn std::error::Error, "rules cannot be written; trying again");
         }
     }

@@ -38,7 +38,7 @@ impl LiveClient {
 
     /// A client with the identity, for the same server.
     pub fn client_as(config: &kube::Config, identity: &Current) -> Result<kube::Client, kube::Error> {
-        kube::Client::try_from(with_identity(config, identity)?)
+        crate::client(with_identity(config, identity)?)
     }
 
     /// From now on requests are made with this identity.

@@ -71,9 +71,8 @@ impl NodeApi {
 
     /// Serves until `shutdown`; then running requests are ended.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), NodeApiError> {
-        let listener = TcpListener::bind(self.config.listen).await.map_err(|source| NodeApiError::Io {
-            operation: format!("bind the node API to {}", self.config.listen),
-            source,
+        let listener = oarlock_listen::tcp(self.config.listen).and_then(TcpListener::from_std).map_err(|source| {
+            NodeApiError::Io { operation: format!("bind the node API to {}", self.config.listen), source }
         })?;
         self.serve(listener, shutdown).await
     }

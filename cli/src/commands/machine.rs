@@ -4,7 +4,6 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::net::{IpAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -67,7 +66,7 @@ pub(crate) fn check_ports(settings: &Settings) -> anyhow::Result<()> {
     let server = [("apiPort", settings.bind_address, settings.api_port)];
     let node = [("agentPort", any, settings.agent_port), ("proxyHealthPort", any, settings.proxy_health_port)];
     for (key, address, port) in server.into_iter().filter(|_| settings.joined.is_none()).chain(node) {
-        if let Err(error) = TcpListener::bind::<(IpAddr, u16)>((address, port)) {
+        if let Err(error) = oarlock_listen::tcp((address, port).into()) {
             anyhow::bail!(
                 "port {port} ({key}) cannot be used: {error}; `ss -ltnp 'sport = :{port}'` shows who has it, and {key} in the configuration file chooses another"
             );

@@ -64,7 +64,7 @@ pub(crate) async fn client(path: &Path) -> anyhow::Result<kube::Client> {
     let config = kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default())
         .await
         .with_context(|| format!("{} is not usable", path.display()))?;
-    kube::Client::try_from(config).context("cannot make an API client")
+    oarlock_credentials::client(config).context("cannot make an API client")
 }
 
 pub(crate) fn run(settings: Settings, flags: &ConfigFlags) -> anyhow::Result<ExitCode> {

@@ -110,7 +110,7 @@ impl ApiServer {
         let acceptor = server::tls(&config)?;
         let tokens = tokens::Tokens::load(&config.service_account_key_file, &config.service_account_issuer)?;
         let kubelets = kubelet::Kubelets::new(&config)?;
-        let listener = TcpListener::bind(address).await.map_err(listen)?;
+        let listener = oarlock_listen::tcp(address).and_then(TcpListener::from_std).map_err(listen)?;
         config.listen = listener.local_addr().map_err(listen)?;
         let store = open_store(&config).await?;
         bootstrap::bootstrap(&config, &*store).await?;

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use nix::errno::Errno;
 
 use crate::Result;
 use crate::address::family;
@@ -26,6 +27,9 @@ const PROTOCOL_BOOT: u8 = 3;
 const SCOPE_UNIVERSE: u8 = 0;
 const SCOPE_LINK: u8 = 253;
 const TYPE_UNICAST: u8 = 1;
+const TYPE_UNREACHABLE: u8 = 7;
+/// Higher than any that other software uses for its own.
+const METRIC_LAST: u32 = u32::MAX - 1;
 const ON_LINK: u32 = 4;
 const HEADER_BYTES: usize = 12;
 
@@ -69,11 +73,18 @@ impl Route {
     }
 
     fn write(&self, w: &mut Writer) {
+        self.write_as(TYPE_UNICAST, w);
+    }
+
+    fn write_as(&self, kind: u8, w: &mut Writer) {
         let table = if self.table == 0 { TABLE_MAIN } else { self.table };
         let short_table = u8::try_from(table).unwrap_or(0);
         let protocol = if self.protocol == 0 { PROTOCOL_BOOT } else { self.protocol };
-        let scope =
-            if self.gateway.is_none() && self.destination.addr().is_ipv4() { SCOPE_LINK } else { SCOPE_UNIVERSE };
+        let scope = if kind == TYPE_UNICAST && self.gateway.is_none() && self.destination.addr().is_ipv4() {
+            SCOPE_LINK
+        } else {
+            SCOPE_UNIVERSE
+        };
         let header = [
             family(self.destination.addr()),
             self.destination.prefix_len(),
@@ -82,7 +93,7 @@ impl Route {
             short_table,
             protocol,
             self.scope.unwrap_or(scope),
-            TYPE_UNICAST,
+            kind,
         ];
         w.raw(&header);
         w.raw(&(if self.on_link { ON_LINK } else { 0 }).to_ne_bytes());
@@ -128,28 +139,59 @@ impl Connection {
         gone_is_fine(self.request("delete a route", DELETE_ROUTE, 0, |w| route.write(w)))
     }
 
+    /// Says that there is no way to a network, where no other route knows one; one that is there already is fine. `protocol` is
+    /// who says so (`RTPROT_*`).
+    pub fn ensure_unreachable(&mut self, net: IpNet, protocol: u8) -> Result<()> {
+        let route = Route { protocol, metric: METRIC_LAST, ..Route::new(net, None, 0) };
+        let added = self.request("add an unreachable route", NEW_ROUTE, flags::CREATE | flags::EXCL, |w| {
+            route.write_as(TYPE_UNREACHABLE, w);
+        });
+        match added {
+            Err(error) if error.errno() == Some(Errno::EEXIST) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Takes back what [`Connection::ensure_unreachable`] said.
+    pub fn remove_unreachable(&mut self, net: IpNet, protocol: u8) -> Result<()> {
+        let route = Route { protocol, metric: METRIC_LAST, ..Route::new(net, None, 0) };
+        gone_is_fine(self.request("delete an unreachable route", DELETE_ROUTE, 0, |w| {
+            route.write_as(TYPE_UNREACHABLE, w);
+        }))
+    }
+
+    /// Networks that somebody, by protocol, said there is no way to.
+    pub fn unreachable(&mut self, protocol: u8) -> Result<Vec<IpNet>> {
+        let routes = self.routes_of(TYPE_UNREACHABLE)?;
+        Ok(routes.into_iter().filter(|route| route.protocol == protocol).map(|route| route.destination).collect())
+    }
+
     /// The unicast routes of the main table.
     pub fn routes(&mut self) -> Result<Vec<Route>> {
+        self.routes_of(TYPE_UNICAST)
+    }
+
+    fn routes_of(&mut self, kind: u8) -> Result<Vec<Route>> {
         let mut found = Vec::new();
         self.query(
             "list routes",
             GET_ROUTE,
             flags::DUMP,
             |w| w.raw(&[0; HEADER_BYTES]),
-            |message| found.extend(parse(&message)),
+            |message| found.extend(parse(&message, kind)),
         )?;
         Ok(found)
     }
 }
 
-fn parse(message: &Received<'_>) -> Option<Route> {
+fn parse(message: &Received<'_>, wanted: u8) -> Option<Route> {
     if message.kind != NEW_ROUTE {
         return None;
     }
     let (header, rest) = message.payload.split_at_checked(HEADER_BYTES)?;
     let [address_family, length, .., kind] = *header.first_chunk::<8>()?;
     let table = attribute(rest, RTA_TABLE).and_then(read_u32).unwrap_or(u32::from(header[4]));
-    if kind != TYPE_UNICAST || table != TABLE_MAIN || read_u32(&header[8..])? & libc::RTM_F_CLONED != 0 {
+    if kind != wanted || table != TABLE_MAIN || read_u32(&header[8..])? & libc::RTM_F_CLONED != 0 {
         return None;
     }
     let any: IpAddr = match i32::from(address_family) {

@@ -5,6 +5,8 @@
 mod netproxy_nodes;
 mod netproxy_world;
 
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,6 +21,7 @@ use serde_json::json;
 
 with_each_families! {
     pods_of_all_nodes_reach_each_other
+    links_and_tunnels_follow_what_they_are_made_of
     another_plugin_can_do_all_of_it
     wireguard_is_used_where_both_kernels_have_it
     with_wireguard_alone_nothing_is_readable_on_the_way
@@ -146,7 +149,14 @@ fn with_wireguard_alone_nothing_is_readable_on_the_way(families: &[Family]) {
     if !has_wireguard {
         let conflist = machines[0].directory.path().join("net.d/10-oarlock.conflist");
         wait_for("the node's configuration", TIMEOUT, || conflist.exists().then_some(()));
-        assert_eq!(seen("a", families[0], "c"), None, "no way is better than one in plain sight");
+        for family in families.iter().copied() {
+            let there = SocketAddr::new(pod(family, "c", 2), 8080);
+            wait_for("a refusal on the node itself: no way is better than one in plain sight", TIMEOUT, || {
+                let refused = run_in(&netns("a"), || TcpStream::connect_timeout(&there, TIMEOUT)).unwrap().unwrap_err();
+                [ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable].contains(&refused.kind()).then_some(())
+            });
+            assert_eq!(seen("a", family, "c"), None);
+        }
         return;
     }
     for family in families.iter().copied() {
@@ -211,5 +221,34 @@ fn pods_of_all_nodes_reach_each_other(families: &[Family]) {
     reaches("a", families[0], "b");
     api.delete("nodes", "", "b", json!({}));
     wait_for("the tunnel to go", TIMEOUT, || vxlan_links("a").is_empty().then_some(()));
-    reaches("a", families[0], "c");
+    for family in families.iter().copied() {
+        reaches("a", family, "c");
+        let gone = SocketAddr::new(pod(family, "b", 2), 8080);
+        let refused = run_in(&netns("a"), || TcpStream::connect_timeout(&gone, TIMEOUT)).unwrap().unwrap_err();
+        let unreachable = [ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable];
+        assert!(unreachable.contains(&refused.kind()), "packets for pods that are gone leave the node: {refused}");
+    }
+}
+
+/// Pods of one segment send no larger packets than it takes, and tunnels come and go with the configuration.
+fn links_and_tunnels_follow_what_they_are_made_of(families: &[Family]) {
+    let (_router, api, machines) = cluster(Tunnel::Vxlan, families);
+    let conflist = || std::fs::read_to_string(machines[0].directory.path().join("net.d/10-oarlock.conflist")).ok();
+    wait_for("a tunnel", TIMEOUT, || (vxlan_links("a").len() == families.len()).then_some(()));
+    machines[0].settings.send_modify(|config| config.tunnel = Tunnel::None);
+    wait_for("the tunnel to go", TIMEOUT, || vxlan_links("a").is_empty().then_some(()));
+    wait_for("the configuration to go", TIMEOUT, || conflist().is_none().then_some(()));
+    machines[0].settings.send_modify(|config| config.tunnel = Tunnel::Vxlan);
+    wait_for("a tunnel again", TIMEOUT, || (vxlan_links("a").len() == families.len()).then_some(()));
+    families.iter().for_each(|family| reaches("a", *family, "b"));
+    api.delete("nodes", "", "b", json!({}));
+    wait_for("links of the usual size", TIMEOUT, || conflist().filter(|text| !text.contains("mtu")));
+    let mut own = Connection::open_in(Protocol::Route, &netns("a")).unwrap();
+    let eth0 = own.require_link("eth0").unwrap().index;
+    own.change_link(eth0, &LinkChange { mtu: Some(1400), ..LinkChange::default() }).unwrap();
+    // What happens to links is looked for as often as to nodes, or every half minute.
+    api.edit("nodes", "", "c", |node| node["metadata"]["labels"] = json!({"topology.kubernetes.io/zone": "z"}));
+    wait_for("pods' links to be as small as the node's", TIMEOUT, || {
+        conflist().filter(|text| text.contains("\"mtu\": 1400"))
+    });
 }

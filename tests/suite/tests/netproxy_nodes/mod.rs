@@ -14,6 +14,7 @@ use oarlock_netns::{create_pinned, run_in};
 use oarlock_netproxy::{Config, Netproxy, Network, Tunnel};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -96,6 +97,8 @@ pub fn bridge(connection: &mut Connection, name: &str) -> u32 {
 pub struct Machine {
     pub directory: tempfile::TempDir,
     config: Config,
+    /// Tells the running proxy of another configuration.
+    pub settings: watch::Sender<Config>,
     runtime: Runtime,
     running: Option<(CancellationToken, JoinHandle<()>)>,
 }
@@ -150,7 +153,8 @@ impl Machine {
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
         })
         .unwrap();
-        let mut machine = Machine { directory, config, runtime, running: None };
+        let settings = watch::channel(config.clone()).0;
+        let mut machine = Machine { directory, config, settings, runtime, running: None };
         machine.start_proxy(api);
         machine
     }
@@ -158,7 +162,10 @@ impl Machine {
     pub fn start_proxy(&mut self, api: &Arc<FakeApi>) {
         let (shutdown, api, config) = (CancellationToken::new(), api.clone(), self.config.clone());
         let stop = shutdown.clone();
-        let handle = self.runtime.spawn(async move { Netproxy::new(config, api.client()).run(stop).await.unwrap() });
+        let changes = self.settings.subscribe();
+        let handle = self.runtime.spawn(async move {
+            Netproxy::new(config, api.client()).with_changes(changes).run(stop).await.unwrap();
+        });
         self.running = Some((shutdown, handle));
     }
 

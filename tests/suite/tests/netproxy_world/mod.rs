@@ -16,6 +16,7 @@ use oarlock_netproxy::{Config, Netproxy, Network};
 use oarlock_testkit::{in_fresh_namespaces, wait_for};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -126,6 +127,8 @@ pub struct World {
     pub api: Arc<FakeApi>,
     pub directory: tempfile::TempDir,
     pub families: &'static [Family],
+    /// Tells the running proxy of another configuration.
+    pub settings: watch::Sender<Config>,
     running: Option<(CancellationToken, JoinHandle<Result<(), oarlock_netproxy::Error>>)>,
 }
 
@@ -143,7 +146,14 @@ impl World {
             connection.add_address(bridge.index, gateway.parse().unwrap()).unwrap();
         }
         let directory = tempfile::tempdir().unwrap();
-        let mut world = World { runtime, api: FakeApi::new(), directory, families, running: None };
+        let mut world = World {
+            runtime,
+            api: FakeApi::new(),
+            directory,
+            families,
+            settings: watch::channel(Config::default()).0,
+            running: None,
+        };
         world.attach("outside", None, Family::outside, Family::node);
         let link = connection.require_link("to-outside").unwrap();
         for family in families {
@@ -189,7 +199,9 @@ impl World {
     /// As [`World::start_proxy`], with another configuration.
     pub fn start_proxy_with(&mut self, config: Config) {
         let entered = self.runtime.enter();
-        let proxy = Netproxy::new(config, self.api.client());
+        let (settings, changes) = watch::channel(config.clone());
+        let proxy = Netproxy::new(config, self.api.client()).with_changes(changes);
+        self.settings = settings;
         drop(entered);
         let mut ready = proxy.ready();
         let shutdown = CancellationToken::new();

@@ -1,0 +1,110 @@
+//! What a running proxy takes up: another configuration, what others did to the host, and a health port that is taken.
+
+#[macro_use]
+mod netproxy_world;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, port, read_answer};
+use oarlock_netproxy::Config;
+use oarlock_testkit::wait_for;
+use serde_json::json;
+
+const NODE_PORT: u16 = 30_080;
+const HEALTH: u16 = 10_256;
+
+in_each_mode! {
+    settings_change_without_a_restart
+    bridged_packets_come_back_into_sight
+    a_taken_health_port_keeps_nothing_else_away
+}
+
+fn external(family: Family) -> IpAddr {
+    if family == Family::V4 { [203, 0, 113, 9].into() } else { "fd98::9".parse().unwrap() }
+}
+
+/// The Service `web` with endpoint a, by node port and by an external address.
+fn web(world: &World, family: Family) -> IpAddr {
+    let name = format!("web-{}", family.table());
+    world.slice(&name, "TCP", &[family.pod(11)]);
+    world.service(
+        &name,
+        json!({
+            "clusterIP": family.service(50).to_string(), "type": "NodePort", "ports": port("TCP", Some(NODE_PORT)),
+            "externalIPs": [external(family).to_string()],
+        }),
+    );
+    family.service(50)
+}
+
+fn until_refused(to: (IpAddr, u16)) {
+    wait_for(&format!("{to:?} to be refused"), TIMEOUT, || {
+        ask(Some("outside"), to).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused).then_some(())
+    });
+}
+
+/// Whether a connection from before still carries.
+fn echoes(stream: &mut TcpStream) -> bool {
+    let mut answer = [0; 2];
+    stream.write_all(b"hi").is_ok() && stream.read_exact(&mut answer).is_ok() && answer == *b"hi"
+}
+
+fn settings_change_without_a_restart(world: &mut World, family: Family) {
+    let service = web(world, family);
+    let (node_port, external) = ((family.node(), NODE_PORT), (external(family), 80));
+    ask_until(Some("outside"), node_port);
+    let mut kept = TcpStream::connect_timeout(&(service, 80).into(), Duration::from_secs(5)).unwrap();
+    read_answer(&mut kept).unwrap();
+    let change = |change: &dyn Fn(&mut Config)| world.settings.send_modify(change);
+    let before = ask(Some("outside"), external);
+    assert!(before.is_err(), "external addresses are nobody's until they are allowed: {before:?}");
+    change(&|config| config.external_ips_allowed.push(external.0.into()));
+    assert_eq!(ask_until(Some("outside"), external).0, "a");
+    change(&|config| config.node_port_addresses = vec![family.loopback().into()]);
+    until_refused(node_port);
+    assert!(ask(Some("outside"), external).is_ok(), "what was set before stays");
+    change(&|config| config.node_port_addresses = Vec::new());
+    assert_eq!(ask_until(Some("outside"), node_port).0, "a");
+    change(&|config| config.external_ips_allowed = Vec::new());
+    wait_for("external addresses to be nobody's again", TIMEOUT, || {
+        ask(Some("outside"), external).is_err().then_some(())
+    });
+    // What cannot change while it runs is not half changed.
+    change(&|config| config.cluster_domain = "elsewhere.test".to_owned());
+    change(&|config| config.stub_domains = vec![("corp.test".to_owned(), vec![(family.node(), 5300).into()])]);
+    assert!(ask(Some("client"), (service, 80)).is_ok());
+    assert!(echoes(&mut kept), "a connection from before goes on");
+}
+
+fn bridged_packets_come_back_into_sight(world: &mut World, family: Family) {
+    let service = web(world, family);
+    let name = if family == Family::V4 { "bridge-nf-call-iptables" } else { "bridge-nf-call-ip6tables" };
+    let setting = std::path::Path::new("/proc/sys/net/bridge").join(name);
+    assert!(setting.exists(), "the proxy has loaded br_netfilter");
+    let (_, seen) = ask_until(Some("client"), (service, 80));
+    assert_eq!(seen, family.pod(13), "pods of one node see each other");
+    std::fs::write(&setting, "0").unwrap();
+    wait_for("the setting to be put right", TIMEOUT, || {
+        (std::fs::read_to_string(&setting).unwrap().trim() == "1").then_some(())
+    });
+    assert_eq!(ask_until(Some("client"), (service, 80)).1, family.pod(13));
+}
+
+fn a_taken_health_port_keeps_nothing_else_away(world: &mut World, family: Family) {
+    world.stop_proxy();
+    let taken = TcpListener::bind(("0.0.0.0", HEALTH)).unwrap();
+    world.start_proxy();
+    let service = web(world, family);
+    assert_eq!(ask_until(Some("client"), (service, 80)).0, "a");
+    drop(taken);
+    let address = SocketAddr::from(([127, 0, 0, 1], HEALTH));
+    wait_for("the health port", TIMEOUT, || {
+        let mut stream = TcpStream::connect(address).ok()?;
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        text.starts_with("HTTP/1.1 200").then_some(())
+    });
+}
