@@ -19,7 +19,7 @@ enum Finding {
 }
 
 pub(crate) fn run(settings: &Settings) -> anyhow::Result<ExitCode> {
-    let checks: [(&str, Finding); 12] = [
+    let checks: [(&str, Finding); 13] = [
         ("user", user()),
         ("kernel", kernel()),
         ("cgroups", cgroups(settings.cgroup_driver)),
@@ -28,7 +28,8 @@ pub(crate) fn run(settings: &Settings) -> anyhow::Result<ExitCode> {
         ("host firewall", host_firewall(settings)),
         ("seccomp", seccomp()),
         ("oom scores", oom_scores()),
-        ("forwarding", forwarding()),
+        ("forwarding", forwarding(settings)),
+        ("bridged packets", bridged_packets(settings)),
         ("default route", default_route(&fs::read_to_string("/proc/net/route").unwrap_or_default())),
         ("link managers", link_managers()),
         ("disk", disk(settings)),
@@ -108,7 +109,10 @@ fn filesystem(name: &str, without: &str) -> Finding {
 
 /// Other tables can only be told of: what they drop stays dropped, whatever ours accept.
 fn host_firewall(settings: &Settings) -> Finding {
-    let conflicts = firewall::conflicts();
+    let conflicts = match firewall::conflicts() {
+        Ok(conflicts) => conflicts,
+        Err(problem) => return Finding::Limited(format!("cannot be told: {problem}")),
+    };
     if conflicts.is_empty() {
         return Finding::Good("no other table drops packets by default".to_owned());
     }
@@ -147,12 +151,43 @@ fn oom_scores() -> Finding {
     }
 }
 
-fn forwarding() -> Finding {
-    match fs::read_to_string("/proc/sys/net/ipv4/ip_forward").as_deref().map(str::trim) {
-        Ok("1") => Finding::Good("on".to_owned()),
-        Ok(_) => Finding::Good("off now; netproxy turns it on".to_owned()),
-        Err(error) => Finding::Missing(format!("cannot read net.ipv4.ip_forward: {error}")),
+/// The address families that the cluster has, as whether each is IPv4.
+fn families(settings: &Settings) -> impl Iterator<Item = bool> {
+    let second = settings.secondary.as_ref().map(|second| second.cluster_cidr.addr().is_ipv4());
+    std::iter::once(settings.cluster_cidr.addr().is_ipv4()).chain(second)
+}
+
+fn forwarding(settings: &Settings) -> Finding {
+    let mut is_on = true;
+    for is_ipv4 in families(settings) {
+        let name = if is_ipv4 { "net.ipv4.ip_forward" } else { "net.ipv6.conf.all.forwarding" };
+        match fs::read_to_string(Path::new("/proc/sys").join(name.replace('.', "/"))).as_deref().map(str::trim) {
+            Ok(value) => is_on &= value == "1",
+            Err(error) => return Finding::Missing(format!("cannot read {name}: {error}")),
+        }
     }
+    Finding::Good(if is_on { "on" } else { "off now; netproxy turns it on" }.to_owned())
+}
+
+/// Network policies and Services between pods of one node hang on that.
+fn bridged_packets(settings: &Settings) -> Finding {
+    let settings_of = families(settings).map(|is_ipv4| if is_ipv4 { "iptables" } else { "ip6tables" });
+    let paths: Vec<_> = settings_of.map(|name| format!("/proc/sys/net/bridge/bridge-nf-call-{name}")).collect();
+    if paths.iter().all(|path| fs::read_to_string(path).is_ok_and(|value| value.trim() == "1")) {
+        return Finding::Good("are seen".to_owned());
+    }
+    let is_there = paths.iter().all(|path| Path::new(path).exists());
+    if is_there
+        || Command::new("modprobe")
+            .args(["--dry-run", "br_netfilter"])
+            .output()
+            .is_ok_and(|output| output.status.success())
+    {
+        return Finding::Good("not seen now; netproxy sees to that".to_owned());
+    }
+    Finding::Limited(
+        "the kernel has no module br_netfilter: pods of one node see the node as client behind a Service".to_owned(),
+    )
 }
 
 /// `table` is the text of `/proc/net/route`: interface, destination and gateway in the first columns.

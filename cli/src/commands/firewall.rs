@@ -1,15 +1,59 @@
 //! What other tables of nftables do to packets of pods: found in the ruleset, with the chain or rule named. Iptables' rules are
-//! among them where iptables is built on nftables. Nothing is changed.
+//! among them where iptables is built on nftables; those of the older iptables are asked of its own program. Nothing is
+//! changed.
 
+use std::fs;
 use std::process::Command;
 
 use serde_json::Value;
 
-/// What keeps packets from pods, a sentence each; empty when nothing does or the ruleset cannot be read.
-pub(crate) fn conflicts() -> Vec<String> {
-    let listed = Command::new("nft").args(["--json", "--handle", "list", "ruleset"]).output();
-    let text = listed.ok().filter(|output| output.status.success()).map(|output| output.stdout).unwrap_or_default();
-    serde_json::from_slice(&text).map(|ruleset| in_ruleset(&ruleset)).unwrap_or_default()
+/// The older iptables of a family: the kernel's list of its tables, and its program.
+const LEGACY: [(&str, &str); 2] =
+    [("/proc/net/ip_tables_names", "iptables-legacy"), ("/proc/net/ip6_tables_names", "ip6tables-legacy")];
+
+/// What keeps packets from pods, a sentence each; empty when nothing does.
+///
+/// # Errors
+/// Why it cannot be told, a sentence.
+pub(crate) fn conflicts() -> Result<Vec<String>, String> {
+    let text = answer("nft", &["--json", "--handle", "list", "ruleset"])?;
+    let ruleset = serde_json::from_str(&text).map_err(|error| format!("nft's list is not readable: {error}"))?;
+    let mut found = in_ruleset(&ruleset);
+    for (tables, program) in LEGACY {
+        let filters = fs::read_to_string(tables).is_ok_and(|names| names.lines().any(|name| name == "filter"));
+        if filters {
+            found.extend(in_legacy(program, &answer(program, &["-S"])?));
+        }
+    }
+    Ok(found)
+}
+
+fn answer(program: &str, arguments: &[&str]) -> Result<String, String> {
+    let output =
+        Command::new(program).args(arguments).output().map_err(|error| format!("{program} cannot be run: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("{program} fails: {}", String::from_utf8_lossy(&output.stderr).trim()));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// From the rules as `iptables -S` prints them.
+fn in_legacy(program: &str, rules: &str) -> Vec<String> {
+    let chain = |line: &str| -> Option<(String, &'static str)> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let name = *words.get(1)?;
+        let what = match words.as_slice() {
+            ["-P", _, "DROP"] => format!("the policy of {program}'s chain {name}"),
+            ["-A", _, "-j", "DROP" | "REJECT", ..] => format!("the rule `{line}` of {program}"),
+            _ => return None,
+        };
+        match name {
+            "FORWARD" => Some((what, "drops forwarded packets that no rule accepts")),
+            "INPUT" => Some((what, "drops packets to this node that no rule accepts")),
+            _ => None,
+        }
+    };
+    rules.lines().filter_map(chain).map(|(what, does)| format!("{what} {does}")).collect()
 }
 
 fn text<'a>(object: &'a Value, field: &str) -> &'a str {
@@ -93,5 +137,17 @@ mod tests {
             ]
         );
         assert!(in_ruleset(&json!({})).is_empty());
+    }
+
+    #[test]
+    fn what_the_older_iptables_drops_is_named_too() {
+        let rules = "-P INPUT ACCEPT\n-P FORWARD DROP\n-P OUTPUT DROP\n-N DOCKER\n-A INPUT -i lo -j ACCEPT\n-A INPUT -j REJECT --reject-with icmp-port-unreachable\n-A FORWARD -s 192.0.2.1/32 -j DROP\n";
+        assert_eq!(
+            in_legacy("iptables-legacy", rules),
+            [
+                "the policy of iptables-legacy's chain FORWARD drops forwarded packets that no rule accepts",
+                "the rule `-A INPUT -j REJECT --reject-with icmp-port-unreachable` of iptables-legacy drops packets to this node that no rule accepts",
+            ]
+        );
     }
 }

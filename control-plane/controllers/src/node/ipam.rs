@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use ipnet::IpNet;
@@ -21,8 +22,8 @@ use crate::shared::{Shared, Task};
 pub(crate) struct Pool {
     range: IpNet,
     mask: u8,
-    /// Slice number by node.
-    taken: HashMap<String, u128>,
+    /// The slices of each node by their numbers: one, or those that a network of another size overlaps.
+    taken: HashMap<String, RangeInclusive<u128>>,
     next: u128,
 }
 
@@ -61,24 +62,27 @@ impl Pool {
         })
     }
 
-    /// Takes note of a slice that a node has.
+    /// Takes note of a network that a node has: of before the slices had this size, if it has another.
     fn occupy(&mut self, node: &str, slice: &IpNet) {
         if let Some(number) = self.number(slice) {
-            self.taken.insert(node.to_owned(), number);
-            self.next = self.next.max(number + 1);
+            let larger = u32::from(self.mask.saturating_sub(slice.prefix_len()));
+            let last = number.saturating_add(1_u128.checked_shl(larger).unwrap_or(u128::MAX) - 1);
+            self.taken.insert(node.to_owned(), number..=last);
+            self.next = self.next.max(last.saturating_add(1));
         }
     }
 
     /// The slice of `node`, a new one if it has none; `None` if all are taken.
     fn assign(&mut self, node: &str) -> Option<IpNet> {
-        if let Some(number) = self.taken.get(node) {
-            return self.slice(*number);
+        if let Some(numbers) = self.taken.get(node) {
+            return self.slice(*numbers.start());
         }
         let size = self.size();
-        let in_use: std::collections::HashSet<u128> = self.taken.values().copied().collect();
-        let candidates = (0..size.min(in_use.len() as u128 + 1)).map(|step| (self.next % size + step) % size);
-        let number = candidates.into_iter().find(|number| !in_use.contains(number))?;
-        self.taken.insert(node.to_owned(), number);
+        let in_use = self.taken.values().map(|numbers| numbers.end() - numbers.start() + 1).sum::<u128>();
+        let candidates = (0..size.min(in_use.saturating_add(1))).map(|step| (self.next % size + step) % size);
+        let is_free = |number: &u128| !self.taken.values().any(|numbers| numbers.contains(number));
+        let number = candidates.into_iter().find(is_free)?;
+        self.taken.insert(node.to_owned(), number..=number);
         self.next = number + 1;
         self.slice(number)
     }
@@ -198,6 +202,17 @@ mod tests {
     }
 
     #[test]
+    fn networks_of_another_size_are_nobody_elses() {
+        let mut pool = pool("10.42.0.0/22", 24);
+        pool.occupy("large", &"10.42.0.0/23".parse().unwrap());
+        pool.occupy("small", &"10.42.2.128/25".parse().unwrap());
+        assert_eq!(pool.assign("new").unwrap().to_string(), "10.42.3.0/24");
+        assert_eq!(pool.assign("late"), None);
+        pool.release("large");
+        assert_eq!(pool.assign("late").unwrap().to_string(), "10.42.0.0/24");
+    }
+
+    #[test]
     fn masks_that_do_not_fit_are_refused() {
         assert!(Pool::new("10.42.0.0/16".parse().unwrap(), 15).is_none());
         assert!(Pool::new("10.42.0.0/16".parse().unwrap(), 33).is_none());
@@ -223,7 +238,7 @@ mod tests {
             for (node, comes) in steps {
                 let name = node.to_string();
                 if comes { pool.assign(&name); } else { pool.release(&name); }
-                let mut numbers: Vec<u128> = pool.taken.values().copied().collect();
+                let mut numbers: Vec<u128> = pool.taken.values().map(|numbers| *numbers.start()).collect();
                 numbers.sort_unstable();
                 numbers.dedup();
                 prop_assert_eq!(numbers.len(), pool.taken.len());

@@ -83,6 +83,13 @@ impl Cluster {
         cluster
     }
 
+    /// Writes other lines into the configuration while the cluster runs, and hands out what it was.
+    pub(crate) fn configure(&self, change: impl FnOnce(&str) -> String) -> String {
+        let before = std::fs::read_to_string(self.config.path()).expect("read the configuration");
+        std::fs::write(self.config.path(), change(&before)).expect("write the configuration");
+        before
+    }
+
     pub(crate) fn data_dir(&self) -> &Path {
         self.directory.path()
     }

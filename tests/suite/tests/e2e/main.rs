@@ -17,6 +17,7 @@ mod limits;
 mod net_policy;
 mod network;
 mod registry;
+mod settings;
 mod small_disk;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -40,6 +41,7 @@ fn all_cases() -> Vec<Case> {
     [
         kubectl::CASES,
         network::CASES,
+        settings::CASES,
         net_policy::CASES,
         limits::CASES,
         agent_claims::CASES,
