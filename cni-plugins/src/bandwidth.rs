@@ -4,10 +4,11 @@
 //! intermediate link (`bwp` and a hash of the attachment) and limited where it leaves that one.
 
 use oarlock_cni::types::{CniResult, Interface};
+use oarlock_cni_table::stable_hash;
 use oarlock_netlink::{Connection, Protocol, TokenBucket};
 use serde::Deserialize;
 
-use crate::call::{Call, stable_hash};
+use crate::call::Call;
 use crate::chained::{host_end, required_result};
 use crate::error::{Context, PluginError, Result};
 use crate::plugin::Plugin;

@@ -1,10 +1,11 @@
 //! One call of a plugin: the environment and the configuration that the runtime gave.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use oarlock_cni::names::{is_valid_id, is_valid_interface};
 use oarlock_cni::types::{CniResult, ValidAttachment};
 use oarlock_cni::version::Version;
+use oarlock_cni_table::{Owner, STATE_DIR};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -40,6 +41,9 @@ pub struct Network {
     pub cni_version: Version,
     #[serde(default)]
     pub name: String,
+    /// Where the plugins keep records of what they wrote to the kernel.
+    #[serde(default)]
+    state_dir: Option<PathBuf>,
     #[serde(default)]
     prev_result: Option<Value>,
     #[serde(default, rename = "cni.dev/valid-attachments")]
@@ -99,11 +103,15 @@ impl Call {
     }
 
     /// The namespace, which the verb guarantees to be named and which has to exist.
-    pub fn existing_netns(&self) -> Result<&std::path::Path> {
+    pub fn existing_netns(&self) -> Result<&Path> {
         match self.netns.as_deref() {
             Some(path) if path.exists() => Ok(path),
-            other => Err(PluginError::NoNamespace { path: other.unwrap_or(std::path::Path::new("")).to_owned() }),
+            other => Err(PluginError::NoNamespace { path: other.unwrap_or(Path::new("")).to_owned() }),
         }
+    }
+
+    pub fn state_dir(&self) -> &Path {
+        self.network.state_dir.as_deref().unwrap_or(Path::new(STATE_DIR))
     }
 
     /// A name for what belongs to this attachment.
@@ -115,32 +123,6 @@ impl Call {
     pub fn valid_owners(&self) -> Vec<Owner> {
         let owner = |one: &ValidAttachment| Owner::new(&self.network.name, &one.container_id, &one.ifname);
         self.valid_attachments().iter().map(owner).collect()
-    }
-}
-
-/// An attachment as the comment on what belongs to it in the kernel: the network, the attachment, and for readers the
-/// container, in few bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Owner {
-    network: String,
-    text: String,
-}
-
-impl Owner {
-    pub fn new(network: &str, container_id: &str, ifname: &str) -> Owner {
-        let network_hash = format!("{:08x}", stable_hash(&[network]) as u32);
-        let shown = container_id.get(..64).unwrap_or(container_id);
-        let text = format!("{network_hash}-{:016x} {shown}", stable_hash(&[network, container_id, ifname]));
-        Owner { network: network_hash, text }
-    }
-
-    pub fn as_str(&self) -> &str {
-        &self.text
-    }
-
-    /// Whether `comment` is that of an attachment to `network` which is none of `valid`.
-    pub fn is_stale(comment: &str, network: &str, valid: &[Owner]) -> bool {
-        comment.starts_with(&Owner::new(network, "", "").network) && !valid.iter().any(|owner| owner.text == comment)
     }
 }
 
@@ -168,12 +150,6 @@ fn parse_arguments(text: &str) -> Result<Vec<(String, String)>> {
             })
         })
         .collect()
-}
-
-/// A hash of a name (FNV-1a), stable across versions: link names are made of it.
-pub fn stable_hash(parts: &[&str]) -> u64 {
-    let bytes = parts.iter().flat_map(|part| part.bytes().chain([0]));
-    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 #[cfg(test)]
@@ -210,15 +186,6 @@ mod tests {
         assert_eq!(error.object("1.1.0").code, 1);
         let error = read(Verb::Gc, b"{", &[]).unwrap_err();
         assert_eq!(error.object("1.1.0").code, 6);
-    }
-
-    #[test]
-    fn garbage_collection_looks_at_its_own_network_only() {
-        let (mine, other) = (Owner::new("a", "c1", "eth0"), Owner::new("b", "c1", "eth0"));
-        assert!(Owner::is_stale(mine.as_str(), "a", &[]));
-        assert!(!Owner::is_stale(mine.as_str(), "a", std::slice::from_ref(&mine)));
-        assert!(!Owner::is_stale(other.as_str(), "a", &[]));
-        assert!(Owner::new("n", &"x".repeat(200), "eth0").as_str().len() < 128);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 use oarlock_cni::types::{ErrorCode, ErrorObject};
+use oarlock_cni_table::TableError;
 use oarlock_netlink::NetlinkError;
 use oarlock_netns::NetnsError;
 use oarlock_nft::NftError;
@@ -35,6 +36,8 @@ pub enum PluginError {
     Netlink { what: String, source: NetlinkError },
     #[error("{what}")]
     Nft { what: &'static str, source: NftError },
+    #[error(transparent)]
+    Table(#[from] TableError),
     #[error("no address is left in {ranges}")]
     Exhausted { ranges: String },
     #[error("address {address} is taken by another container")]
@@ -76,7 +79,9 @@ impl PluginError {
             PluginError::Environment { .. } => ErrorCode::InvalidEnvironment,
             PluginError::Syntax(_) | PluginError::PrevResult(_) => ErrorCode::Decode,
             PluginError::Config { .. } | PluginError::NoIpam { .. } => ErrorCode::InvalidNetworkConfig,
-            PluginError::Stdin(_) | PluginError::File { .. } => ErrorCode::Io,
+            PluginError::Stdin(_) | PluginError::File { .. } | PluginError::Table(TableError::File { .. }) => {
+                ErrorCode::Io
+            }
             PluginError::NoNamespace { .. } => ErrorCode::UnknownContainer,
             PluginError::Ipam { error, .. } => return error.code,
             PluginError::Drift(_) => return DRIFT,

@@ -14,10 +14,10 @@ mod firewall;
 mod host_local;
 mod linger;
 mod loopback;
-mod masquerade;
 mod plugin;
 mod portmap;
 mod sysctl;
+mod table;
 mod tuning;
 
 use std::path::Path;

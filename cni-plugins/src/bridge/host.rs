@@ -7,10 +7,11 @@ use std::path::Path;
 
 use ipnet::IpNet;
 use oarlock_cni::types::IpConfig;
+use oarlock_cni_table::stable_hash;
 use oarlock_netlink::{Connection, Link, LinkChange, Mac, PortVlan, VethPair};
 
 use super::config::Config;
-use crate::call::{Call, stable_hash};
+use crate::call::Call;
 use crate::error::{Context, PluginError, Result};
 use crate::sysctl;
 

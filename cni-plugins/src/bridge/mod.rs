@@ -12,12 +12,15 @@ mod host;
 use std::net::IpAddr;
 
 use oarlock_cni::types::{CniResult, Interface, IpConfig};
+use oarlock_cni_table::masquerade::{self, Masquerade};
+use oarlock_cni_table::{Part, Place, stable_hash};
 use oarlock_netlink::{Connection, Link, Mac, Protocol};
+use oarlock_nft::Key;
 
-use crate::call::{Call, stable_hash};
+use crate::call::Call;
 use crate::error::{Context, PluginError, Result};
 use crate::plugin::Plugin;
-use crate::{delegate, host_local, masquerade};
+use crate::{delegate, host_local, table};
 use config::Config;
 use container::Inside;
 
@@ -50,7 +53,7 @@ fn add(call: &Call) -> Result<CniResult> {
     if attached.is_err() {
         // The first error is the one to tell; the runtime's DEL repeats what fails here.
         let _ = connection.delete_link_by_name(&own_veth(call));
-        let _ = masquerade::remove(&call.owner(), &[]);
+        let _ = table::remove(call, PLUGIN.name, &[masquerade::MAP], Some(&[]));
         if let Some(kind) = config.ipam_type() {
             let _ = delegate::del(kind, call);
         }
@@ -110,11 +113,7 @@ impl Attach<'_> {
             }
             host::ensure_gateways(connection, config, vlan_link.as_ref().unwrap_or(bridge), &result.ips)?;
         }
-        if config.ip_masq {
-            for ip in &result.ips {
-                masquerade::add(&call.owner(), ip.address, &config.ip_masq_exclude)?;
-            }
-        }
+        table::add(call, PLUGIN.name, &parts(config, &result.ips))?;
         let container_link = Interface {
             name: call.ifname.clone(),
             mac: Some(mac.to_string()),
@@ -155,7 +154,15 @@ fn del(call: &Call) -> Result<()> {
     let addresses = own_addresses(call, &config);
     // Every step is taken, and the first failure is told.
     let released = config.ipam_type().map_or(Ok(()), |kind| delegate::del(kind, call));
-    let unmasqueraded = if config.ip_masq { masquerade::remove(&call.owner(), &addresses) } else { Ok(()) };
+    let place = |address: &IpAddr| Place {
+        table: oarlock_cni_table::table(address.is_ipv4()),
+        set: masquerade::MAP,
+        key: Key::single(*address),
+    };
+    let places: Vec<Place> = addresses.iter().map(place).collect();
+    let places = Some(places.as_slice()).filter(|places| !places.is_empty());
+    let unmasqueraded =
+        if config.ip_masq { table::remove(call, PLUGIN.name, &[masquerade::MAP], places) } else { Ok(()) };
     // Without the namespace the pair is gone with it, or will be as soon as the kernel gets to it.
     let unlinked = match call.netns.as_deref().filter(|path| path.exists()) {
         Some(netns) => container::remove_link(netns, &call.ifname),
@@ -185,11 +192,25 @@ fn check(call: &Call) -> Result<()> {
     let mut connection = route_connection()?;
     host::check(&mut connection, &config, &own_veth(call))?;
     container::check(call.existing_netns()?, &call.ifname, &previous)?;
-    if config.ip_masq {
-        let mine = previous.ips.iter().filter(|ip| ip.interface.is_none_or(|index| index == 2));
-        mine.map(|ip| ip.address.addr()).try_for_each(|address| masquerade::check(&call.owner(), address))?;
+    let mine: Vec<IpConfig> =
+        previous.ips.into_iter().filter(|ip| ip.interface.is_none_or(|index| index == 2)).collect();
+    let parts = parts(&config, &mine);
+    if parts.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    table::check(call, &parts, |entry| {
+        let address = oarlock_netlink::wire::read_address(entry.element.key.as_slice());
+        let address = address.map(|address| address.to_string()).unwrap_or_default();
+        format!("address {address} is not masqueraded")
+    })
+}
+
+/// What the attachment has in the nftables table.
+fn parts(config: &Config, ips: &[IpConfig]) -> Vec<Part> {
+    let masqueraded = ips.iter().filter(|_| config.ip_masq);
+    let part =
+        |ip: &IpConfig| Part::Masquerade(Masquerade { address: ip.address, excluded: config.ip_masq_exclude.clone() });
+    masqueraded.map(part).collect()
 }
 
 fn status(call: &Call) -> Result<()> {
@@ -201,8 +222,7 @@ fn status(call: &Call) -> Result<()> {
 fn gc(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
     let released = config.ipam_type().map_or(Ok(()), |kind| delegate::gc(kind, call));
-    let unmasqueraded =
-        if config.ip_masq { masquerade::keep_only(&call.network.name, &call.valid_owners()) } else { Ok(()) };
+    let unmasqueraded = if config.ip_masq { table::keep_only(call, PLUGIN.name, &[masquerade::MAP]) } else { Ok(()) };
     let name = |one: &oarlock_cni::ValidAttachment| veth_name(&call.network.name, &one.container_id, &one.ifname);
     let valid: Vec<String> = call.valid_attachments().iter().map(name).collect();
     let unlinked =

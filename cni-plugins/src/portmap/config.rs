@@ -1,8 +1,8 @@
 //! The configuration of `portmap`, and the mappings that a call asks for.
 
-use std::fmt;
 use std::net::IpAddr;
 
+use oarlock_cni_table::host_ports::{Mapping, Protocol};
 use serde::Deserialize;
 
 use crate::call::Call;
@@ -14,40 +14,6 @@ pub struct Config {
     pub mappings: Vec<Mapping>,
     /// Whether a container that reaches itself through the host is masqueraded.
     pub snat: bool,
-}
-
-/// A port of the host that leads to one of the container.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mapping {
-    pub host_port: u16,
-    pub container_port: u16,
-    pub protocol: Protocol,
-    /// Only on this address of the host; on all of them without.
-    pub host_ip: Option<IpAddr>,
-}
-
-/// A transport protocol with ports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Protocol(u8);
-
-impl Protocol {
-    pub fn number(self) -> u8 {
-        self.0
-    }
-
-    pub fn is_udp(self) -> bool {
-        i32::from(self.0) == libc::IPPROTO_UDP
-    }
-}
-
-impl fmt::Display for Protocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match i32::from(self.0) {
-            libc::IPPROTO_TCP => "tcp",
-            libc::IPPROTO_UDP => "udp",
-            _ => "sctp",
-        })
-    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -101,9 +67,9 @@ fn mapping((index, raw): (usize, RawMapping)) -> Result<Option<Mapping>> {
         u16::try_from(value).map_err(|_| PluginError::config(field(name), format!("{value} is not a port")))
     };
     let protocol = match raw.protocol.as_deref().unwrap_or("tcp").to_ascii_lowercase().as_str() {
-        "tcp" => libc::IPPROTO_TCP,
-        "udp" => libc::IPPROTO_UDP,
-        "sctp" => libc::IPPROTO_SCTP,
+        "tcp" => Protocol::TCP,
+        "udp" => Protocol::UDP,
+        "sctp" => Protocol::SCTP,
         other => return Err(PluginError::config(field("protocol"), format!("{other:?} is not tcp, udp or sctp"))),
     };
     let host_ip = match raw.host_ip.filter(|text| !text.is_empty()) {
@@ -116,18 +82,11 @@ fn mapping((index, raw): (usize, RawMapping)) -> Result<Option<Mapping>> {
     let mapping = Mapping {
         host_port: port("hostPort", raw.host_port)?,
         container_port: port("containerPort", raw.container_port)?,
-        protocol: Protocol(protocol as u8),
+        protocol,
         host_ip: host_ip.filter(|address| !address.is_unspecified()),
     };
     if mapping.host_port != 0 && mapping.container_port == 0 {
         return Err(PluginError::config(field("containerPort"), "is required"));
     }
     Ok(Some(mapping).filter(|mapping| mapping.host_port != 0))
-}
-
-impl Mapping {
-    /// Whether the mapping is on addresses of a family.
-    pub fn is_for(&self, is_ipv4: bool) -> bool {
-        self.host_ip.is_none_or(|address| address.is_ipv4() == is_ipv4)
-    }
 }

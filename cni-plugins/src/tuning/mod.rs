@@ -11,10 +11,11 @@ use std::io;
 use std::path::PathBuf;
 
 use oarlock_cni::types::CniResult;
+use oarlock_cni_table::stable_hash;
 use oarlock_netlink::{Connection, Link, LinkChange, Mac, Protocol};
 use serde::{Deserialize, Serialize};
 
-use crate::call::{Call, stable_hash};
+use crate::call::Call;
 use crate::chained::required_result;
 use crate::error::{Context, PluginError, Result};
 use crate::plugin::Plugin;

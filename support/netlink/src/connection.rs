@@ -59,6 +59,12 @@ impl Connection {
         oarlock_netns::run_in(path, || Connection::open(protocol)).map_err(NetlinkError::Namespace)?
     }
 
+    /// The number of the namespace that the socket is in, which no other has until the machine starts again. `None` before
+    /// Linux 5.14.
+    pub fn namespace_number(&self) -> Option<u64> {
+        options::namespace_number(self.socket.as_fd()).ok()
+    }
+
     /// A sequence number that this connection has not used.
     pub fn next_sequence(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1).max(1);

@@ -1,5 +1,5 @@
 //! Netlink socket options that the nix crate does not know.
-#![allow(unsafe_code, reason = "setsockopt at level SOL_NETLINK has no safe wrapper")]
+#![allow(unsafe_code, reason = "options at level SOL_NETLINK and the number of a namespace have no safe wrapper")]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -23,4 +23,22 @@ fn set(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<()> {
         )
     };
     if status < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The number of the socket's network namespace, which no other has until the machine starts again (Linux 5.14).
+pub(crate) fn namespace_number(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let mut number: u64 = 0;
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the descriptor is borrowed for the call, and the value is a u64 of exactly the length given.
+    let status = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut number).cast(),
+            &raw mut length,
+        )
+    };
+    if status < 0 { Err(io::Error::last_os_error()) } else { Ok(number) }
 }

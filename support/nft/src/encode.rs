@@ -40,6 +40,9 @@ pub(crate) const LIST_TABLE: u16 = 1;
 pub(crate) const LIST_SET: u16 = 2;
 pub(crate) const LIST_ELEMENTS: u16 = 3;
 pub(crate) const TABLE_USERDATA: u16 = 6;
+pub(crate) const RULE_TABLE: u16 = 1;
+pub(crate) const RULE_CHAIN: u16 = 2;
+pub(crate) const RULE_USERDATA: u16 = 7;
 pub(crate) const CODE_DROP: i32 = 0;
 pub(crate) const CODE_ACCEPT: i32 = 1;
 pub(crate) const CODE_JUMP: i32 = -3;
@@ -297,7 +300,7 @@ fn write_rule(w: &mut Writer, table: &Table, rule: &Rule) {
         }
     });
     if let Some(comment) = &rule.comment {
-        w.attribute(7, &user_comment(comment));
+        w.attribute(RULE_USERDATA, &user_comment(comment));
     }
 }
 

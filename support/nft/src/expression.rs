@@ -50,6 +50,7 @@ impl CtKey {
 /// Where a payload offset counts from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PayloadBase {
+    Link = 0,
     Network = 1,
     Transport = 2,
 }

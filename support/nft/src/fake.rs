@@ -94,6 +94,12 @@ impl Kernel for Fake {
         Ok(self.tables.get(table).map(|table| table.chains.values().map(|(_, rules)| rules.len()).sum()).unwrap_or(0))
     }
 
+    fn rules(&mut self, table: &Table) -> Result<Vec<(String, String)>> {
+        let rules =
+            self.tables.get(table).into_iter().flat_map(|table| table.chains.values()).flat_map(|(_, rules)| rules);
+        Ok(rules.map(|rule| (rule.chain.clone(), rule.comment.clone().unwrap_or_default())).collect())
+    }
+
     fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>> {
         let set = self.tables.get(table).and_then(|table| table.sets.get(set));
         Ok(set.map(|set| set.elements.values().cloned().collect()))

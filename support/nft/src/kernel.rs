@@ -18,6 +18,9 @@ pub trait Kernel: Send {
     /// How many rules a table's chains have together.
     fn rule_count(&mut self, table: &Table) -> Result<usize>;
 
+    /// The rules of a table in their order, each as its chain and its comment, which is empty when it has none.
+    fn rules(&mut self, table: &Table) -> Result<Vec<(String, String)>>;
+
     /// The elements of a set; `None` without the set or the table.
     fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>>;
 

@@ -16,6 +16,8 @@ pub enum Field {
     Mark,
     /// The name of a link, sixteen bytes.
     LinkName,
+    /// An Ethernet address, six bytes.
+    Ethernet,
 }
 
 impl Field {
@@ -26,6 +28,7 @@ impl Field {
             Field::Ipv6 | Field::LinkName => 16,
             Field::Protocol => 1,
             Field::Port => 2,
+            Field::Ethernet => 6,
         }
     }
 
@@ -34,6 +37,7 @@ impl Field {
         match self {
             Field::Ipv4 => 7,
             Field::Ipv6 => 8,
+            Field::Ethernet => 9,
             Field::Protocol => 12,
             Field::Port => 13,
             Field::Mark => 19,
@@ -49,6 +53,7 @@ impl Field {
             Field::Port => "inet_service",
             Field::Mark => "mark",
             Field::LinkName => "ifname",
+            Field::Ethernet => "ether_addr",
         }
     }
 }
@@ -138,6 +143,11 @@ impl Key {
         let mut bytes = [0; 16];
         bytes.iter_mut().zip(name.bytes().take(15)).for_each(|(to, from)| *to = from);
         self.push(&bytes)
+    }
+
+    #[must_use]
+    pub fn ethernet(self, address: [u8; 6]) -> Key {
+        self.push(&address)
     }
 
     pub fn bytes(self) -> Bytes {

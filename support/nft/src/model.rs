@@ -11,6 +11,8 @@ pub enum Family {
     Ip,
     Ip6,
     Inet,
+    /// Frames that pass a bridge.
+    Bridge,
 }
 
 impl Family {
@@ -18,6 +20,7 @@ impl Family {
         match self {
             Family::Inet => 1,
             Family::Ip => 2,
+            Family::Bridge => 7,
             Family::Ip6 => 10,
         }
     }
@@ -28,6 +31,7 @@ impl Family {
             Family::Ip => "ip",
             Family::Ip6 => "ip6",
             Family::Inet => "inet",
+            Family::Bridge => "bridge",
         }
     }
 }

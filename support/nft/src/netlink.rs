@@ -16,6 +16,8 @@ const NFGEN_BYTES: usize = 4;
 const CHAIN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 const GENERATION_ID: u16 = 1;
+/// The flag of a message that what it belongs to is not of one moment.
+const DUMP_INTERRUPTED: u16 = 0x10;
 /// How often a reading is started again because someone committed meanwhile.
 const READ_ATTEMPTS: u32 = 20;
 
@@ -46,6 +48,11 @@ impl Netlink {
         Ok(Netlink { connection: Connection::open_in(Protocol::Netfilter, path).map_err(NftError::Netlink)? })
     }
 
+    /// The number of the network namespace, see [`Connection::namespace_number`].
+    pub fn namespace_number(&self) -> Option<u64> {
+        self.connection.namespace_number()
+    }
+
     /// Runs a reading, again when the ruleset changed under it.
     fn read(&mut self, reading: Reading<'_>, mut each: impl FnMut(&Received<'_>)) -> Result<bool> {
         let Reading { operation, kind, dump, table, attributes } = reading;
@@ -68,6 +75,33 @@ impl Netlink {
         }
     }
 
+    fn read_rules(&mut self, table: &Table) -> Result<Vec<(String, String)>> {
+        let mut found = Vec::new();
+        let mut interrupted = false;
+        self.read(
+            Reading {
+                operation: "list rules",
+                kind: encode::GET_RULE,
+                dump: true,
+                table,
+                attributes: &[(encode::LIST_TABLE, &table.name)],
+            },
+            |message| {
+                interrupted |= message.flags & DUMP_INTERRUPTED != 0;
+                let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
+                // Older kernels do not look at the table's name.
+                let of_table =
+                    attribute(body, encode::RULE_TABLE).map(read_string).as_deref() == Some(table.name.as_str());
+                if message.kind == encode::NEW_RULE && of_table {
+                    let chain = attribute(body, encode::RULE_CHAIN).map(read_string).unwrap_or_default();
+                    let comment = attribute(body, encode::RULE_USERDATA).and_then(comment).unwrap_or_default();
+                    found.push((chain, comment));
+                }
+            },
+        )?;
+        if interrupted { Err(NftError::Interrupted) } else { Ok(found) }
+    }
+
     fn read_elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>> {
         let mut found = Vec::new();
         let mut interrupted = false;
@@ -81,7 +115,6 @@ impl Netlink {
                 attributes: &names,
             },
             |message| {
-                const DUMP_INTERRUPTED: u16 = 0x10;
                 interrupted |= message.flags & DUMP_INTERRUPTED != 0;
                 if message.kind == encode::NEW_ELEMENT {
                     let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
@@ -133,9 +166,7 @@ impl Kernel for Netlink {
             },
             |message| {
                 let body = message.payload.get(NFGEN_BYTES..).unwrap_or_default();
-                if let Some([0, _, text @ ..]) = attribute(body, encode::TABLE_USERDATA) {
-                    comment = read_string(text);
-                }
+                comment = attribute(body, encode::TABLE_USERDATA).and_then(self::comment).unwrap_or_default();
             },
         )?;
         Ok(exists.then_some(comment))
@@ -173,6 +204,16 @@ impl Kernel for Netlink {
             },
         )?;
         Ok(count)
+    }
+
+    fn rules(&mut self, table: &Table) -> Result<Vec<(String, String)>> {
+        for _ in 1..READ_ATTEMPTS {
+            match self.read_rules(table) {
+                Err(NftError::Interrupted) => {}
+                outcome => return outcome,
+            }
+        }
+        self.read_rules(table)
     }
 
     fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>> {
@@ -237,6 +278,14 @@ impl Kernel for Netlink {
     }
 }
 
+/// The comment in an object's user data.
+fn comment(user_data: &[u8]) -> Option<String> {
+    match user_data {
+        [0, _, text @ ..] => Some(read_string(text)),
+        _ => None,
+    }
+}
+
 fn parse_element(element: &[u8]) -> Option<Element> {
     let key = attribute(attribute(element, encode::ELEMENT_KEY)?, encode::DATA_VALUE)?;
     let value = match attribute(element, encode::ELEMENT_DATA) {
@@ -246,10 +295,7 @@ fn parse_element(element: &[u8]) -> Option<Element> {
     let milliseconds = attribute(element, encode::ELEMENT_EXPIRATION)
         .or_else(|| attribute(element, encode::ELEMENT_TIMEOUT))
         .and_then(read_be64);
-    let comment = match attribute(element, encode::ELEMENT_USERDATA) {
-        Some([0, _, text @ ..]) => Some(read_string(text).into_boxed_str()),
-        _ => None,
-    };
+    let comment = attribute(element, encode::ELEMENT_USERDATA).and_then(comment).map(String::into_boxed_str);
     Some(Element { key: Bytes::from_slice(key)?, value, timeout: milliseconds.map(Duration::from_millis), comment })
 }
 

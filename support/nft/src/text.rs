@@ -125,7 +125,11 @@ impl fmt::Display for Expr {
             }
             Expr::StoreMark { from } => write!(f, "meta mark = {from}"),
             Expr::LoadPayload { base, offset, len_bytes, to } => {
-                let base = if *base == PayloadBase::Network { "network" } else { "transport" };
+                let base = match base {
+                    PayloadBase::Link => "link",
+                    PayloadBase::Network => "network",
+                    PayloadBase::Transport => "transport",
+                };
                 write!(f, "{to} = {base}+{offset}/{len_bytes}")
             }
             Expr::LoadCt { key, to } => write!(f, "{to} = ct {}", format!("{key:?}").to_lowercase()),

@@ -11,15 +11,17 @@ pub fn require_root() {
 }
 
 /// Runs `test` in fresh network and mount namespaces (mounts private, `/sys` of the new network namespace, an empty tmpfs on
-/// `/run/netns`). Programs that the test starts inherit them; everything ends with the thread.
+/// `/run/netns` and on `/run/oarlock-cni`, where the CNI plugins keep records). Programs that the test starts inherit them; everything ends with the thread.
 pub fn in_fresh_namespaces<T: Send + 'static>(test: impl FnOnce() -> T + Send + 'static) -> T {
     require_root();
     let thread = std::thread::Builder::new().name("namespaced-test".to_owned()).spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("unshare network and mount namespaces");
         let none: Option<&str> = None;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("make mounts private");
-        std::fs::create_dir_all("/run/netns").expect("create /run/netns");
-        mount(Some("tmpfs"), "/run/netns", Some("tmpfs"), MsFlags::empty(), none).expect("mount tmpfs on /run/netns");
+        for directory in ["/run/netns", "/run/oarlock-cni"] {
+            std::fs::create_dir_all(directory).expect("create a directory below /run");
+            mount(Some("tmpfs"), directory, Some("tmpfs"), MsFlags::empty(), none).expect("mount tmpfs below /run");
+        }
         test()
     });
     match thread.expect("start a thread").join() {

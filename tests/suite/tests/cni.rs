@@ -1,5 +1,8 @@
 //! The CNI plugins as a runtime uses them: real executables, through the client, in namespaces.
 
+#[macro_use]
+mod cni_caller;
+
 use std::collections::HashSet;
 use std::fs;
 use std::io::Write;
@@ -9,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use cni_caller::{Mode, gateway};
 use oarlock_cni::{Attachment, CniClient, CniError, PortMapping, ValidAttachment};
 use oarlock_netlink::{Connection, Protocol};
 use oarlock_netns::{create_pinned, remove_pinned, run_in};
@@ -16,40 +20,8 @@ use oarlock_testkit::{Snapshot, binary, in_fresh_namespaces};
 use serde_json::json;
 use tokio::runtime::Runtime;
 
-/// The subnets of a network: of one family, of the other, or of both.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Mode {
-    Ipv4,
-    Ipv6,
-    Dual,
-}
-
-impl Mode {
-    fn subnets(self) -> &'static [(&'static str, &'static str, &'static str)] {
-        const V4: (&str, &str, &str) = ("10.42.0.0/24", "10.42.0.0/16", "0.0.0.0/0");
-        const V6: (&str, &str, &str) = ("fd42::/64", "fd42::/48", "::/0");
-        match self {
-            Mode::Ipv4 => &[V4],
-            Mode::Ipv6 => &[V6],
-            Mode::Dual => &[V4, V6],
-        }
-    }
-}
-
-fn gateway(like: IpAddr) -> IpAddr {
-    if like.is_ipv4() { [10, 42, 0, 1].into() } else { "fd42::1".parse().unwrap() }
-}
-
 fn table_of(address: IpAddr) -> &'static str {
     if address.is_ipv4() { "ip" } else { "ip6" }
-}
-
-macro_rules! in_each_mode {
-    ($($name:ident)*) => {
-        mod ipv4 { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Ipv4)); })* }
-        mod ipv6 { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Ipv6)); })* }
-        mod dual_stack { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Dual)); })* }
-    };
 }
 
 in_each_mode! {

@@ -1,5 +1,6 @@
 //! A runtime that calls the CNI plugins one by one, and containers that answer.
 #![allow(dead_code, reason = "each test program uses a part")]
+#![allow(unused_macros, reason = "each test program uses a part")]
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpListener, TcpStream};
@@ -14,6 +15,41 @@ use oarlock_testkit::binary;
 use serde_json::{Value, json};
 
 const NAMES: [&str; 7] = ["bandwidth", "bridge", "firewall", "host-local", "loopback", "portmap", "tuning"];
+
+/// The subnets of a network: of one family, of the other, or of both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    Ipv4,
+    Ipv6,
+    Dual,
+}
+
+impl Mode {
+    /// Of each family the pods of the node, those of the cluster, and everything.
+    pub fn subnets(self) -> &'static [(&'static str, &'static str, &'static str)] {
+        const V4: (&str, &str, &str) = ("10.42.0.0/24", "10.42.0.0/16", "0.0.0.0/0");
+        const V6: (&str, &str, &str) = ("fd42::/64", "fd42::/48", "::/0");
+        match self {
+            Mode::Ipv4 => &[V4],
+            Mode::Ipv6 => &[V6],
+            Mode::Dual => &[V4, V6],
+        }
+    }
+}
+
+/// The gateway of the pods in the family of an address.
+pub fn gateway(like: IpAddr) -> IpAddr {
+    if like.is_ipv4() { [10, 42, 0, 1].into() } else { "fd42::1".parse().unwrap() }
+}
+
+/// Each function as a test in networks of IPv4, of IPv6 and of both.
+macro_rules! in_each_mode {
+    ($($name:ident)*) => {
+        mod ipv4 { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Ipv4)); })* }
+        mod ipv6 { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Ipv6)); })* }
+        mod dual_stack { $(#[test] fn $name() { super::in_fresh_namespaces(|| super::$name(super::Mode::Dual)); })* }
+    };
+}
 
 /// A runtime that calls plugins one by one.
 pub struct Caller {
@@ -77,6 +113,19 @@ impl Caller {
         })
     }
 
+    /// A network of these families whose containers reach the outside as the node, on the bridge `br0`.
+    pub fn masqueraded(&self, mode: Mode) -> Value {
+        let subnets = mode.subnets().iter();
+        let ranges: Vec<_> = subnets.clone().map(|(subnet, ..)| json!([{"subnet": subnet}])).collect();
+        let exclude: Vec<_> = subnets.clone().map(|(_, cluster, _)| cluster).collect();
+        let routes: Vec<_> = subnets.map(|(.., any)| json!({"dst": any})).collect();
+        json!({
+            "name": "net", "type": "bridge", "bridge": "br0", "isGateway": true, "hairpinMode": true,
+            "ipMasq": true, "ipMasqExclude": exclude,
+            "ipam": {"type": "host-local", "dataDir": self.directory.path().join("ipam"), "ranges": ranges, "routes": routes},
+        })
+    }
+
     /// A container on the bridge of a network.
     pub fn attach(&self, container: &str, bridge: Value) -> Value {
         create_pinned(&netns(container)).unwrap();
@@ -132,4 +181,73 @@ pub fn transfer(from: Option<&str>, to: IpAddr, send: u64, receive: u64) -> std:
         Some(container) => run_in(&netns(container), work).unwrap(),
         None => work(),
     }
+}
+
+/// A neighbour of the node that knows nothing of pods: what it has in a family, and how the node is seen from there.
+pub fn neighbour_addresses(like: IpAddr) -> (IpAddr, IpAddr) {
+    if like.is_ipv4() {
+        ([192, 0, 2, 2].into(), [192, 0, 2, 1].into())
+    } else {
+        ("2001:db8::2".parse().unwrap(), "2001:db8::1".parse().unwrap())
+    }
+}
+
+/// Makes the neighbour with a server on port 80 that tells who asks. It has a way back to pods, so a pod whose packets are not
+/// masqueraded is seen by its own address.
+pub fn neighbour(name: &str) {
+    create_pinned(&netns(name)).unwrap();
+    let file = std::fs::File::open(netns(name)).unwrap();
+    let pair = oarlock_netlink::VethPair {
+        name: "uplink",
+        master: None,
+        mac: None,
+        peer_name: "eth0",
+        peer_mac: None,
+        peer_netns: std::os::fd::AsFd::as_fd(&file),
+        mtu: 0,
+    };
+    let mut near = Connection::open(Protocol::Route).unwrap();
+    near.create_veth(&pair).unwrap();
+    let uplink = near.require_link("uplink").unwrap().index;
+    let mut far = Connection::open_in(Protocol::Route, &netns(name)).unwrap();
+    let eth0 = far.require_link("eth0").unwrap().index;
+    far.set_up(eth0).unwrap();
+    for (pods, like) in [("10.42.0.0/16", [0; 4].into()), ("fd42::/48", [0; 16].into())] {
+        let (its, nodes) = neighbour_addresses(like);
+        let net = |address| ipnet::IpNet::new(address, if address.is_ipv4() { 24 } else { 64 }).unwrap();
+        near.add_address(uplink, net(nodes)).unwrap();
+        far.add_address(eth0, net(its)).unwrap();
+        far.add_route(&oarlock_netlink::Route::new(pods.parse().unwrap(), Some(nodes), eth0)).unwrap();
+    }
+    tell_who_asks(name, 80);
+}
+
+/// A server in a namespace that tells each client its address.
+pub fn tell_who_asks(name: &str, port: u16) {
+    let listener = run_in(&netns(name), || TcpListener::bind(("::", port)).unwrap()).unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.peer_addr().map(|peer| write!(stream, "{}", peer.ip().to_canonical()));
+        }
+    });
+}
+
+/// What such a server says to a client in a container, or on the host.
+pub fn asked(from: Option<&str>, to: IpAddr, port: u16) -> std::io::Result<IpAddr> {
+    let ask = || {
+        let stream = TcpStream::connect_timeout(&(to, port).into(), Duration::from_secs(2))?;
+        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+        Ok(std::io::read_to_string(stream)?.parse().expect("an address"))
+    };
+    match from {
+        Some(name) => run_in(&netns(name), ask).unwrap(),
+        None => ask(),
+    }
+}
+
+/// Runs `nft` with these words, which has to succeed; what it says.
+pub fn nft(words: &str) -> String {
+    let output = Command::new("nft").args(words.split_whitespace()).output().unwrap();
+    assert!(output.status.success(), "nft {words}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
