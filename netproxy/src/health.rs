@@ -30,12 +30,14 @@ const BUCKETS_MICROSECONDS: [u64; 9] = [250, 1_000, 4_000, 16_000, 64_000, 256_0
 /// What the proxy is doing, written by its parts and read by the health port. Times are milliseconds since 1970.
 #[derive(Debug, Default)]
 pub struct Status {
-    /// True from the first commit on.
+    /// True once Services and network policies have been written.
     pub ready: watch::Sender<bool>,
     /// The oldest change that is not committed yet.
     pending: Mutex<Option<Instant>>,
     /// The Node says that it is going, so balancers had better send elsewhere.
     pub leaving: AtomicBool,
+    has_services: AtomicBool,
+    has_policies: AtomicBool,
     pub queued_at: AtomicU64,
     pub synced_at: AtomicU64,
     pub commits: AtomicU64,
@@ -46,6 +48,8 @@ pub struct Status {
     pub elements: AtomicU64,
     /// Balancer addresses that this node announces.
     pub announced: AtomicU64,
+    /// Bridges of pods whose packets come by no network policy.
+    pub unseen_bridges: AtomicU64,
     commit_microseconds: AtomicU64,
     buckets: [AtomicU64; BUCKETS_MICROSECONDS.len()],
 }
@@ -71,7 +75,8 @@ impl Status {
     pub fn synced(&self, took: Duration) {
         self.synced_at.store(now_milliseconds(), Ordering::Relaxed);
         *self.pending.lock() = None;
-        self.ready.send_if_modified(|ready| !std::mem::replace(ready, true));
+        self.has_services.store(true, Ordering::SeqCst);
+        self.note_ready();
         self.commits.fetch_add(1, Ordering::Relaxed);
         let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
         self.commit_microseconds.fetch_add(microseconds, Ordering::Relaxed);
@@ -80,6 +85,17 @@ impl Status {
                 bucket.fetch_add(1, Ordering::Relaxed);
             }
         }
+    }
+
+    /// Network policies as they are now are in the kernel.
+    pub fn policies_enforced(&self) {
+        self.has_policies.store(true, Ordering::SeqCst);
+        self.note_ready();
+    }
+
+    fn note_ready(&self) {
+        let is_ready = self.has_services.load(Ordering::SeqCst) && self.has_policies.load(Ordering::SeqCst);
+        self.ready.send_if_modified(|ready| is_ready && !std::mem::replace(ready, true));
     }
 
     pub fn is_healthy_now(&self) -> bool {
@@ -203,6 +219,12 @@ fn metrics(status: &Status, dns: Counts) -> String {
         ("oarlock_netproxy_services", "gauge", "Services known.", read(&status.services)),
         ("oarlock_netproxy_elements", "gauge", "Map elements held.", read(&status.elements)),
         ("oarlock_netproxy_announced_addresses", "gauge", "Balancer addresses announced.", read(&status.announced)),
+        (
+            "oarlock_netproxy_policy_unseen_bridges",
+            "gauge",
+            "Bridges whose packets between pods no network policy sees.",
+            read(&status.unseen_bridges),
+        ),
         ("oarlock_dns_requests_total", "counter", "Questions answered.", dns.answered),
         ("oarlock_dns_forwarded_total", "counter", "Questions asked of upstream resolvers.", dns.forwarded),
         ("oarlock_dns_cache_hits_total", "counter", "Answers from the cache.", dns.cached),
@@ -225,6 +247,9 @@ mod tests {
         let now = Instant::now();
         assert!(!status.is_healthy(now), "before the first commit");
         status.synced(Duration::from_millis(1));
+        assert!(!*status.ready.borrow() && !status.is_healthy(now), "before the first network policies");
+        status.policies_enforced();
+        assert!(*status.ready.borrow() && status.is_healthy(now));
         assert!(status.is_healthy(now + 2 * MAX_DELAY));
         status.queued();
         assert!(status.is_healthy(now + MAX_DELAY / 2));

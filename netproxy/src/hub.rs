@@ -50,7 +50,8 @@ pub struct Hub {
     status: Arc<Status>,
     jobs: mpsc::Sender<Job>,
     balancers: watch::Sender<Arc<Wanted>>,
-    pod_cidrs: watch::Sender<Vec<ipnet::IpNet>>,
+    pod_cidrs: watch::Sender<Option<Vec<ipnet::IpNet>>>,
+    enforced: watch::Receiver<Option<Vec<ipnet::IpNet>>>,
     nodes: HashMap<Arc<str>, Node>,
     listed: HashSet<Kind>,
     dirty: HashSet<ServiceName>,
@@ -77,8 +78,10 @@ pub struct Outputs {
     pub status: Arc<Status>,
     pub jobs: mpsc::Sender<Job>,
     pub balancers: watch::Sender<Arc<Wanted>>,
-    /// The addresses of this node's pods.
-    pub pod_cidrs: watch::Sender<Vec<ipnet::IpNet>>,
+    /// The addresses of this node's pods, once the nodes are known.
+    pub pod_cidrs: watch::Sender<Option<Vec<ipnet::IpNet>>>,
+    /// For which of them network policies hold: pods may be started with those.
+    pub enforced: watch::Receiver<Option<Vec<ipnet::IpNet>>>,
     /// Balancer addresses and the nodes that may announce them.
     pub world: watch::Sender<Arc<World>>,
     /// A client with the right to annotate this node.
@@ -99,6 +102,7 @@ impl Hub {
             jobs: outputs.jobs,
             balancers: outputs.balancers,
             pod_cidrs: outputs.pod_cidrs,
+            enforced: outputs.enforced,
             nodes: HashMap::new(),
             listed: HashSet::new(),
             dirty: HashSet::new(),
@@ -153,6 +157,7 @@ impl Hub {
                     calls.again();
                     true
                 }
+                Ok(()) = self.enforced.changed() => true,
                 () = sleep_until(calls.next.unwrap_or_else(Instant::now)), if calls.next.is_some() => {
                     // What fails now is tried again with the audits, which this is not to keep from their turn.
                     calls.next = None;
@@ -249,9 +254,12 @@ impl Hub {
     }
 
     fn note_pod_cidrs(&self) {
+        if !self.listed.contains(&Kind::Nodes) {
+            return;
+        }
         let cidrs = self.nodes.get(self.config.node_name.as_str()).map(|node| node.pod_cidrs.clone());
         self.pod_cidrs.send_if_modified(|known| {
-            let cidrs = cidrs.unwrap_or_default();
+            let cidrs = Some(cidrs.unwrap_or_default());
             let changed = *known != cidrs;
             *known = cidrs;
             changed
@@ -329,6 +337,7 @@ impl Hub {
     async fn sync_nodes(&self, calls: &mut Calls) -> bool {
         let config = self.config.clone();
         let keeps_vxlan = calls.keeps_vxlan();
+        let enforced = self.enforced.borrow().clone();
         let mut answers = std::mem::take(&mut calls.answers);
         let own = self.nodes.get(config.node_name.as_str()).cloned();
         let others: BTreeMap<String, Node> = self
@@ -367,7 +376,8 @@ impl Hub {
                     complete = false;
                 }
             }
-            let own = own.filter(|own| !own.pod_cidrs.is_empty());
+            // A pod that starts by the configuration is isolated from its beginning.
+            let own = own.filter(|own| !own.pod_cidrs.is_empty() && enforced.as_ref() == Some(&own.pod_cidrs));
             let written = match (&config.cni_conf_dir, own) {
                 (Some(directory), _) if config.tunnel == Tunnel::None => node::remove_conflist(directory),
                 (Some(directory), Some(own)) => {

@@ -4,7 +4,8 @@
 //! maps a Service means, `rules` holds the fixed chains, `ledger` puts all Services together and knows what a change changes:
 //! all pure. `sync` carries it out as single transactions on the thread of `worker`, repairs what others break, and
 //! `conntrack` forgets stale flows. `dns` answers names from the same state. `announce` answers for balancer addresses on the node's link. `node` writes the CNI configuration, `overlay` finds the
-//! way to other nodes' pods, through `wireguard` where there is one. `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
+//! way to other nodes' pods, through `wireguard` where there is one. `plugins` puts back what CNI
+//! plugins wrote, `policy` keeps NetworkPolicies in tables of their own, `hub` owns the cluster's state, and `proxy` puts the parts together.
 //!
 //! `trial`, for tests, makes random Services by seed and holds these rules against a model of what they mean.
 //!
@@ -29,6 +30,7 @@ mod node;
 mod overlay;
 mod packet;
 mod plan;
+mod plugins;
 mod policy;
 mod proxy;
 mod rules;
@@ -56,6 +58,37 @@ pub enum RemoveError {
     Sysctl(#[source] host::SysctlError),
     #[error("cannot remove routes and the cluster DNS address")]
     Host(#[source] oarlock_netlink::NetlinkError),
+}
+
+/// Why a CNI configuration of before a boot could not be taken away.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WithdrawError {
+    #[error("cannot look for tables of nftables")]
+    Kernel(#[source] oarlock_nft::NftError),
+    #[error("cannot withdraw it")]
+    Remove(#[source] node::WriteError),
+}
+
+/// Takes the CNI configuration of before a boot away, so that no pod starts before network policies hold: the proxy writes
+/// it again as soon as they do. Says whether it did. A boot is known by the missing tables, which nothing else takes away
+/// while pods run. To be called by whatever may start pods before the proxy runs.
+pub fn withdraw_stale_configuration(config: &Config) -> Result<bool, WithdrawError> {
+    use oarlock_nft::{Kernel, Netlink};
+    let Some(directory) = config.cni_conf_dir.as_ref().filter(|directory| directory.join(node::CONFLIST).exists())
+    else {
+        return Ok(false);
+    };
+    let mut kernel = Netlink::open().map_err(WithdrawError::Kernel)?;
+    for network in &config.networks {
+        let table = proxy::table(config, network.is_ipv4());
+        if kernel.table_comment(&table).map_err(WithdrawError::Kernel)?.is_some() {
+            return Ok(false);
+        }
+    }
+    node::remove_conflist(directory).map_err(WithdrawError::Remove)?;
+    tracing::info!("CNI configuration of before the boot withdrawn: pods wait for network policies");
+    Ok(true)
 }
 
 /// Takes away everything that a proxy with this configuration has made in the kernel: the tables, routes, and the cluster

@@ -23,7 +23,7 @@ use crate::rules::Settings;
 use crate::sync::Proxier;
 use crate::watch as watches;
 use crate::worker::{self, Family, Ground};
-use crate::{balancer_health, dns_service, policy};
+use crate::{balancer_health, dns_service, plugins, policy};
 
 const EVENT_QUEUE: usize = 4096;
 const JOB_QUEUE: usize = 16;
@@ -74,7 +74,8 @@ impl Netproxy {
         Netproxy { changes: Some(changes), ..self }
     }
 
-    /// Becomes true with the first commit: from then on Services work and names are answered.
+    /// Becomes true once Services and network policies have been written: from then on Services work, names are answered, and
+    /// pods are as isolated as they should be.
     pub fn ready(&self) -> watch::Receiver<bool> {
         self.status.ready.subscribe()
     }
@@ -89,6 +90,9 @@ impl Netproxy {
             [_] => {}
             [one, other] if one.is_ipv4() != other.is_ipv4() => {}
             _ => return Err(Error::Networks),
+        }
+        if let Err(error) = crate::withdraw_stale_configuration(&config) {
+            warn!(error = &error as &dyn std::error::Error, "CNI configuration of before the boot may be used");
         }
         let made = config.networks.iter().map(|network| family(&config, network)).collect::<Result<Vec<_>, _>>()?;
         let (families, unseen): (Vec<_>, Vec<_>) = made.into_iter().unzip();
@@ -119,13 +123,16 @@ impl Netproxy {
         let worker_status = status.clone();
         let worker = tokio::task::spawn_blocking(move || worker::run(families, &worker_status, jobs));
         tasks.spawn("nftables worker", worker);
-        let (cidrs_in, pod_cidrs) = watch::channel(Vec::new());
+        let (cidrs_in, pod_cidrs) = watch::channel(None);
+        let (enforced_in, enforced) = watch::channel(None);
         let policies = policy::Scope {
             node_name: config.node_name.clone(),
             families: config.networks.iter().map(Network::is_ipv4).collect(),
             pod_cidrs,
+            enforced: enforced_in,
         };
-        tasks.spawn("network policies", policy::run(client.clone(), policies, token.clone()));
+        let policies = policy::run(client.clone(), policies, status.clone(), token.clone());
+        tasks.spawn("network policies", policies);
         let (world_in, world) = watch::channel(Arc::default());
         let outputs = Outputs {
             cluster,
@@ -133,6 +140,7 @@ impl Netproxy {
             jobs: jobs_in,
             balancers: balancers_in,
             pod_cidrs: cidrs_in,
+            enforced,
             world: world_in,
             node_client: node_client.unwrap_or_else(|| client.clone()),
             upstream: upstream.clone(),
@@ -149,6 +157,7 @@ impl Netproxy {
         for address in &dns_addresses {
             tasks.spawn("cluster DNS", infallible(serve_dns(dns.clone(), *address, token.clone())));
         }
+        tasks.spawn("rules of plugins", infallible(plugins::keep(token.clone())));
         tasks.spawn("DNS loops", infallible(dns::watch_loops(upstream, token.clone())));
         tasks.spawn("DNS Service", infallible(dns_service::keep(client, dns_addresses, token.clone())));
         tasks.spawn("balancer health", infallible(balancer_health::run(balancers, status.clone(), token.clone())));

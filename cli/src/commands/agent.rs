@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use oarlock_agent::{Agent, Config, ImageGcConfig};
 
-use super::daemon;
+use super::{daemon, netproxy};
 use crate::config::Settings;
 use crate::{host, pki};
 
@@ -15,6 +15,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     host::require_root("oarlock agent")?;
     oarlock_agent::share_one_arena();
     daemon::run(&settings.clone(), 2, |shutdown| async move {
+        netproxy::hold_pods_back(&settings);
         let layout = &settings.layout;
         let mut config = Config::new(settings.node_name.clone(), settings.node_ip);
         config.kubeconfig = layout.component_kubeconfig("agent");

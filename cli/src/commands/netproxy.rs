@@ -58,6 +58,13 @@ pub(crate) fn proxy_config(settings: &Settings) -> Config {
     }
 }
 
+/// Before anything that starts pods: after a boot they wait until the proxy has written the network policies.
+pub(crate) fn hold_pods_back(settings: &Settings) {
+    if let Err(error) = oarlock_netproxy::withdraw_stale_configuration(&proxy_config(settings)) {
+        tracing::warn!(error = &error as &dyn std::error::Error, "pods may start before network policies hold");
+    }
+}
+
 pub(crate) async fn client(path: &Path) -> anyhow::Result<kube::Client> {
     let kubeconfig = kube::config::Kubeconfig::read_from(path)
         .with_context(|| format!("cannot read {}; start `oarlock server` first", path.display()))?;

@@ -320,7 +320,8 @@ fn remove_tables() -> anyhow::Result<()> {
             anyhow::ensure!(status.success(), "nft could not delete the table {family} {name}");
         }
     }
-    Ok(())
+    let kernel = oarlock_nft::Netlink::open()?;
+    Ok(oarlock_cni_table::State::remove(Path::new(oarlock_cni_table::STATE_DIR), &kernel)?)
 }
 
 /// Takes the runtime's profile for containers out of the kernel.

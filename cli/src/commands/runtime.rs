@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use oarlock_runtime::Runtime;
 
-use super::{daemon, machine};
+use super::{daemon, machine, netproxy};
 use crate::config::Settings;
 use crate::host;
 
@@ -21,6 +21,7 @@ pub(crate) fn run(settings: Settings) -> anyhow::Result<ExitCode> {
     }
     let export = settings.tracing.as_ref().map(|tracing| tracing.export("oarlock-runtime"));
     daemon::run_traced(&settings.clone(), 2, export.as_ref(), |shutdown| async move {
+        netproxy::hold_pods_back(&settings);
         let layout = &settings.layout;
         let config = oarlock_runtime::Config {
             socket: layout.runtime_socket(),

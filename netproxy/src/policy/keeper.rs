@@ -1,11 +1,10 @@
 //! Bringing the policy table of one family to what is planned, element by element, and keeping it there.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use oarlock_nft::{Bytes, Chain, Command, Element, Kernel, NftError, Set, Table, Transaction, Value, Verdict};
 use tracing::{info, warn};
 
-use super::plan::{self, Desired, Members};
+use super::index::Touched;
+use super::plan::{self, Desired, Direction, Members};
 
 const MARKER: &str = "oarlock network policies";
 
@@ -35,18 +34,42 @@ impl<K: Kernel> Keeper<K> {
         &mut self.kernel
     }
 
-    /// Makes the table what is wanted; without policies there is none.
-    pub fn apply(&mut self, wanted: Option<Desired>) -> Result<(), NftError> {
+    /// Whether the kernel has what is wanted, and the keeper knows of it.
+    #[cfg(test)]
+    pub fn has(&mut self, wanted: &Desired) -> Result<bool, NftError> {
+        let is_known = matches!(&self.applied, Applied::Table(applied) if **applied == *wanted);
+        Ok(is_known && self.is_intact(wanted)?)
+    }
+
+    /// Makes the table what is wanted. `touched` is at least what has changed since it was last made so, or all.
+    pub fn apply(&mut self, wanted: &Desired, touched: &Touched) -> Result<(), NftError> {
+        if matches!(self.applied, Applied::Table(_)) && touched.is_empty() {
+            return Ok(());
+        }
         let before = std::mem::replace(&mut self.applied, Applied::Unknown);
-        let (transaction, applied) = match (before, wanted) {
-            (Applied::Nothing, None) => (Transaction::new(self.table.clone()), Applied::Nothing),
-            (_, None) => (self.removal()?, Applied::Nothing),
-            (Applied::Table(old), Some(new)) => (self.change(&old, &new), Applied::Table(Box::new(new))),
-            (_, Some(new)) => (self.whole(&new)?, Applied::Table(Box::new(new))),
+        let (transaction, applied) = match before {
+            Applied::Table(mut old) => {
+                let transaction = self.change(&old, wanted, touched);
+                old.copy(wanted, touched);
+                (transaction, old)
+            }
+            _ => (self.whole(wanted)?, Box::new(wanted.clone())),
         };
         self.kernel.commit(&transaction)?;
-        self.applied = applied;
+        self.applied = Applied::Table(applied);
         self.generation = None;
+        Ok(())
+    }
+
+    /// Takes the table away, as there are no policies.
+    pub fn clear(&mut self) -> Result<(), NftError> {
+        if matches!(self.applied, Applied::Nothing) {
+            return Ok(());
+        }
+        self.applied = Applied::Unknown;
+        let transaction = self.removal()?;
+        self.kernel.commit(&transaction)?;
+        self.applied = Applied::Nothing;
         Ok(())
     }
 
@@ -64,52 +87,58 @@ impl<K: Kernel> Keeper<K> {
         let mut transaction = self.removal()?;
         transaction.push(Command::AddTable { comment: MARKER.to_owned(), exclusive: false });
         transaction.commands.extend(plan::foundation(self.is_ipv4));
-        let empty = Desired::default();
-        transaction.commands.extend(self.change(&empty, wanted).commands);
+        let content = self.change(&Desired::default(), wanted, &Touched::all(wanted));
+        transaction.commands.extend(content.commands);
         Ok(transaction)
     }
 
-    fn change(&self, old: &Desired, new: &Desired) -> Transaction {
+    /// What leads from one to the other where it was touched: first what others refer to, at last what nobody does any more.
+    fn change(&self, old: &Desired, new: &Desired, touched: &Touched) -> Transaction {
         let mut transaction = Transaction::new(self.table.clone());
-        for (name, members) in &new.sets {
-            let nothing = BTreeSet::new();
-            let before = match old.sets.get(name) {
-                Some(before) => &before.elements,
-                None => {
-                    transaction.push(Command::AddSet(Set::new(name, &members.fields)));
-                    &nothing
+        let mut unused = Vec::new();
+        for (name, keys) in &touched.sets {
+            match (old.sets.get(name), new.sets.get(name)) {
+                (None, None) => {}
+                (Some(_), None) => unused.push(Command::DeleteSet(name.clone())),
+                (None, Some(Members { fields, elements })) => {
+                    transaction.push(Command::AddSet(Set::new(name, fields)));
+                    add(&mut transaction, name, elements.iter().map(|key| Element::key(*key)).collect());
                 }
-            };
-            remove(&mut transaction, name, before.difference(&members.elements).copied().collect());
-            let added = members.elements.difference(before).map(|key| Element::key(*key)).collect();
-            add(&mut transaction, name, added);
+                (Some(before), Some(after)) => {
+                    let differs =
+                        keys.iter().filter(|key| before.elements.contains(key) != after.elements.contains(key));
+                    let (come, gone) = differs.partition::<Vec<&Bytes>, _>(|key| after.elements.contains(key));
+                    remove(&mut transaction, name, gone.into_iter().copied().collect());
+                    add(&mut transaction, name, come.into_iter().map(|key| Element::key(*key)).collect());
+                }
+            }
         }
-        let is_base =
-            |name: &str| new.maps.iter().any(|(map, _)| *map == name) || old.maps.iter().any(|(map, _)| *map == name);
-        for name in new.chains.keys().filter(|name| !old.chains.contains_key(*name) && !is_base(name)) {
+        let is_base = |name: &str| Direction::BOTH.iter().any(|direction| direction.name() == name);
+        let changed = || touched.chains.iter().filter(|name| old.chains.get(*name) != new.chains.get(*name));
+        for name in changed().filter(|name| !old.chains.contains_key(*name) && !is_base(name)) {
             transaction.push(Command::AddChain(Chain::regular(name)));
         }
-        for (name, rules) in new.chains.iter().filter(|(name, rules)| old.chains.get(*name) != Some(*rules)) {
+        for name in changed() {
+            let Some(content) = new.chains.get(name) else { continue };
             if old.chains.contains_key(name) {
                 transaction.push(Command::FlushChain(name.clone()));
             }
-            transaction.commands.extend(plan::rules(name, rules));
+            transaction.commands.extend(plan::rules(name, content));
         }
-        for (name, map) in &new.maps {
-            let nothing = BTreeMap::new();
-            let before = old.maps.iter().find(|(old, _)| old == name).map_or(&nothing, |(_, map)| map);
-            let changed =
-                |(key, chain): &(&Bytes, &String), other: &BTreeMap<Bytes, String>| other.get(*key) != Some(*chain);
-            let gone = before.iter().filter(|pair| changed(pair, map)).map(|(key, _)| *key).collect();
-            remove(&mut transaction, name, gone);
-            let come = map.iter().filter(|pair| changed(pair, before));
-            add(&mut transaction, name, come.map(|(key, chain)| plan::map_element(key, chain)).collect());
+        for direction in Direction::BOTH {
+            let index = direction as usize;
+            let (before, after) = (&old.maps[index], &new.maps[index]);
+            let differs: Vec<&Bytes> =
+                touched.maps[index].iter().filter(|key| before.get(*key) != after.get(*key)).collect();
+            let gone = differs.iter().filter(|key| before.contains_key(*key)).map(|key| **key).collect();
+            remove(&mut transaction, direction.name(), gone);
+            let come = differs.iter().filter_map(|key| Some(plan::map_element(key, after.get(*key)?)));
+            add(&mut transaction, direction.name(), come.collect());
         }
-        let gone: Vec<&String> = old.chains.keys().filter(|name| !new.chains.contains_key(*name)).collect();
+        let gone: Vec<&String> = changed().filter(|name| !new.chains.contains_key(*name)).collect();
         transaction.commands.extend(gone.iter().map(|name| Command::FlushChain((*name).clone())));
         transaction.commands.extend(gone.iter().map(|name| Command::DeleteChain((*name).clone())));
-        let unused = old.sets.keys().filter(|name| !new.sets.contains_key(*name));
-        transaction.commands.extend(unused.map(|name| Command::DeleteSet(name.clone())));
+        transaction.commands.extend(unused);
         transaction
     }
 
@@ -127,7 +156,7 @@ impl<K: Kernel> Keeper<K> {
         }
         warn!(table = self.table.name, "network policies were changed or removed by someone else; restoring them");
         self.applied = Applied::Unknown;
-        self.apply(Some(wanted))?;
+        self.apply(&wanted, &Touched::default())?;
         Ok(true)
     }
 
@@ -144,8 +173,9 @@ impl<K: Kernel> Keeper<K> {
                 return Ok(false);
             }
         }
-        for (name, map) in &wanted.maps {
-            let Some(found) = self.kernel.elements(&self.table, name)? else { return Ok(false) };
+        for direction in Direction::BOTH {
+            let map = &wanted.maps[direction as usize];
+            let Some(found) = self.kernel.elements(&self.table, direction.name())? else { return Ok(false) };
             let is_right = |element: &Element| {
                 map.get(&element.key)
                     .is_some_and(|chain| element.value == Some(Value::Verdict(Verdict::Goto(chain.clone()))))

@@ -40,6 +40,8 @@ impl Pod {
         if addresses.is_empty() {
             addresses.extend(status.pod_ip.as_ref().and_then(|ip| ip.parse::<IpAddr>().ok()));
         }
+        let mut seen = std::collections::HashSet::new();
+        addresses.retain(|address| seen.insert(*address));
         let containers = spec.containers.iter().chain(spec.init_containers.iter().flatten());
         let named = |port: &core::ContainerPort| {
             let protocol = Protocol::parse(port.protocol.as_deref())?;
@@ -64,6 +66,12 @@ enum Requirement {
     DoesNotExist(String),
     /// An operator that nobody knows selects nothing.
     Never,
+}
+
+#[cfg(test)]
+thread_local! {
+    /// How many selectors this thread has held against labels.
+    pub static MATCHES: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
 /// A label selector; without requirements it selects everything.
@@ -92,6 +100,8 @@ impl Selector {
     }
 
     pub fn matches(&self, labels: &Labels) -> bool {
+        #[cfg(test)]
+        MATCHES.set(MATCHES.get() + 1);
         self.0.iter().all(|requirement| match requirement {
             Requirement::In(key, values) => labels.get(key).is_some_and(|value| values.contains(value)),
             Requirement::NotIn(key, values) => labels.get(key).is_none_or(|value| !values.contains(value)),
@@ -138,7 +148,7 @@ pub struct Rule {
 }
 
 /// A NetworkPolicy; without rules for a direction it is not about that direction.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Policy {
     pub pods: Selector,
     pub ingress: Option<Vec<Rule>>,

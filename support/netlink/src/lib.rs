@@ -8,6 +8,7 @@
 //! What it does not own: namespaces (oarlock-netns), nf_tables (oarlock-nft), and any decision.
 
 mod address;
+mod bridge;
 mod connection;
 pub mod conntrack;
 mod error;
@@ -21,6 +22,7 @@ pub mod wire;
 mod wireguard;
 
 pub use address::Address;
+pub use bridge::Bridge;
 pub use connection::{Connection, Protocol, Refusal};
 pub use error::NetlinkError;
 pub use link::{InvalidMac, Link, LinkChange, Mac, VethPair, Vxlan};
