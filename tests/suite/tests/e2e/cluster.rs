@@ -36,6 +36,18 @@ pub(crate) struct Cluster {
     containerd: Option<RefCell<Containerd>>,
 }
 
+/// Another configuration for as long as this lives.
+pub(crate) struct Configured<'a> {
+    path: &'a Path,
+    before: String,
+}
+
+impl Drop for Configured<'_> {
+    fn drop(&mut self) {
+        std::fs::write(self.path, &self.before).expect("write the configuration back");
+    }
+}
+
 impl Cluster {
     /// Starts the cluster and checks what the demo printed.
     pub(crate) fn start() -> Self {
@@ -83,11 +95,12 @@ impl Cluster {
         cluster
     }
 
-    /// Writes other lines into the configuration while the cluster runs, and hands out what it was.
-    pub(crate) fn configure(&self, change: impl FnOnce(&str) -> String) -> String {
+    /// Writes other lines into the configuration while the cluster runs; what it was comes back when the result is dropped,
+    /// also where a case fails.
+    pub(crate) fn configure(&self, change: impl FnOnce(&str) -> String) -> Configured<'_> {
         let before = std::fs::read_to_string(self.config.path()).expect("read the configuration");
         std::fs::write(self.config.path(), change(&before)).expect("write the configuration");
-        before
+        Configured { path: self.config.path(), before }
     }
 
     pub(crate) fn data_dir(&self) -> &Path {

@@ -12,7 +12,7 @@ fn changes(cluster: &Cluster) {
     const TOLD: &str = "get configmap -n kube-system oarlock-node-configuration -o jsonpath={.data}";
     cluster.kubectl("expose -n demo deployment page --name=live --type=LoadBalancer --port=80 --target-port=8080");
     cluster.wait_for_output(ADDRESS, "an address of the pool", |text| text.starts_with("192.0.2."));
-    let before = cluster.configure(|text| text.replace("192.0.2.128/29", "198.51.100.16/30"));
+    let changed = cluster.configure(|text| text.replace("192.0.2.128/29", "198.51.100.16/30"));
     let address =
         cluster.wait_for_output(ADDRESS, "an address of the new pool", |text| text.starts_with("198.51.100."));
     wait_for("the page at the new address", PATIENCE, || {
@@ -21,13 +21,14 @@ fn changes(cluster: &Cluster) {
     });
     cluster.wait_for_output(TOLD, "nodes to be told", |text| text.contains("198.51.100.16/30"));
     // A file that is wrong changes nothing.
-    cluster.configure(|text| text.replace("198.51.100.16/30", "nonsense"));
+    let wrong = cluster.configure(|text| text.replace("198.51.100.16/30", "nonsense"));
     let log = cluster.data_dir().join("log/server.log");
     wait_for("the log to name what is wrong", PATIENCE, || {
-        std::fs::read_to_string(&log).ok()?.contains("\"nonsense\" is neither a network nor a range").then_some(())
+        std::fs::read_to_string(&log).ok()?.contains("is neither a network nor a range").then_some(())
     });
     assert_eq!(cluster.kubectl(ADDRESS), address);
-    cluster.configure(|_| before);
+    drop(wrong);
+    drop(changed);
     cluster.wait_for_output(ADDRESS, "an address of the first pool again", |text| text.starts_with("192.0.2."));
     cluster.kubectl("delete service -n demo live --timeout=60s");
 }
