@@ -80,6 +80,8 @@ pub(crate) struct ConfigFile {
     pub(crate) agent_port: Option<u16>,
     /// The port of netproxy's health server.
     pub(crate) proxy_health_port: Option<u16>,
+    /// The port of netproxy's metrics, on loopback alone.
+    pub(crate) proxy_metrics_port: Option<u16>,
     /// A directory of manifests, or one manifest, that the agent runs without the API.
     pub(crate) static_pod_dir: Option<PathBuf>,
     /// Fields of KubeletConfiguration, which win over what is set above.
@@ -167,6 +169,7 @@ pub(crate) struct Settings {
     pub(crate) joined: Option<String>,
     pub(crate) agent_port: u16,
     pub(crate) proxy_health_port: u16,
+    pub(crate) proxy_metrics_port: u16,
     pub(crate) static_pod_dir: PathBuf,
     pub(crate) kubelet: KubeletConfiguration,
     /// Where the node's container runtime is asked: our own, or another that `kubelet.containerRuntimeEndpoint` names.
@@ -429,6 +432,7 @@ fn complete(file: ConfigFile, joined: Option<String>) -> Result<Settings, Config
         joined,
         agent_port: file.agent_port.unwrap_or(10250),
         proxy_health_port: file.proxy_health_port.unwrap_or(10256),
+        proxy_metrics_port: file.proxy_metrics_port.unwrap_or(10249),
         static_pod_dir: file.static_pod_dir.unwrap_or_else(|| layout.static_pods()),
         kubelet,
         runtime_socket: agent.runtime_endpoint,

@@ -55,6 +55,8 @@ pub struct Config {
     /// The `loadBalancerClass` that asks for them, beside no class at all.
     pub balancer_class: String,
     pub health_listen: SocketAddr,
+    /// Where metrics are told: to whoever is on this host, without authentication.
+    pub metrics_listen: SocketAddr,
     /// Where the CNI configuration is written, as `10-oarlock.conflist`, once the Node has a pod CIDR; nowhere without.
     pub cni_conf_dir: Option<PathBuf>,
     /// Where the CNI plugins keep which address is whose.
@@ -91,6 +93,7 @@ impl Config {
             ("clusterCIDR, serviceCIDR, clusterDNS or nodeIP", self.networks != told.networks),
             ("clusterDomain", self.cluster_domain != told.cluster_domain),
             ("proxyHealthPort", self.health_listen != told.health_listen),
+            ("proxyMetricsPort", self.metrics_listen != told.metrics_listen),
             ("cni.confDir", self.cni_conf_dir != told.cni_conf_dir),
             ("dataDir", self.cni_state_dir != told.cni_state_dir),
         ];
@@ -117,6 +120,7 @@ impl Default for Config {
             balancer_pools: Vec::new(),
             balancer_class: String::new(),
             health_listen: (Ipv4Addr::UNSPECIFIED, 10_256).into(),
+            metrics_listen: (Ipv4Addr::LOCALHOST, 10_249).into(),
             cni_conf_dir: None,
             cni_state_dir: "/var/lib/cni/networks".into(),
             tunnel: Tunnel::Auto,

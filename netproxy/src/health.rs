@@ -1,4 +1,5 @@
-//! The health port: `/healthz`, `/livez` and `/metrics`, with upstream's names where there is one.
+//! The health port, for balancers: `/healthz` and `/livez`. On loopback alone also `/metrics`, with upstream's names where there
+//! is one, and `/proxyMode`.
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
@@ -108,13 +109,27 @@ impl Status {
     }
 }
 
-/// Serves the health port until shutdown. One that another program has is tried again: Services and names do not hang on it.
-pub async fn run(listen: SocketAddr, status: Arc<Status>, dns: Arc<DnsServer>, shutdown: CancellationToken) {
+/// What is told at an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audience {
+    /// Whether this node is well.
+    Anybody,
+    /// Everything.
+    Host,
+}
+
+/// Serves a port until shutdown. One that another program has is tried again: Services and names do not hang on it.
+pub async fn run(
+    (listen, audience): (SocketAddr, Audience),
+    status: Arc<Status>,
+    dns: Arc<DnsServer>,
+    shutdown: CancellationToken,
+) {
     let listener = loop {
         match oarlock_listen::tcp(listen).and_then(TcpListener::from_std) {
             Ok(listener) => break listener,
             Err(error) => {
-                warn!(%listen, error = &error as &dyn std::error::Error, "health port cannot be served; trying again")
+                warn!(%listen, error = &error as &dyn std::error::Error, "health or metrics port cannot be served; trying again")
             }
         }
         tokio::select! {
@@ -136,7 +151,7 @@ pub async fn run(listen: SocketAddr, status: Arc<Status>, dns: Arc<DnsServer>, s
         let (status, dns) = (status.clone(), dns.clone());
         tokio::spawn(async move {
             let service = hyper::service::service_fn(move |request: Request<Incoming>| {
-                let response = respond(&request, &status, &dns);
+                let response = respond(&request, audience, &status, &dns);
                 async move { Ok::<_, Infallible>(response) }
             });
             let connection = hyper::server::conn::http1::Builder::new()
@@ -151,7 +166,7 @@ pub async fn run(listen: SocketAddr, status: Arc<Status>, dns: Arc<DnsServer>, s
     }
 }
 
-fn respond(request: &Request<Incoming>, status: &Status, dns: &DnsServer) -> Response<Full<Bytes>> {
+fn respond(request: &Request<Incoming>, audience: Audience, status: &Status, dns: &DnsServer) -> Response<Full<Bytes>> {
     let now = now_milliseconds();
     let (code, kind, body) = match (request.method(), request.uri().path()) {
         (&Method::GET | &Method::HEAD, "/healthz") => {
@@ -160,7 +175,10 @@ fn respond(request: &Request<Incoming>, status: &Status, dns: &DnsServer) -> Res
             (code, "application/json", health(status, now))
         }
         (&Method::GET | &Method::HEAD, "/livez") => (StatusCode::OK, "application/json", health(status, now)),
-        (&Method::GET | &Method::HEAD, "/metrics") => {
+        (&Method::GET | &Method::HEAD, "/proxyMode") if audience == Audience::Host => {
+            (StatusCode::OK, "text/plain", "nftables".to_owned())
+        }
+        (&Method::GET | &Method::HEAD, "/metrics") if audience == Audience::Host => {
             (StatusCode::OK, "text/plain; version=0.0.4", metrics(status, dns.counts()))
         }
         (&Method::GET | &Method::HEAD, _) => (StatusCode::NOT_FOUND, "text/plain", "404 page not found\n".to_owned()),

@@ -16,7 +16,7 @@ use crate::cluster::Cluster;
 use crate::config::{Config, Network};
 use crate::conntrack::Scope;
 use crate::dns::{self, DnsServer, StubDomains, Upstream, Zone};
-use crate::health::{self, Status};
+use crate::health::{self, Audience, Status};
 use crate::host::{self, SysctlError};
 use crate::hub::{self, Hub, Outputs};
 use crate::rules::Settings;
@@ -161,7 +161,12 @@ impl Netproxy {
         tasks.spawn("DNS loops", infallible(dns::watch_loops(upstream, token.clone())));
         tasks.spawn("DNS Service", infallible(dns_service::keep(client, dns_addresses, token.clone())));
         tasks.spawn("balancer health", infallible(balancer_health::run(balancers, status.clone(), token.clone())));
-        tasks.spawn("health", infallible(health::run(config.health_listen, status, dns, token)));
+        let ports =
+            [("health", config.health_listen, Audience::Anybody), ("metrics", config.metrics_listen, Audience::Host)];
+        for (name, listen, audience) in ports {
+            let serving = health::run((listen, audience), status.clone(), dns.clone(), token.clone());
+            tasks.spawn(name, infallible(serving));
+        }
         tasks.join(DRAIN).await.map_err(Error::Task)
     }
 }

@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::net::Ipv4Addr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -64,7 +65,11 @@ pub(crate) fn prepare_directories(settings: &Settings) -> anyhow::Result<()> {
 pub(crate) fn check_ports(settings: &Settings) -> anyhow::Result<()> {
     let any = settings.any_address();
     let server = [("apiPort", settings.bind_address, settings.api_port)];
-    let node = [("agentPort", any, settings.agent_port), ("proxyHealthPort", any, settings.proxy_health_port)];
+    let node = [
+        ("agentPort", any, settings.agent_port),
+        ("proxyHealthPort", any, settings.proxy_health_port),
+        ("proxyMetricsPort", Ipv4Addr::LOCALHOST.into(), settings.proxy_metrics_port),
+    ];
     for (key, address, port) in server.into_iter().filter(|_| settings.joined.is_none()).chain(node) {
         if let Err(error) = oarlock_listen::tcp((address, port).into()) {
             anyhow::bail!(

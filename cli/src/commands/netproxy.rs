@@ -1,6 +1,6 @@
 //! `oarlock netproxy`: the Service proxy, cluster DNS and the node's network configuration.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -48,6 +48,7 @@ pub(crate) fn proxy_config(settings: &Settings) -> Config {
             .map(|(domain, servers)| (domain.clone(), servers.iter().map(|server| (*server, 53).into()).collect()))
             .collect(),
         health_listen: SocketAddr::new(settings.any_address(), settings.proxy_health_port),
+        metrics_listen: SocketAddr::new(Ipv4Addr::LOCALHOST.into(), settings.proxy_metrics_port),
         cni_conf_dir: Some(settings.cni_conf_dir.clone()),
         cni_state_dir: settings.layout.data_dir().join("cni/networks"),
         tunnel: settings.node_tunnel,

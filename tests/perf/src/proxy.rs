@@ -15,7 +15,7 @@ use crate::list_server::ListServer;
 
 /// How long a start may take before the benchmark gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
-const HEALTH_PORT: u16 = 10_256;
+const METRICS_PORT: u16 = 10_249;
 
 pub(crate) struct Proxy {
     child: Child,
@@ -72,7 +72,7 @@ impl Proxy {
 
     /// A value that its health server tells.
     pub(crate) fn metric(&self, name: &str) -> anyhow::Result<f64> {
-        let mut stream = TcpStream::connect_timeout(&([127, 0, 0, 1], HEALTH_PORT).into(), Duration::from_secs(5))?;
+        let mut stream = TcpStream::connect_timeout(&([127, 0, 0, 1], METRICS_PORT).into(), Duration::from_secs(5))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n")?;
         let mut text = String::new();

@@ -4,7 +4,7 @@
 mod netproxy_world;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, port, read_answer};
@@ -14,6 +14,7 @@ use serde_json::json;
 
 const NODE_PORT: u16 = 30_080;
 const HEALTH: u16 = 10_256;
+const METRICS: u16 = 10_249;
 
 in_each_mode! {
     settings_change_without_a_restart
@@ -78,6 +79,15 @@ fn settings_change_without_a_restart(world: &mut World, family: Family) {
     assert!(echoes(&mut kept), "a connection from before goes on");
 }
 
+/// What is answered there; nothing where nobody is.
+fn get(address: IpAddr, port: u16, path: &str) -> Option<String> {
+    let mut stream = TcpStream::connect((address, port)).ok()?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
 fn bridged_packets_come_back_into_sight(world: &mut World, family: Family) {
     let service = web(world, family);
     let name = if family == Family::V4 { "bridge-nf-call-iptables" } else { "bridge-nf-call-ip6tables" };
@@ -94,17 +104,18 @@ fn bridged_packets_come_back_into_sight(world: &mut World, family: Family) {
 
 fn a_taken_health_port_keeps_nothing_else_away(world: &mut World, family: Family) {
     world.stop_proxy();
-    let taken = TcpListener::bind(("0.0.0.0", HEALTH)).unwrap();
+    let taken = TcpListener::bind((family.any(), HEALTH)).unwrap();
     world.start_proxy();
     let service = web(world, family);
     assert_eq!(ask_until(Some("client"), (service, 80)).0, "a");
     drop(taken);
-    let address = SocketAddr::from(([127, 0, 0, 1], HEALTH));
     wait_for("the health port", TIMEOUT, || {
-        let mut stream = TcpStream::connect(address).ok()?;
-        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").ok()?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).ok()?;
-        text.starts_with("HTTP/1.1 200").then_some(())
+        get(family.node(), HEALTH, "/healthz").filter(|text| text.starts_with("HTTP/1.1 200"))
     });
+    // What is not for everybody is told on loopback alone.
+    assert!(get(family.node(), HEALTH, "/metrics").unwrap().starts_with("HTTP/1.1 404"));
+    assert!(get(family.node(), METRICS, "/metrics").is_none(), "metrics are told to everybody");
+    let loopback = Ipv4Addr::LOCALHOST.into();
+    assert!(get(loopback, METRICS, "/metrics").unwrap().contains("kubeproxy_sync_proxy_rules_duration_seconds"));
+    assert!(get(loopback, METRICS, "/proxyMode").unwrap().ends_with("\r\n\r\nnftables"));
 }

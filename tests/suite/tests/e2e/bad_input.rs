@@ -22,7 +22,8 @@ pub(crate) const LONE_CASES: &[LoneCase] = &[("a_port_in_use_is_named", ports_in
 
 /// Whichever port is taken, `up` says which one, how to find who has it and how to choose another, and leaves nothing.
 fn ports_in_use() {
-    for (port, key) in [(6443, "apiPort"), (10250, "agentPort"), (10256, "proxyHealthPort")] {
+    let ports = [(6443, "apiPort"), (10250, "agentPort"), (10256, "proxyHealthPort"), (10249, "proxyMetricsPort")];
+    for (port, key) in ports {
         let held = TcpListener::bind(("0.0.0.0", port)).expect("bind");
         let directory = tempfile::tempdir().expect("tempdir");
         let data_dir = directory.path().join("data");

@@ -97,7 +97,7 @@ fn balancer(cluster: &Cluster) {
         text(&fetch(&format!("http://{address}/")).stdout).contains("Oarlock rows").then_some(())
     });
     wait_for("the node to announce it", PATIENCE, || {
-        let metrics = text(&fetch("http://127.0.0.1:10256/metrics").stdout);
+        let metrics = text(&fetch("http://127.0.0.1:10249/metrics").stdout);
         metrics.contains("oarlock_netproxy_announced_addresses 1").then_some(())
     });
     let lease = cluster.kubectl("get leases -n kube-system -o jsonpath={.items[*].metadata.name}");

@@ -1,11 +1,37 @@
 //! The configuration file changes while the cluster runs.
 
-use oarlock_testkit::wait_for;
+use oarlock_testkit::{NODE_ADDRESS, wait_for};
 
 use super::Case;
-use super::cluster::{Cluster, PATIENCE};
+use super::cluster::{Cluster, PATIENCE, text};
+use super::kubectl::pod;
 
-pub(crate) const CASES: &[Case] = &[("the_configuration_changes_while_the_cluster_runs", changes)];
+pub(crate) const CASES: &[Case] = &[
+    ("the_configuration_changes_while_the_cluster_runs", changes),
+    ("a_flush_of_all_rules_takes_nothing_away_for_long", flush),
+];
+
+/// As when Debian's nftables.service is restarted. Nobody calls CNI plugins for pods that run.
+fn flush(cluster: &Cluster) {
+    let ports = "ports: [{containerPort: 8080, hostPort: 8088}], command";
+    cluster.apply(&pod("moored", &["/bin/http", "8080"]).replace("command", ports));
+    cluster.kubectl("wait --for=condition=Ready pod/moored --timeout=60s");
+    let answers = || {
+        let url = format!("http://{NODE_ADDRESS}:8088/hostname");
+        let page = std::process::Command::new("curl").args(["-sS", "-m", "3", &url]).output().expect("curl");
+        (text(&page.stdout).trim() == "moored").then_some(())
+    };
+    wait_for("the host port", PATIENCE, answers);
+    let nft = |arguments: &[&str]| std::process::Command::new("nft").args(arguments).output().expect("nft");
+    let masquerading = || text(&nft(&["list", "table", "ip", "oarlock-cni"]).stdout);
+    let before = masquerading();
+    assert!(before.contains("masquerade"), "{before}");
+    assert!(nft(&["flush", "ruleset"]).status.success());
+    assert_eq!(masquerading(), "");
+    wait_for("the host port again", PATIENCE, answers);
+    wait_for("all rules of the plugins", PATIENCE, || (masquerading() == before).then_some(()));
+    cluster.kubectl("delete pod moored --timeout=60s");
+}
 
 fn changes(cluster: &Cluster) {
     const ADDRESS: &str = "get service -n demo live -o jsonpath={.status.loadBalancer.ingress[*].ip}";

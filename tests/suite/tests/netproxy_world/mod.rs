@@ -182,7 +182,7 @@ impl World {
             node_name: NODE.to_owned(),
             networks: self.families.iter().map(|family| family.network()).collect(),
             external_ips_allowed: vec!["198.51.100.0/24".parse().unwrap(), "fd99::/64".parse().unwrap()],
-            health_listen: ([0, 0, 0, 0], 10_256).into(),
+            health_listen: (self.families[self.families.len() - 1].any(), 10_256).into(),
             cni_conf_dir: Some(self.directory.path().join("net.d")),
             sysctl_record: Some(self.directory.path().join("sysctls")),
             cni_state_dir: self.directory.path().join("ipam"),
