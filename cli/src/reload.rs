@@ -150,8 +150,7 @@ mod tests {
         let directory = tempfile::tempdir().expect("tempdir");
         let (file, data) = (directory.path().join("config.yaml"), directory.path().join("data"));
         fs::create_dir(&data).expect("directory");
-        let flags =
-            ConfigFlags { config: Some(file.clone()), data_dir: Some(data.clone()), ..ConfigFlags::default() };
+        let flags = ConfigFlags { config: Some(file.clone()), data_dir: Some(data.clone()), ..ConfigFlags::default() };
         fs::write(&file, "maxPods: 7\n").expect("write");
         let settings = Settings::load(&flags).expect("valid");
         let shutdown = CancellationToken::new();

@@ -69,7 +69,9 @@ pub(crate) async fn follow(client: kube::Client, layout: Layout, flags: ConfigFl
         match tokio::task::spawn_blocking(move || keep(&text, &layout, &flags)).await {
             Ok(Ok(true)) => tracing::info!("the cluster's settings changed"),
             Ok(Ok(false)) | Err(_) => {}
-            Ok(Err(error)) => tracing::error!(problem = format!("{error:#}"), "the cluster's changed settings are not used"),
+            Ok(Err(error)) => {
+                tracing::error!(problem = format!("{error:#}"), "the cluster's changed settings are not used")
+            }
         }
     }
 }
@@ -101,7 +103,10 @@ pub(crate) async fn tell_nodes(client: kube::Client, mut settings: watch::Receiv
             match written.await {
                 Ok(()) => break,
                 Err(error) => {
-                    tracing::warn!(problem = format!("{error:#}"), "nodes cannot be told of changed settings; trying again");
+                    tracing::warn!(
+                        problem = format!("{error:#}"),
+                        "nodes cannot be told of changed settings; trying again"
+                    );
                 }
             }
             tokio::time::sleep(pause).await;

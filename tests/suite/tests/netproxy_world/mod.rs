@@ -188,15 +188,29 @@ impl World {
 
     /// As [`World::start_proxy`], with another configuration.
     pub fn start_proxy_with(&mut self, config: Config) {
+        let mut ready = self.launch_proxy(config);
+        let waiting = async { tokio::time::timeout(TIMEOUT, ready.wait_for(|ready| *ready)).await.map(drop) };
+        self.runtime.block_on(waiting).expect("the proxy writes its rules");
+    }
+
+    /// Starts the proxy and does not wait; what it returns becomes true with its rules.
+    pub fn launch_proxy(&mut self, config: Config) -> tokio::sync::watch::Receiver<bool> {
         let entered = self.runtime.enter();
         let proxy = Netproxy::new(config, self.api.client());
         drop(entered);
-        let mut ready = proxy.ready();
+        let ready = proxy.ready();
         let shutdown = CancellationToken::new();
         let handle = self.runtime.spawn(proxy.run(shutdown.clone()));
-        let waiting = async { tokio::time::timeout(TIMEOUT, ready.wait_for(|ready| *ready)).await.map(drop) };
-        self.runtime.block_on(waiting).expect("the proxy writes its rules");
         self.running = Some((shutdown, handle));
+        ready
+    }
+
+    /// Ends the proxy where it stands: it does nothing any more.
+    pub fn kill_proxy(&mut self) {
+        let (_, handle) = self.running.take().expect("the proxy runs");
+        handle.abort();
+        let ended = self.runtime.block_on(handle);
+        assert!(ended.is_err_and(|error| error.is_cancelled()));
     }
 
     pub fn stop_proxy(&mut self) {
