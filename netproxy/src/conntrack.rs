@@ -45,8 +45,10 @@ pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired) 
     // An answer of this node's DNS that was under way as its flow was forgotten begins a new one, in which the client's next
     // question is the answer: such a flow keeps the client from the DNS that took over.
     let source = flow.original.source;
-    if scope.dns_address == Some(source.ip()) {
-        return is_frontend(ElementKey::by_address(Map::Services, source.ip(), protocol, source.port()));
+    if scope.dns_address == Some(source.ip())
+        && is_frontend(ElementKey::by_address(Map::Services, source.ip(), protocol, source.port()))
+    {
+        return true;
     }
     if is_frontend(by_address(Map::Services)) {
         return !leads(by_address(Map::Services)) && !leads(by_address(Map::LocalServices));

@@ -246,13 +246,14 @@ mod tests {
             {"addresses": [{"ip": "192.0.2.1", "hostname": "a", "nodeName": "n"}], "ports": [dns]},
         ]));
         let slices = carried_out(&all);
-        let shown: BTreeSet<(String, Vec<i32>, Vec<(String, bool)>)> = slices
+        let shown: BTreeSet<_> = slices
             .iter()
             .map(|slice| {
-                let ports = slice.ports.iter().flatten().filter_map(|port| port.port).collect();
+                let ports: Vec<i32> = slice.ports.iter().flatten().filter_map(|port| port.port).collect();
                 let list = slice.endpoints.iter().flatten();
                 let ready = |one: &Endpoint| one.conditions.as_ref().unwrap().ready.unwrap();
-                (slice.address_type.clone(), ports, list.map(|one| (one.addresses[0].clone(), ready(one))).collect())
+                let list: Vec<_> = list.map(|one| (one.addresses[0].clone(), ready(one))).collect();
+                (slice.address_type.clone(), ports, list)
             })
             .collect();
         let one = |family: &str, ports: &[i32], address: &str, ready| {

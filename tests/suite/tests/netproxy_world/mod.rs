@@ -211,6 +211,15 @@ impl World {
         handle.abort();
         let ended = self.runtime.block_on(handle);
         assert!(ended.is_err_and(|error| error.is_cancelled()));
+        // The end of a process closes all it has before another can be started; that of a task takes a moment.
+        for family in self.families {
+            let address = (family.service(10), 53);
+            wait_for("the sockets to be closed", TIMEOUT, || {
+                let all =
+                    (UdpSocket::bind(address), TcpListener::bind(address), TcpListener::bind(("0.0.0.0", 10_256)));
+                (all.0.is_ok() && all.1.is_ok() && all.2.is_ok()).then_some(())
+            });
+        }
     }
 
     pub fn stop_proxy(&mut self) {
