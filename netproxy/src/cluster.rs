@@ -19,6 +19,7 @@ pub struct Cluster {
     /// Services with this address: as their own, or of an endpoint of a headless one.
     by_address: HashMap<IpAddr, Vec<ServiceName>>,
     namespaces: HashMap<Arc<str>, usize>,
+    is_listed: bool,
 }
 
 impl Cluster {
@@ -90,6 +91,15 @@ impl Cluster {
             self.index(&owner);
             changed.insert(owner);
         }
+    }
+
+    /// All Services and slices that exist have been taken in: what is not here is nowhere.
+    pub fn set_listed(&mut self) {
+        self.is_listed = true;
+    }
+
+    pub fn is_listed(&self) -> bool {
+        self.is_listed
     }
 
     pub fn service(&self, name: &ServiceName) -> Option<&Service> {

@@ -44,6 +44,14 @@ pub fn is_stale(flow: &Flow, ledger: &Ledger, scope: &Scope, retired: &Retired, 
     if scope.dns_address == Some(wanted.ip()) && actual == wanted && !is_frontend(by_address(Map::Services)) {
         return false;
     }
+    // An answer of this node's DNS that was under way as its flow was forgotten begins a new one, in which the client's next
+    // question is the answer: such a flow keeps the client from the DNS that took over.
+    let source = flow.original.source;
+    if scope.dns_address == Some(source.ip())
+        && is_frontend(ElementKey::by_address(Map::Services, source.ip(), protocol, source.port()))
+    {
+        return true;
+    }
     if is_frontend(by_address(Map::Services)) {
         return !leads(by_address(Map::Services)) && !leads(by_address(Map::LocalServices));
     }

@@ -229,6 +229,9 @@ impl Hub {
                 }
                 Event::Listed(kind) => {
                     self.listed.insert(kind);
+                    if [Kind::Services, Kind::Slices].iter().all(|kind| self.listed.contains(kind)) {
+                        cluster.set_listed();
+                    }
                     nodes_changed |= kind == Kind::Nodes;
                 }
             }

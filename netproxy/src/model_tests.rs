@@ -355,6 +355,33 @@ fn udp_flows_to_endpoints_and_services_that_are_gone_are_stale() {
 }
 
 #[test]
+fn what_this_nodes_dns_began_keeps_nobody_from_the_one_that_took_over() {
+    use oarlock_netlink::conntrack::{Flow, Tuple};
+    let mut dns = service(1);
+    dns.shape = Shape::Virtual(Box::new([DNS.into()]));
+    dns.ports[0] = Port { name: "dns".into(), protocol: Protocol::UDP, number: 53, node_port: None };
+    let scope = conntrack::Scope {
+        service_cidr: settings().service_cidr,
+        cluster_cidr: settings().cluster_cidr,
+        dns_address: Some(DNS.into()),
+        node_ports: (30_000, 32_767),
+        external: Vec::new(),
+    };
+    let mut ledger = Ledger::default();
+    let tuple = |source: &str, destination: &str| Tuple {
+        protocol: Protocol::UDP.0,
+        source: source.parse().unwrap(),
+        destination: destination.parse().unwrap(),
+    };
+    let (server, client) = ("10.43.0.10:53", "10.42.0.99:1000");
+    let flow = Flow { original: tuple(server, client), reply: tuple(client, server) };
+    assert!(!conntrack::is_stale(&flow, &ledger, &scope, &[].into()), "this node answers");
+    let slice = slice(&dns, &[([10, 42, 0, 2], true, State::Ready)]);
+    ledger.set(&dns.name, &plan::service(&dns, &[&slice], &context()), &mut Delta::default());
+    assert!(conntrack::is_stale(&flow, &ledger, &scope, &[].into()));
+}
+
+#[test]
 fn the_fixed_rules_are_what_they_were() {
     let mut text = rules::foundation(&settings()).to_string();
     let balance = |scope, affinity| element::Dynamic::Balance(element::Balancer { scope, endpoints: 3, affinity });

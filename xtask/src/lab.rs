@@ -74,6 +74,7 @@ const NETWORK_TESTS: &[&str] = &[
     "cni_chained",
     "cni_options",
     "cluster_dns",
+    "cluster_dns_upstream",
     "netpolicy",
     "netproxy",
     "netproxy_random",

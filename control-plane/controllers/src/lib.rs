@@ -95,6 +95,7 @@ impl Controllers {
         start("deployment", deployment::start(&shared, &stop));
         start("replicaset", replicaset::start(&shared, &stop));
         start("endpointslice", endpoints::start(&shared, &stop));
+        start("endpointslicemirroring", endpoints::mirror::start(&shared, &stop));
         let (pools, class) = (self.config.balancer_pools, self.config.balancer_class);
         start("service-load-balancer", balancer::start(&shared, &stop, pools, class));
         start("namespace", namespace::start(&shared, &stop));

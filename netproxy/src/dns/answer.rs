@@ -1,17 +1,22 @@
 //! What the cluster's own names mean, after the Kubernetes DNS specification 1.1.0. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, NS, PTR, SOA, SRV, TXT};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 use ipnet::IpNet;
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use rand::seq::SliceRandom;
 
 use crate::cluster::Cluster;
 use crate::service::{Endpoint, Protocol, Service, ServiceName, Shape, Slice};
 
 const TTL_SECONDS: u32 = 5;
 const SCHEMA_VERSION: &str = "1.1.0";
+/// What answers give for all targets alike: there is no preference among endpoints.
+const SRV_WEIGHT: u16 = 100;
 
 /// The part of the name space that this node answers for.
 #[derive(Debug, Clone)]
@@ -22,11 +27,34 @@ pub struct Zone {
     pub dns_addresses: Vec<IpAddr>,
 }
 
+/// A question about a name.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    pub name: &'a Name,
+    pub kind: RecordType,
+    /// Seconds since 1970, for the SOA's serial.
+    pub now_seconds: u32,
+    /// More records than these have no room in the message.
+    pub most: usize,
+    /// Decides the order of addresses, so that not all askers go to the first.
+    pub seed: u64,
+}
+
+/// Records, and what they are good for.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Records {
+    /// At least one.
+    pub answers: Vec<Record>,
+    /// The addresses that go with service records, so that the asker need not ask again.
+    pub additional: Vec<Record>,
+    /// There are more than were asked for at most.
+    pub is_cut: bool,
+}
+
 /// What a question about the cluster's own names gets.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Answer {
-    /// Records, at least one.
-    Records(Vec<Record>),
+    Records(Records),
     /// The name exists and has nothing of that type; the record is the zone's SOA.
     NoData(Record),
     /// The name does not exist.
@@ -35,14 +63,24 @@ pub enum Answer {
     Alias(Record, Name),
     /// Not one of the cluster's names.
     NotOurs,
+    /// One of the cluster's names, of which nothing was heard yet: not all Services and endpoints have been listed.
+    Unknown,
 }
 
-/// What exists under a name, before the type of the question is looked at.
+/// What exists under a name, of the type that is asked for.
 #[derive(Default)]
 struct Found {
     exists: bool,
-    records: Vec<RData>,
-    additional: Vec<(Name, IpAddr)>,
+    addresses: Vec<IpAddr>,
+    others: Vec<RData>,
+    /// Ports and addresses by the label of an endpoint, or none for the Service itself.
+    targets: Targets,
+}
+
+#[derive(Default)]
+struct Targets {
+    of: Name,
+    by_label: BTreeMap<Option<String>, (BTreeSet<u16>, BTreeSet<IpAddr>)>,
 }
 
 impl Found {
@@ -54,18 +92,70 @@ impl Found {
         Found { exists: true, ..Found::default() }
     }
 
-    fn of(records: Vec<RData>) -> Found {
-        Found { exists: true, records, additional: Vec::new() }
+    fn of(others: Vec<RData>) -> Found {
+        Found { exists: !others.is_empty(), others, ..Found::default() }
     }
 
     fn addresses(addresses: impl IntoIterator<Item = IpAddr>) -> Found {
-        let unique: BTreeSet<IpAddr> = addresses.into_iter().collect();
-        Found {
-            exists: !unique.is_empty(),
-            records: unique.into_iter().map(address_record).collect(),
-            additional: vec![],
+        let mut addresses: Vec<IpAddr> = addresses.into_iter().collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        Found { exists: !addresses.is_empty(), addresses, ..Found::default() }
+    }
+
+    /// The records of the type that is asked for, as many as there is room for.
+    fn records(mut self, asked: &Asked<'_>) -> Records {
+        let wanted = |kind: RecordType| asked.kind == RecordType::ANY || asked.kind == kind;
+        self.addresses.retain(|address| wanted(address_type(*address)));
+        self.others.retain(|data| wanted(data.record_type()));
+        let mut targets = 0;
+        if wanted(RecordType::SRV) {
+            targets = self.targets.by_label.values().map(|(ports, _)| ports.len()).sum();
+        }
+        let is_cut = self.addresses.len() + self.others.len() + targets > asked.most;
+        let (addresses, _) = self.addresses.partial_shuffle(&mut SmallRng::seed_from_u64(asked.seed), asked.most);
+        let addresses = addresses.iter().map(|address| address_record(*address));
+        let record = |data| Record::from_rdata(asked.name.clone(), TTL_SECONDS, data);
+        let mut answers: Vec<Record> = addresses.chain(self.others).take(asked.most).map(record).collect();
+        let mut additional = Vec::new();
+        if targets > 0 {
+            let room = asked.most - answers.len();
+            answers.extend(self.targets.records(asked.name, room));
+            // What has no room in the message is looked up by itself.
+            if !is_cut {
+                additional = self.targets.additional();
+            }
+        }
+        Records { answers, additional, is_cut }
+    }
+}
+
+impl Targets {
+    fn name(&self, label: Option<&String>) -> Option<Name> {
+        match label {
+            Some(label) => self.of.prepend_label(label.as_str()).ok(),
+            None => Some(self.of.clone()),
         }
     }
+
+    fn records(&self, owner: &Name, most: usize) -> Vec<Record> {
+        let all = self.by_label.iter().filter_map(|(label, (ports, _))| Some((self.name(label.as_ref())?, ports)));
+        let all = all.flat_map(|(target, ports)| ports.iter().map(move |port| (*port, target.clone())));
+        let record = |(port, target)| {
+            Record::from_rdata(owner.clone(), TTL_SECONDS, RData::SRV(SRV::new(0, SRV_WEIGHT, port, target)))
+        };
+        all.take(most).map(record).collect()
+    }
+
+    fn additional(&self) -> Vec<Record> {
+        let all = self.by_label.iter().filter_map(|(label, (_, all))| Some((self.name(label.as_ref())?, all)));
+        let record = |(name, address): (Name, IpAddr)| Record::from_rdata(name, TTL_SECONDS, address_record(address));
+        all.flat_map(|(name, all)| all.iter().map(move |address| (name.clone(), *address))).map(record).collect()
+    }
+}
+
+fn address_type(address: IpAddr) -> RecordType {
+    if address.is_ipv4() { RecordType::A } else { RecordType::AAAA }
 }
 
 fn address_record(address: IpAddr) -> RData {
@@ -76,49 +166,47 @@ fn address_record(address: IpAddr) -> RData {
 }
 
 impl Zone {
-    /// Answers a question, given the time as seconds since 1970 for the SOA's serial.
-    pub fn answer(&self, cluster: &Cluster, name: &Name, kind: RecordType, now_seconds: u32) -> Answer {
-        let soa_owner;
-        let found = if self.domain.zone_of(name) {
-            soa_owner = self.domain.clone();
-            let Some(labels) = self.labels(name) else { return Answer::NoName(self.soa(&soa_owner, now_seconds)) };
+    /// Answers a question.
+    pub fn answer(&self, cluster: &Cluster, asked: &Asked<'_>) -> Answer {
+        let is_ours = self.domain.zone_of(asked.name);
+        let soa = || {
+            let owner = if is_ours { self.domain.clone() } else { asked.name.base_name() };
+            self.soa(&owner, asked.now_seconds)
+        };
+        let (found, is_certain) = if is_ours {
+            let Some(labels) = self.labels(asked.name) else { return Answer::NoName(soa()) };
             let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
             if let Some(target) = self.alias(cluster, &labels) {
-                let record = Record::from_rdata(name.clone(), TTL_SECONDS, RData::CNAME(CNAME(target.clone())));
-                return Answer::Alias(record, target);
+                let record = RData::CNAME(CNAME(target.clone()));
+                return Answer::Alias(Record::from_rdata(asked.name.clone(), TTL_SECONDS, record), target);
             }
-            self.find(cluster, &labels, now_seconds)
+            (self.find(cluster, &labels, asked), is_certain(cluster, &labels))
         } else {
-            match reverse_address(name) {
-                Some(address)
-                    if self.service_cidrs.iter().chain(&self.cluster_cidrs).any(|net| net.contains(&address)) =>
-                {
-                    soa_owner = name.base_name();
-                    self.reverse(cluster, address)
-                }
-                _ => return Answer::NotOurs,
+            let Some(address) = reverse_address(asked.name) else { return Answer::NotOurs };
+            let found = self.reverse(cluster, address);
+            // Endpoints may be anywhere; of the other addresses there, those know who gave them out.
+            if !found.exists && !self.is_own(address) {
+                return Answer::NotOurs;
             }
+            let is_certain = cluster.is_listed() || found.exists;
+            (found, is_certain)
         };
-        if !found.exists {
-            return Answer::NoName(self.soa(&soa_owner, now_seconds));
+        if !is_certain {
+            return Answer::Unknown;
         }
-        let wanted = |data: &RData| kind == RecordType::ANY || data.record_type() == kind;
-        let records: Vec<Record> = found
-            .records
-            .into_iter()
-            .filter(wanted)
-            .map(|data| Record::from_rdata(name.clone(), TTL_SECONDS, data))
-            .collect();
-        if records.is_empty() { Answer::NoData(self.soa(&soa_owner, now_seconds)) } else { Answer::Records(records) }
+        if !found.exists {
+            return Answer::NoName(soa());
+        }
+        let records = found.records(asked);
+        if records.answers.is_empty() && !records.is_cut {
+            return Answer::NoData(soa());
+        }
+        Answer::Records(records)
     }
 
-    /// The addresses that go with a service record's answer, so that the asker need not ask again.
-    pub fn additional(&self, cluster: &Cluster, name: &Name, now_seconds: u32) -> Vec<Record> {
-        let labels = self.labels(name).unwrap_or_default();
-        let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
-        let additional = self.find(cluster, &labels, now_seconds).additional;
-        let record = |(name, address): (Name, IpAddr)| Record::from_rdata(name, TTL_SECONDS, address_record(address));
-        additional.into_iter().map(record).collect()
+    /// Whether nobody else gives out an address.
+    fn is_own(&self, address: IpAddr) -> bool {
+        self.service_cidrs.iter().chain(&self.cluster_cidrs).any(|net| net.contains(&address))
     }
 
     fn soa(&self, owner: &Name, now_seconds: u32) -> Record {
@@ -151,23 +239,24 @@ impl Zone {
         }
     }
 
-    fn find(&self, cluster: &Cluster, labels: &[&str], now_seconds: u32) -> Found {
+    fn find(&self, cluster: &Cluster, labels: &[&str], asked: &Asked<'_>) -> Found {
         match labels {
             [] => {
-                let soa = self.soa(&self.domain, now_seconds).data;
+                let soa = self.soa(&self.domain, asked.now_seconds).data;
                 Found::of(vec![soa, RData::NS(NS(self.child("ns.dns")))])
             }
             ["dns-version"] => Found::of(vec![RData::TXT(TXT::new(vec![SCHEMA_VERSION.to_owned()]))]),
             ["dns"] | ["svc"] | ["pod"] => Found::empty(),
             ["ns", "dns"] => Found::addresses(self.dns_addresses.iter().copied()),
-            [namespace, "svc" | "pod"] => {
+            [namespace, "svc"] => {
                 if cluster.has_namespace(namespace) {
                     Found::empty()
                 } else {
                     Found::nothing()
                 }
             }
-            [address, namespace, "pod"] => self.pod(cluster, address, namespace),
+            [_, "pod"] => Found::empty(),
+            [address, _, "pod"] => pod(address),
             [.., namespace, "svc"] => {
                 let (below, service) = match &labels[..labels.len() - 2] {
                     [below @ .., service] => (below, service),
@@ -175,7 +264,7 @@ impl Zone {
                 };
                 let name = ServiceName::new(namespace, service);
                 match cluster.service(&name) {
-                    Some(service) => self.below_service(cluster, service, below),
+                    Some(service) => self.below_service(cluster, service, below, asked.kind),
                     None => Found::nothing(),
                 }
             }
@@ -183,34 +272,17 @@ impl Zone {
         }
     }
 
-    /// `a-b-c-d.<namespace>.pod`: the address itself, as long as pods can have it.
-    fn pod(&self, cluster: &Cluster, label: &str, namespace: &str) -> Found {
-        let v4 = label.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::V4);
-        let v6 = || label.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::V6);
-        match v4.or_else(|_| v6()) {
-            Ok(address)
-                if self.cluster_cidrs.iter().any(|net| net.contains(&address)) && cluster.has_namespace(namespace) =>
-            {
-                Found::addresses([address])
-            }
-            _ => Found::nothing(),
-        }
-    }
-
-    fn below_service(&self, cluster: &Cluster, service: &Service, below: &[&str]) -> Found {
+    fn below_service(&self, cluster: &Cluster, service: &Service, below: &[&str], kind: RecordType) -> Found {
         let slices: Vec<&Slice> = cluster.slices(&service.name).collect();
         match below {
             [] => {
-                let addresses = match &service.shape {
-                    Shape::Virtual(addresses) => addresses.to_vec(),
-                    _ => published(service, &slices).map(|endpoint| endpoint.address).collect(),
+                let mut found = match &service.shape {
+                    Shape::Virtual(addresses) => Found::addresses(addresses.iter().copied()),
+                    _ => Found::addresses(published(service, &slices).map(|endpoint| endpoint.address)),
                 };
-                let mut found = Found::addresses(addresses);
                 // A headless Service without endpoints has no records, and its name does not exist.
                 if found.exists {
-                    let all = self.service_records(service, &slices, |_, _| true);
-                    found.records.extend(all.records);
-                    found.additional = all.additional;
+                    found.targets = self.service_records(service, &slices, kind, |_, _| true).targets;
                 }
                 found
             }
@@ -224,51 +296,54 @@ impl Zone {
                     return Found::nothing();
                 };
                 let is_wanted = |name: &str, of: Protocol| !name.is_empty() && name == port && of.label() == protocol;
-                self.service_records(service, &slices, is_wanted)
+                self.service_records(service, &slices, kind, is_wanted)
             }
             [hostname] if service.shape == Shape::Headless => {
-                let named = published(service, &slices).filter(|endpoint| endpoint_label(endpoint) == *hostname);
-                Found::addresses(named.map(|endpoint| endpoint.address))
+                let address = label_address(hostname);
+                let is_named = |endpoint: &&Endpoint| match endpoint.hostname.as_deref() {
+                    Some(own) if !own.is_empty() => own.eq_ignore_ascii_case(hostname),
+                    _ => Some(endpoint.address) == address,
+                };
+                Found::addresses(published(service, &slices).filter(is_named).map(|endpoint| endpoint.address))
             }
             _ => Found::nothing(),
         }
     }
 
-    /// SRV records of the ports that `is_wanted` chooses by name and protocol.
+    /// SRV records of the ports that `is_wanted` chooses by name and protocol; for another type only whether there are any.
     fn service_records(
         &self,
         service: &Service,
         slices: &[&Slice],
+        kind: RecordType,
         is_wanted: impl Fn(&str, Protocol) -> bool,
     ) -> Found {
-        const WEIGHT: u16 = 100;
-        let own = format!("{}.{}.svc", service.name.name, service.name.namespace);
+        let is_asked = matches!(kind, RecordType::SRV | RecordType::ANY);
         let mut found = Found::nothing();
-        let mut add = |port: u16, target: Name, addresses: &[IpAddr]| {
-            let record = RData::SRV(SRV::new(0, WEIGHT, port, target.clone()));
-            if !found.records.contains(&record) {
-                found.records.push(record);
-                let additional = addresses.iter().map(|address| (target.clone(), *address));
-                found.additional.extend(additional);
-            }
-        };
+        found.targets.of = self.child(&format!("{}.{}.svc", service.name.name, service.name.namespace));
         if let Shape::Virtual(addresses) = &service.shape {
             for port in service.ports.iter().filter(|port| is_wanted(&port.name, port.protocol)) {
-                add(port.number, self.child(&own), addresses);
+                let (ports, all) = found.targets.by_label.entry(None).or_default();
+                ports.insert(port.number);
+                all.extend(addresses);
             }
-        } else {
-            for slice in slices {
-                for port in &slice.ports {
-                    if is_wanted(&port.name, port.protocol) {
-                        for endpoint in slice.endpoints.iter().filter(|endpoint| is_published(service, endpoint)) {
-                            let target = self.child(&format!("{}.{own}", endpoint_label(endpoint)));
-                            add(port.number, target, &[endpoint.address]);
-                        }
+            found.exists = !found.targets.by_label.is_empty();
+            return found;
+        }
+        for slice in slices {
+            for port in slice.ports.iter().filter(|port| is_wanted(&port.name, port.protocol)) {
+                for endpoint in slice.endpoints.iter().filter(|endpoint| is_published(service, endpoint)) {
+                    found.exists = true;
+                    if !is_asked {
+                        return found;
                     }
+                    let label = Some(endpoint_label(endpoint));
+                    let (ports, all) = found.targets.by_label.entry(label).or_default();
+                    ports.insert(port.number);
+                    all.insert(endpoint.address);
                 }
             }
         }
-        found.exists = !found.records.is_empty();
         found
     }
 
@@ -286,9 +361,34 @@ impl Zone {
                 targets.extend(here.map(|endpoint| format!("{}.{own}", endpoint_label(endpoint))));
             }
         }
-        let records: Vec<RData> = targets.iter().map(|target| RData::PTR(PTR(self.child(target)))).collect();
-        Found { exists: !records.is_empty(), records, additional: Vec::new() }
+        Found::of(targets.iter().map(|target| RData::PTR(PTR(self.child(target)))).collect())
     }
+}
+
+/// Whether what was heard so far is enough to say what is at a name, and above all that nothing is.
+fn is_certain(cluster: &Cluster, labels: &[&str]) -> bool {
+    if cluster.is_listed() {
+        return true;
+    }
+    match labels {
+        [.., service, namespace, "svc"] => {
+            let service = cluster.service(&ServiceName::new(namespace, service));
+            service.is_some_and(|service| service.shape != Shape::Headless)
+        }
+        [_, "svc"] => false,
+        _ => true,
+    }
+}
+
+/// `a-b-c-d.<namespace>.pod`: the address itself, whether or not somebody has it, as CoreDNS answers with `pods insecure`.
+fn pod(label: &str) -> Found {
+    label_address(label).map_or_else(Found::nothing, |address| Found::addresses([address]))
+}
+
+/// The address that is written with dashes.
+fn label_address(label: &str) -> Option<IpAddr> {
+    let v4 = label.replace('-', ".").parse::<Ipv4Addr>().map(IpAddr::V4);
+    v4.or_else(|_| label.replace('-', ":").parse::<Ipv6Addr>().map(IpAddr::V6)).ok()
 }
 
 fn is_published(service: &Service, endpoint: &Endpoint) -> bool {
@@ -314,164 +414,4 @@ fn reverse_address(name: &Name) -> Option<IpAddr> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::collections::HashSet;
-
-    fn zone() -> Zone {
-        Zone {
-            domain: Name::from_ascii("cluster.local.").unwrap(),
-            cluster_cidrs: vec!["10.42.0.0/16".parse().unwrap(), "fd42::/48".parse().unwrap()],
-            service_cidrs: vec!["10.43.0.0/16".parse().unwrap(), "fd43::/112".parse().unwrap()],
-            dns_addresses: vec!["10.43.0.10".parse().unwrap(), "fd43::a".parse().unwrap()],
-        }
-    }
-
-    fn service(name: &str, shape: Shape) -> Service {
-        Service {
-            name: ServiceName::new("default", name),
-            shape,
-            ports: Box::new([crate::service::Port {
-                name: "http".into(),
-                protocol: Protocol::TCP,
-                number: 80,
-                node_port: None,
-            }]),
-            affinity_seconds: None,
-            internal_local: false,
-            external_local: false,
-            ingress: Box::default(),
-            external_ips: Box::default(),
-            source_ranges: Box::default(),
-            health_check_port: None,
-            publish_not_ready: false,
-            other_proxy: false,
-            balancer_class: None,
-        }
-    }
-
-    fn endpoint(address: &str, hostname: Option<&str>, ready: bool) -> Endpoint {
-        Endpoint {
-            address: address.parse().unwrap(),
-            ready,
-            serving: ready,
-            terminating: false,
-            local: true,
-            node: None,
-            hostname: hostname.map(Into::into),
-            hints: None,
-        }
-    }
-
-    fn cluster() -> Cluster {
-        let mut cluster = Cluster::default();
-        let addresses = Box::new(["10.43.0.5".parse().unwrap(), "fd43::5".parse().unwrap()]);
-        let all = [
-            service("web", Shape::Virtual(addresses)),
-            service("db", Shape::Headless),
-            service("empty", Shape::Headless),
-            service("elsewhere", Shape::External("example.org".into())),
-        ];
-        for one in all {
-            cluster.set_service(&one.name.clone(), Some(one));
-        }
-        let slice = Slice {
-            service: ServiceName::new("default", "db"),
-            name: "db-1".into(),
-            ports: Box::new([crate::service::SlicePort { name: "http".into(), protocol: Protocol::TCP, number: 8080 }]),
-            endpoints: Box::new([
-                endpoint("10.42.0.2", Some("db-0"), true),
-                endpoint("10.42.0.3", None, true),
-                endpoint("10.42.0.4", Some("db-2"), false),
-            ]),
-        };
-        cluster.set_slice(&("default".into(), "db-1".into()), Some(slice), &mut HashSet::new());
-        cluster
-    }
-
-    fn ask(name: &str, kind: RecordType) -> Answer {
-        zone().answer(&cluster(), &Name::from_ascii(name).unwrap(), kind, 1)
-    }
-
-    fn data(name: &str, kind: RecordType) -> Vec<String> {
-        match ask(name, kind) {
-            Answer::Records(records) => records.iter().map(|record| record.data.to_string()).collect(),
-            other => panic!("{name} {kind}: {other:?}"),
-        }
-    }
-
-    #[test]
-    fn a_service_has_its_addresses_by_family() {
-        assert_eq!(data("web.default.svc.cluster.local.", RecordType::A), ["10.43.0.5"]);
-        assert_eq!(data("WEB.Default.svc.cluster.local.", RecordType::AAAA), ["fd43::5"]);
-    }
-
-    #[test]
-    fn a_headless_service_has_its_ready_endpoints() {
-        assert_eq!(data("db.default.svc.cluster.local.", RecordType::A), ["10.42.0.2", "10.42.0.3"]);
-        assert_eq!(data("db-0.db.default.svc.cluster.local.", RecordType::A), ["10.42.0.2"]);
-        assert_eq!(data("10-42-0-3.db.default.svc.cluster.local.", RecordType::A), ["10.42.0.3"]);
-        assert!(matches!(ask("db-2.db.default.svc.cluster.local.", RecordType::A), Answer::NoName(_)));
-        assert!(matches!(ask("empty.default.svc.cluster.local.", RecordType::A), Answer::NoName(_)));
-    }
-
-    #[test]
-    fn ports_have_service_records() {
-        assert_eq!(
-            data("_http._tcp.web.default.svc.cluster.local.", RecordType::SRV),
-            ["0 100 80 web.default.svc.cluster.local."]
-        );
-        assert_eq!(
-            data("_http._tcp.db.default.svc.cluster.local.", RecordType::SRV),
-            ["0 100 8080 db-0.db.default.svc.cluster.local.", "0 100 8080 10-42-0-3.db.default.svc.cluster.local."]
-        );
-        let name = Name::from_ascii("_http._tcp.db.default.svc.cluster.local.").unwrap();
-        assert_eq!(zone().additional(&cluster(), &name, 1).len(), 2);
-        assert!(matches!(ask("_http._udp.web.default.svc.cluster.local.", RecordType::SRV), Answer::NoName(_)));
-    }
-
-    #[test]
-    fn a_name_without_the_type_is_told_from_a_name_that_does_not_exist() {
-        for name in [
-            "web.default.svc.cluster.local.",
-            "default.svc.cluster.local.",
-            "svc.cluster.local.",
-            "_tcp.web.default.svc.cluster.local.",
-        ] {
-            assert!(matches!(ask(name, RecordType::MX), Answer::NoData(_)), "{name}");
-        }
-        for name in [
-            "nope.default.svc.cluster.local.",
-            "web.other.svc.cluster.local.",
-            "other.svc.cluster.local.",
-            "x.cluster.local.",
-            "a.b.c.web.default.svc.cluster.local.",
-        ] {
-            assert!(matches!(ask(name, RecordType::A), Answer::NoName(_)), "{name}");
-        }
-        assert_eq!(ask("example.org.", RecordType::A), Answer::NotOurs);
-    }
-
-    #[test]
-    fn addresses_have_names() {
-        assert_eq!(data("5.0.43.10.in-addr.arpa.", RecordType::PTR), ["web.default.svc.cluster.local."]);
-        assert_eq!(data("2.0.42.10.in-addr.arpa.", RecordType::PTR), ["db-0.db.default.svc.cluster.local."]);
-        let in_ipv6 = "5.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.3.4.d.f.ip6.arpa.";
-        assert_eq!(data(in_ipv6, RecordType::PTR), ["web.default.svc.cluster.local."]);
-        assert!(matches!(ask("9.0.43.10.in-addr.arpa.", RecordType::PTR), Answer::NoName(_)));
-        assert_eq!(ask("1.1.168.192.in-addr.arpa.", RecordType::PTR), Answer::NotOurs);
-    }
-
-    #[test]
-    fn the_rest_of_the_specification() {
-        assert_eq!(data("dns-version.cluster.local.", RecordType::TXT), ["1.1.0"]);
-        assert_eq!(data("10-42-0-9.default.pod.cluster.local.", RecordType::A), ["10.42.0.9"]);
-        assert_eq!(data("fd42--9.default.pod.cluster.local.", RecordType::AAAA), ["fd42::9"]);
-        assert_eq!(data("ns.dns.cluster.local.", RecordType::AAAA), ["fd43::a"]);
-        assert!(matches!(ask("8-8-8-8.default.pod.cluster.local.", RecordType::A), Answer::NoName(_)));
-        assert!(
-            matches!(ask("elsewhere.default.svc.cluster.local.", RecordType::A), Answer::Alias(_, target) if target.to_ascii() == "example.org.")
-        );
-        assert!(matches!(ask("cluster.local.", RecordType::SOA), Answer::Records(_)));
-    }
-}
+mod tests;

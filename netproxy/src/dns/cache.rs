@@ -4,15 +4,15 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Message, Query, ResponseCode};
-use hickory_proto::rr::{RData, RecordType};
+use hickory_proto::rr::{RData, Record, RecordType};
 
 const MAX_ENTRIES: usize = 10_000;
 const MAX_TTL: Duration = Duration::from_secs(3600);
 /// How long after its time an answer is still given when no resolver can be asked (RFC 8767), and what time it then gets.
 const MAX_STALE: Duration = Duration::from_secs(24 * 3600);
 const STALE_TTL_SECONDS: u32 = 30;
-/// How long "no such name" is kept when the answer does not say.
-const NEGATIVE_TTL_SECONDS: u32 = 30;
+/// How long nobody is asked again after all resolvers failed, as long as there is an answer from before (RFC 8767).
+const RECHECK: Duration = Duration::from_secs(30);
 
 /// What a cached answer answers.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -33,6 +33,8 @@ struct Entry {
     answer: Message,
     since: Instant,
     until: Instant,
+    /// When resolvers were last asked in vain for a newer one.
+    failed: Option<Instant>,
 }
 
 /// The cache.
@@ -53,6 +55,19 @@ impl Cache {
         Some(answer)
     }
 
+    /// The answer as it was, where asking for a newer one has just failed.
+    pub fn stale_for_now(&self, question: &Question, now: Instant) -> Option<Message> {
+        let failed = self.entries.get(question)?.failed?;
+        if now < failed + RECHECK { self.stale(question, now) } else { None }
+    }
+
+    /// Takes note that resolvers were asked in vain.
+    pub fn note_failure(&mut self, question: &Question, now: Instant) {
+        if let Some(entry) = self.entries.get_mut(question) {
+            entry.failed = Some(now);
+        }
+    }
+
     /// The answer as it was, although its time is over: better than none.
     pub fn stale(&self, question: &Question, now: Instant) -> Option<Message> {
         let entry = self.entries.get(question).filter(|entry| now < entry.until + MAX_STALE)?;
@@ -64,7 +79,7 @@ impl Cache {
     }
 
     pub fn put(&mut self, question: Question, answer: &Message, now: Instant) {
-        let Some(seconds) = lifetime_seconds(answer).filter(|seconds| *seconds > 0) else { return };
+        let Some(seconds) = lifetime_seconds(answer, question.kind).filter(|seconds| *seconds > 0) else { return };
         // What is over goes first, and of the rest whatever comes: room is made for many at once, so that it is cheap.
         if self.entries.len() >= MAX_ENTRIES {
             self.entries.retain(|_, entry| now < entry.until);
@@ -77,12 +92,13 @@ impl Cache {
             });
         }
         let until = now + Duration::from_secs(u64::from(seconds)).min(MAX_TTL);
-        self.entries.insert(question, Entry { answer: answer.clone(), since: now, until });
+        self.entries.insert(question, Entry { answer: answer.clone(), since: now, until, failed: None });
     }
 }
 
-/// How long an answer may be kept; not at all when it is a failure or incomplete.
-fn lifetime_seconds(answer: &Message) -> Option<u32> {
+/// How long an answer may be kept; not at all when it is a failure or incomplete, or when it denies something and does not say
+/// for how long (RFC 2308, section 5).
+fn lifetime_seconds(answer: &Message, kind: RecordType) -> Option<u32> {
     if answer.metadata.truncation {
         return None;
     }
@@ -92,9 +108,14 @@ fn lifetime_seconds(answer: &Message) -> Option<u32> {
             _ => None,
         })
     };
+    let positive = answer.answers.iter().map(|record| record.ttl).min();
+    // Names that lead to others may end at one that does not exist, or has nothing of that type.
+    let has_kind = |record: &Record| kind == RecordType::ANY || record.record_type() == kind;
     match answer.metadata.response_code {
-        ResponseCode::NoError if !answer.answers.is_empty() => answer.answers.iter().map(|record| record.ttl).min(),
-        ResponseCode::NoError | ResponseCode::NXDomain => Some(negative().unwrap_or(NEGATIVE_TTL_SECONDS)),
+        ResponseCode::NoError if answer.answers.iter().any(has_kind) => positive,
+        ResponseCode::NoError | ResponseCode::NXDomain => {
+            negative().map(|seconds| positive.map_or(seconds, |positive| positive.min(seconds)))
+        }
         _ => None,
     }
 }
@@ -103,8 +124,8 @@ fn lifetime_seconds(answer: &Message) -> Option<u32> {
 mod tests {
     use super::*;
     use hickory_proto::op::OpCode;
-    use hickory_proto::rr::rdata::A;
-    use hickory_proto::rr::{Name, Record};
+    use hickory_proto::rr::Name;
+    use hickory_proto::rr::rdata::{A, CNAME, SOA};
 
     fn answer(ttl: u32) -> (Question, Message) {
         let name = Name::from_ascii("Example.org.").unwrap();
@@ -141,5 +162,44 @@ mod tests {
         message.metadata.response_code = ResponseCode::ServFail;
         cache.put(question.clone(), &message, now);
         assert!(cache.get(&question, now).is_none());
+    }
+
+    #[test]
+    fn what_is_denied_is_kept_for_as_long_as_the_zone_says_and_not_at_all_when_it_does_not() {
+        let (mut cache, now) = (Cache::default(), Instant::now());
+        let (question, answered) = answer(600);
+        let name = answered.answers[0].name.clone();
+        let soa = RData::SOA(SOA::new(name.clone(), name.clone(), 1, 2, 3, 4, 20));
+        let soa = Record::from_rdata(name.clone(), 60, soa);
+        let alias = Record::from_rdata(name.clone(), 10, RData::CNAME(CNAME(name)));
+        for code in [ResponseCode::NXDomain, ResponseCode::NoError] {
+            let mut denied = Message::response(1, OpCode::Query);
+            denied.metadata.response_code = code;
+            cache.put(question.clone(), &denied, now);
+            assert!(cache.get(&question, now).is_none(), "{code} without SOA");
+            denied.add_authority(soa.clone());
+            for (seconds, with_alias) in [(20, false), (10, true)] {
+                let mut denied = denied.clone();
+                denied.add_answers(with_alias.then(|| alias.clone()));
+                cache.put(question.clone(), &denied, now);
+                let at = |seconds| cache.get(&question, now + Duration::from_secs(seconds));
+                assert!(at(seconds - 1).is_some() && at(seconds).is_none(), "{code}, alias: {with_alias}");
+            }
+            cache = Cache::default();
+        }
+    }
+
+    #[test]
+    fn resolvers_that_failed_are_left_alone_while_there_is_an_old_answer() {
+        let (mut cache, now) = (Cache::default(), Instant::now());
+        let (question, message) = answer(10);
+        cache.put(question.clone(), &message, now);
+        let later = now + Duration::from_secs(60);
+        assert!(cache.stale_for_now(&question, later).is_none(), "nobody was asked");
+        cache.note_failure(&question, later);
+        assert!(cache.stale_for_now(&question, later + RECHECK - Duration::from_secs(1)).is_some());
+        assert!(cache.stale_for_now(&question, later + RECHECK).is_none());
+        cache.put(question.clone(), &message, later);
+        assert!(cache.stale_for_now(&question, later).is_none(), "the answer is new");
     }
 }

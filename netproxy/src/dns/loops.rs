@@ -15,7 +15,8 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::upstream::{Upstream, ask};
+use super::ask::ask;
+use super::upstream::Upstream;
 
 /// No resolver takes this for a name of its own network.
 const SUFFIX: &str = "oarlock-loop";

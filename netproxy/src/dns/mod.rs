@@ -13,10 +13,12 @@
 //! they are delivered locally, so the replacement takes over by itself.
 //!
 //! `answer` is pure: a question and the cluster's state in, records out. `server` owns sockets, `upstream` forwarding and its
-//! cache, `loops` what would never be answered.
+//! cache, `flight` equal questions, `ask` a question to one resolver, `loops` what would never be answered.
 
 mod answer;
+mod ask;
 mod cache;
+mod flight;
 mod loops;
 mod server;
 mod upstream;

@@ -1,35 +1,43 @@
 //! Names outside the cluster: asked of the resolvers in the node's resolv.conf, or for stub domains of their own.
 //!
-//! A resolver that does not answer is asked last for a while, and when none does, an answer whose time is over is given.
+//! A resolver that does not answer is asked last for a while, and the next one is asked beside it soon. When none answers in
+//! time, an answer whose time is over is given, and asking goes on for the next asker (RFC 8767).
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use hickory_proto::op::{Edns, Message, Query, ResponseCode};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::Name;
 use parking_lot::{Mutex, RwLock};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep_until, timeout_at};
 
+use super::ask::ask;
 use super::cache::{Cache, Question};
+use super::flight::{Flight, Flights, Landing, Outcome};
 use super::loops::Loops;
 
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 const MAX_SERVERS: usize = 3;
-/// Questions under way at once. It also bounds a loop until it is found.
+/// Sockets that wait for a resolver at once. It also bounds a loop until it is found.
 const MAX_PENDING: usize = 512;
+/// Askers that wait at once; those of equal questions wait for one socket.
+const MAX_WAITING: usize = 2048;
+/// How soon the next resolver is asked beside one that has not answered.
+const NEXT_SERVER_AFTER: Duration = Duration::from_millis(400);
+/// How soon an old answer is given where there is one.
+const STALE_AFTER: Duration = Duration::from_millis(1800);
 /// How long a resolver that did not answer is asked last.
 const GRUDGE: Duration = Duration::from_secs(10);
 const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 const PORT: u16 = 53;
-const UDP_PAYLOAD_BYTES: u16 = 1232;
 
 /// A question that no resolver answered.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +46,8 @@ pub enum UpstreamError {
     NoServer { path: PathBuf },
     #[error("too many questions are under way")]
     Busy,
+    #[error("no resolver has answered yet")]
+    Slow,
     #[error("the question cannot be encoded")]
     Encode(#[source] hickory_proto::ProtoError),
     #[error("resolver {server} did not answer")]
@@ -68,7 +78,9 @@ pub struct Upstream {
     silent: Mutex<HashMap<SocketAddr, Instant>>,
     pub counts: Counts,
     cache: Mutex<Cache>,
-    pending: Semaphore,
+    flights: Flights,
+    pending: Arc<Semaphore>,
+    waiting: Semaphore,
     pub loops: Loops,
 }
 
@@ -90,7 +102,9 @@ impl Upstream {
             silent: Mutex::default(),
             counts: Counts::default(),
             cache: Mutex::default(),
-            pending: Semaphore::new(MAX_PENDING),
+            flights: Flights::default(),
+            pending: Arc::new(Semaphore::new(MAX_PENDING)),
+            waiting: Semaphore::new(MAX_WAITING),
             loops: Loops::default(),
         }
     }
@@ -101,53 +115,117 @@ impl Upstream {
         let mut known = self.stubs.write();
         if *known != stubs {
             *known = stubs;
+            self.flights.abandon();
             *self.cache.lock() = Cache::default();
         }
     }
 
-    /// The answer as it was given not long ago.
+    /// The answer as it was given not long ago, or longer ago where nobody could be asked a moment ago.
     pub fn cached(&self, query: &Query, dnssec: bool) -> Option<Message> {
-        let found = self.cache.lock().get(&Question::new(query, dnssec), Instant::now())?;
-        self.counts.cached.fetch_add(1, Ordering::Relaxed);
+        let (question, now) = (Question::new(query, dnssec), Instant::now());
+        let cache = self.cache.lock();
+        if let Some(found) = cache.get(&question, now) {
+            self.counts.cached.fetch_add(1, Ordering::Relaxed);
+            return Some(found);
+        }
+        let found = cache.stale_for_now(&question, now)?;
+        self.counts.stale.fetch_add(1, Ordering::Relaxed);
         Some(found)
     }
 
-    /// Asks the resolvers one after the other. The answer's id is not the asker's.
-    pub async fn resolve(&self, query: &Query, dnssec: bool) -> Result<Message, UpstreamError> {
-        let asked = self.ask_all(query, dnssec).await;
+    /// Asks the resolvers, or waits with those who have asked the same. The answer's id is not the asker's.
+    pub async fn resolve(self: &Arc<Self>, query: &Query, dnssec: bool) -> Outcome {
         let question = Question::new(query, dnssec);
-        match asked {
-            Ok(answer) => {
-                self.cache.lock().put(question, &answer, Instant::now());
+        let stale = self.cache.lock().stale(&question, Instant::now());
+        let outcome = match (self.waiting.try_acquire(), self.join(&question, query, dnssec)) {
+            (Ok(_place), Some(mut flight)) if stale.is_some() => {
+                let deadline = flight.since + STALE_AFTER;
+                timeout_at(deadline, flight.outcome()).await.unwrap_or_else(|_| Err(Arc::new(UpstreamError::Slow)))
+            }
+            (Ok(_place), Some(mut flight)) => flight.outcome().await,
+            _ => Err(Arc::new(UpstreamError::Busy)),
+        };
+        match (outcome, stale) {
+            (Ok(answer), _) => Ok(answer),
+            (Err(_), Some(answer)) => {
+                self.counts.stale.fetch_add(1, Ordering::Relaxed);
                 Ok(answer)
             }
-            Err(error) => match self.cache.lock().stale(&question, Instant::now()) {
-                Some(answer) => {
-                    self.counts.stale.fetch_add(1, Ordering::Relaxed);
-                    Ok(answer)
-                }
-                None => {
-                    self.counts.failed.fetch_add(1, Ordering::Relaxed);
-                    Err(error)
-                }
-            },
+            (Err(error), None) => {
+                self.counts.failed.fetch_add(1, Ordering::Relaxed);
+                Err(error)
+            }
         }
     }
 
-    async fn ask_all(&self, query: &Query, dnssec: bool) -> Result<Message, UpstreamError> {
-        let _permit = self.pending.try_acquire().map_err(|_| UpstreamError::Busy)?;
+    /// The asking for a question that is under way, or a new one. None when too many are.
+    fn join(self: &Arc<Self>, question: &Question, query: &Query, dnssec: bool) -> Option<Flight> {
+        self.flights.join(question, |landing| {
+            let permit = self.pending.clone().try_acquire_owned().ok()?;
+            let (upstream, question, query) = (self.clone(), question.clone(), query.clone());
+            // It goes on when those who wait have got an old answer or went away. Its time is bounded.
+            tokio::spawn(async move {
+                let outcome = upstream.ask_all(&query, dnssec, permit).await.map_err(Arc::new);
+                upstream.land(landing, &question, outcome);
+            });
+            Some(())
+        })
+    }
+
+    fn land(&self, landing: Landing, question: &Question, outcome: Outcome) {
+        self.flights.land(landing, question, outcome, |outcome| {
+            let mut cache = self.cache.lock();
+            match outcome {
+                Ok(answer) => cache.put(question.clone(), answer, Instant::now()),
+                Err(_) => cache.note_failure(question, Instant::now()),
+            }
+        });
+    }
+
+    /// Asks one resolver after the other, the next one as soon as one fails or takes its time: the first answer counts.
+    async fn ask_all(
+        &self,
+        query: &Query,
+        dnssec: bool,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<Message, UpstreamError> {
         let mut failure = UpstreamError::NoServer { path: self.path.clone() };
-        for server in self.servers_for(query.name()) {
-            match ask(server, query, dnssec).await {
-                Ok(answer) => {
+        let mut servers = self.servers_for(query.name()).into_iter();
+        let mut permit = Some(permit);
+        let mut under_way = FuturesUnordered::new();
+        let mut asked: Vec<(SocketAddr, Instant)> = Vec::new();
+        loop {
+            // Another socket takes another permit; without one the next resolver's turn comes when this one has failed.
+            if servers.len() > 0 {
+                permit = permit.or_else(|| self.pending.clone().try_acquire_owned().ok());
+            }
+            if let Some(server) = permit.as_ref().and_then(|_| servers.next()) {
+                let permit = permit.take();
+                asked.push((server, Instant::now()));
+                under_way.push(async move {
+                    let answered = ask(server, query, dnssec).await;
+                    (server, answered, permit)
+                });
+            }
+            let next = tokio::time::Instant::now() + NEXT_SERVER_AFTER;
+            let (server, answered, freed) = tokio::select! {
+                answered = under_way.next() => match answered {
+                    Some(answered) => answered,
+                    None => return Err(failure),
+                },
+                () = sleep_until(next), if servers.len() > 0 => continue,
+            };
+            permit = permit.or(freed);
+            asked.retain(|(one, _)| *one != server);
+            match answered.map(|answer| (answer.metadata.response_code, answer)) {
+                // Another may know better.
+                Ok((code @ (ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp), _)) => {
                     self.silent.lock().remove(&server);
-                    match answer.metadata.response_code {
-                        // Another may know better.
-                        code @ (ResponseCode::ServFail | ResponseCode::Refused | ResponseCode::NotImp) => {
-                            failure = UpstreamError::Refused { server, code };
-                        }
-                        _ => return Ok(answer),
-                    }
+                    failure = UpstreamError::Refused { server, code };
+                }
+                Ok((_, answer)) => {
+                    self.note_silence(server, &asked);
+                    return Ok(answer);
                 }
                 Err(error) => {
                     self.silent.lock().insert(server, Instant::now());
@@ -155,7 +233,14 @@ impl Upstream {
                 }
             }
         }
-        Err(failure)
+    }
+
+    /// After an answer: who was asked long enough before it and has said nothing is asked last for a while.
+    fn note_silence(&self, answered: SocketAddr, asked: &[(SocketAddr, Instant)]) {
+        let mut silent = self.silent.lock();
+        silent.remove(&answered);
+        let late = asked.iter().filter(|(_, since)| since.elapsed() >= NEXT_SERVER_AFTER);
+        silent.extend(late.map(|(server, _)| (*server, Instant::now())));
     }
 
     /// The servers for a name, those last that were silent a moment ago.
@@ -211,60 +296,6 @@ fn parse(resolv_conf: &str, own: &[IpAddr]) -> Vec<SocketAddr> {
         .take(MAX_SERVERS)
         .map(|address| SocketAddr::new(address, PORT))
         .collect()
-}
-
-/// Asks one server, by TCP when the answer does not fit into a datagram.
-pub async fn ask(server: SocketAddr, query: &Query, dnssec: bool) -> Result<Message, UpstreamError> {
-    let mut question = Message::query();
-    question.metadata.recursion_desired = true;
-    question.add_query(query.clone());
-    let mut edns = Edns::new();
-    edns.set_max_payload(UDP_PAYLOAD_BYTES).set_dnssec_ok(dnssec);
-    question.set_edns(edns);
-    let bytes = question.to_vec().map_err(UpstreamError::Encode)?;
-    let failed = |source| UpstreamError::Server { server, source };
-    let expired = |_| failed(io::ErrorKind::TimedOut.into());
-    let answer = timeout(ATTEMPT_TIMEOUT, by_udp(server, &question, &bytes)).await.map_err(expired)?.map_err(failed)?;
-    if !answer.metadata.truncation {
-        return Ok(answer);
-    }
-    timeout(ATTEMPT_TIMEOUT, by_tcp(server, &question, &bytes)).await.map_err(expired)?.map_err(failed)
-}
-
-/// Whether a message answers the question that was asked: anybody can send to an open port.
-fn matches(question: &Message, answer: &Message) -> bool {
-    let same = |a: &Query, b: &Query| a.name() == b.name() && a.query_type() == b.query_type();
-    answer.metadata.id == question.metadata.id
-        && answer.queries.len() == question.queries.len()
-        && answer.queries.iter().zip(&question.queries).all(|(a, b)| same(a, b))
-}
-
-async fn by_udp(server: SocketAddr, question: &Message, bytes: &[u8]) -> io::Result<Message> {
-    let any: SocketAddr = if server.is_ipv4() { ([0; 4], 0).into() } else { ([0; 16], 0).into() };
-    // A fresh port for each question is half of what makes a forged answer improbable.
-    let socket = UdpSocket::bind(any).await?;
-    socket.connect(server).await?;
-    socket.send(bytes).await?;
-    let mut buffer = vec![0; 4096];
-    loop {
-        let length = socket.recv(&mut buffer).await?;
-        if let Ok(answer) = Message::from_vec(&buffer[..length])
-            && matches(question, &answer)
-        {
-            return Ok(answer);
-        }
-    }
-}
-
-async fn by_tcp(server: SocketAddr, question: &Message, bytes: &[u8]) -> io::Result<Message> {
-    let mut stream = TcpStream::connect(server).await?;
-    let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
-    stream.write_all(&[&length.to_be_bytes()[..], bytes].concat()).await?;
-    let length = stream.read_u16().await?;
-    let mut buffer = vec![0; usize::from(length)];
-    stream.read_exact(&mut buffer).await?;
-    let answer = Message::from_vec(&buffer).map_err(io::Error::other)?;
-    if matches(question, &answer) { Ok(answer) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
-//! `bench dns`: questions a second and how long one takes, for names of the cluster and for outside names from the cache, and
-//! how soon a name is right after its endpoint changed.
+//! `bench dns`: questions a second and how long one takes, for names of the cluster, for outside names from the cache and for
+//! headless Services of many endpoints, and how soon a name is right after its endpoint changed.
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -19,6 +20,11 @@ const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Questions under way at once when as many as possible are asked.
 const WINDOW: usize = 64;
 const SERVICES: usize = 1000;
+/// Endpoints of the headless Services, and how many of them a slice has.
+const LARGE: [usize; 2] = [250, 1000];
+const SLICE: usize = 100;
+const A: u8 = 1;
+const SRV: u8 = 33;
 
 pub(crate) fn run(seconds: u64, rounds: usize, changes: usize) -> anyhow::Result<()> {
     let directory = tempfile::tempdir()?;
@@ -28,19 +34,22 @@ pub(crate) fn run(seconds: u64, rounds: usize, changes: usize) -> anyhow::Result
     let server = SocketAddr::from((CLUSTER_DNS, 53));
     let mut rows = Vec::new();
     let mut documents = Vec::new();
+    let time = Duration::from_secs(seconds);
     for (name, kind) in [("s7.bench.svc.cluster.local", "cluster name"), ("www.example.org", "outside name, cached")] {
-        let question = question(name);
+        let question = question(name, A);
         rows.push(Row { name: format!("{kind}, one at a time"), samples: one_by_one(server, &question, rounds)? });
-        let (count, cpu) = flood(&proxy, server, &question, Duration::from_secs(seconds))?;
-        println!(
-            "{kind}: {:.0} questions a second, {:.1} µs of netproxy's CPU each ({:.0} a second on one core)",
-            count as f64 / seconds as f64,
-            cpu.as_secs_f64() * 1e6 / count as f64,
-            count as f64 / cpu.as_secs_f64()
-        );
-        documents.push(json!({
-            "name": kind, "per_second": count as f64 / seconds as f64, "per_core_second": count as f64 / cpu.as_secs_f64(),
-        }));
+        documents.push(told(kind, time, flood(&proxy, server, &question, time)?));
+    }
+    watched(&list)?;
+    for count in LARGE {
+        let name = make_large(&list, server, count)?;
+        let question_a = question(&name, A);
+        let row = format!("headless of {count}, A by UDP, cut");
+        documents.push(told(&row, time, flood(&proxy, server, &question_a, time)?));
+        let row = format!("headless of {count}, A by TCP");
+        documents.push(told(&row, time, flood_tcp(&proxy, server, &question_a, time)?));
+        let row = format!("headless of {count}, SRV by TCP");
+        documents.push(told(&row, time, flood_tcp(&proxy, server, &question(&name, SRV), time)?));
     }
     table::print("cluster DNS by UDP", &rows);
     let row = Row { name: "endpoint change to right answer".to_owned(), samples: changed(&list, server, changes)? };
@@ -49,14 +58,25 @@ pub(crate) fn run(seconds: u64, rounds: usize, changes: usize) -> anyhow::Result
     Ok(())
 }
 
-/// A question for the A records of a name.
-fn question(name: &str) -> Vec<u8> {
+/// Prints what a flood came to, and returns it for the document.
+fn told(kind: &str, time: Duration, (count, cpu): (u64, Duration)) -> serde_json::Value {
+    let per_second = count as f64 / time.as_secs_f64();
+    let per_core_second = count as f64 / cpu.as_secs_f64();
+    println!(
+        "{kind}: {per_second:.0} questions a second, {:.1} µs of netproxy's CPU each ({per_core_second:.0} a second on one core)",
+        1e6 / per_core_second
+    );
+    json!({"name": kind, "per_second": per_second, "per_core_second": per_core_second})
+}
+
+/// A question for the records of a type.
+fn question(name: &str, kind: u8) -> Vec<u8> {
     let mut bytes = vec![0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.') {
         bytes.push(label.len() as u8);
         bytes.extend_from_slice(label.as_bytes());
     }
-    bytes.extend_from_slice(&[0, 0, 1, 0, 1]);
+    bytes.extend_from_slice(&[0, 0, kind, 0, 1]);
     bytes
 }
 
@@ -99,18 +119,68 @@ fn flood(proxy: &Proxy, server: SocketAddr, question: &[u8], time: Duration) -> 
     Ok((count, proxy.usage()?.cpu - before))
 }
 
-/// Milliseconds from the event of an endpoint's change to the first answer that has it. What is asked for is asked again and
-/// again, so that one answer's time is the resolution.
-fn changed(list: &ListServer, server: SocketAddr, changes: usize) -> anyhow::Result<Vec<f64>> {
-    const NAME: &str = "changing";
+/// Asks one question after the other on one connection; counts answers and netproxy's CPU time.
+fn flood_tcp(proxy: &Proxy, server: SocketAddr, question: &[u8], time: Duration) -> anyhow::Result<(u64, Duration)> {
+    let mut stream = TcpStream::connect(server)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let before = proxy.usage()?.cpu;
+    let begin = Instant::now();
+    let mut count = 0;
+    while begin.elapsed() < time {
+        ask_tcp(&mut stream, question)?;
+        count += 1;
+    }
+    Ok((count, proxy.usage()?.cpu - before))
+}
+
+/// How many records there are for a question.
+fn ask_tcp(stream: &mut TcpStream, question: &[u8]) -> anyhow::Result<usize> {
+    let length = u16::try_from(question.len())?;
+    stream.write_all(&[&length.to_be_bytes()[..], question].concat())?;
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).context("cluster DNS stopped answering")?;
+    let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+    stream.read_exact(&mut answer)?;
+    Ok(usize::from(u16::from_be_bytes([answer[6], answer[7]])))
+}
+
+fn watched(list: &ListServer) -> anyhow::Result<()> {
     const PATIENCE: Duration = Duration::from_secs(10);
     let deadline = Instant::now() + PATIENCE;
     while !(list.is_watched("services") && list.is_watched("endpointslices")) {
         anyhow::ensure!(Instant::now() < deadline, "netproxy does not watch");
         std::thread::park_timeout(Duration::from_millis(5));
     }
+    Ok(())
+}
+
+/// A headless Service of that many endpoints, once it is answered for; its name.
+fn make_large(list: &ListServer, server: SocketAddr, count: usize) -> anyhow::Result<String> {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let service = format!("large-{count}");
+    list.send("services", "ADDED", &headless(&service));
+    for first in (0..count).step_by(SLICE) {
+        let addresses =
+            (first..(first + SLICE).min(count)).map(|number| Ipv4Addr::from(0x0a2a_0000 + 1 + number as u32));
+        list.send("endpointslices", "ADDED", &slice(&service, first, addresses));
+    }
+    let name = format!("{service}.bench.svc.cluster.local");
+    let (mut stream, begin) = (TcpStream::connect(server)?, Instant::now());
+    while ask_tcp(&mut stream, &question(&name, A))? != count {
+        anyhow::ensure!(begin.elapsed() < PATIENCE, "the headless Service never has {count} addresses");
+    }
+    Ok(name)
+}
+
+/// Milliseconds from the event of an endpoint's change to the first answer that has it. What is asked for is asked again and
+/// again, so that one answer's time is the resolution.
+fn changed(list: &ListServer, server: SocketAddr, changes: usize) -> anyhow::Result<Vec<f64>> {
+    const NAME: &str = "changing";
+    const PATIENCE: Duration = Duration::from_secs(10);
+    watched(list)?;
     list.send("services", "ADDED", &headless(NAME));
-    let question = question(&format!("{NAME}.bench.svc.cluster.local"));
+    let question = question(&format!("{NAME}.bench.svc.cluster.local"), A);
     let socket = socket()?;
     let mut buffer = [0; 1500];
     let mut samples = Vec::with_capacity(changes);
@@ -118,7 +188,7 @@ fn changed(list: &ListServer, server: SocketAddr, changes: usize) -> anyhow::Res
     for change in 0..=changes {
         let address = Ipv4Addr::from(0x0a2a_8000 + 1 + change as u32);
         let event = if change == 0 { "ADDED" } else { "MODIFIED" };
-        let since = list.send("endpointslices", event, &slice(NAME, address));
+        let since = list.send("endpointslices", event, &slice(NAME, 0, std::iter::once(address)));
         loop {
             socket.send_to(&question, server)?;
             let length = socket.recv(&mut buffer).context("cluster DNS does not answer")?;
@@ -144,16 +214,18 @@ fn headless(name: &str) -> Bytes {
     Bytes::from(object.to_string())
 }
 
-/// The slice of a Service with one endpoint.
-fn slice(service: &str, address: Ipv4Addr) -> Bytes {
+/// A slice of a Service, by a number.
+fn slice(service: &str, number: usize, addresses: impl Iterator<Item = Ipv4Addr>) -> Bytes {
+    let endpoint = |address: Ipv4Addr| json!({"addresses": [address.to_string()], "conditions": {"ready": true}});
+    let name = format!("{service}-{number}");
     let object = json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
         "metadata": {
-            "name": format!("{service}-1"), "namespace": "bench", "uid": format!("{service}-1"), "resourceVersion": "1",
+            "name": name, "namespace": "bench", "uid": name, "resourceVersion": "1",
             "labels": {"kubernetes.io/service-name": service},
         },
-        "addressType": "IPv4", "ports": [{"port": 80, "protocol": "TCP"}],
-        "endpoints": [{"addresses": [address.to_string()], "conditions": {"ready": true}}],
+        "addressType": "IPv4", "ports": [{"name": "p", "port": 80, "protocol": "TCP"}],
+        "endpoints": addresses.map(endpoint).collect::<Vec<_>>(),
     });
     Bytes::from(object.to_string())
 }

@@ -1,18 +1,22 @@
-//! Cluster DNS with real sockets: UDP and TCP, answers that are too large, EDNS, service records, stub domains, counts.
+//! Cluster DNS with real sockets: UDP and TCP, answers that are too large, EDNS, service records, what a start or a kill of the
+//! proxy shows, and another DNS in its place.
 
 #[macro_use]
 mod netproxy_world;
+mod dns_client;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 
-use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
-use hickory_proto::rr::rdata::{A, AAAA};
+use dns_client::{
+    Resolver, addresses_of, by_tcp, by_udp, connection, framed, headless, kind_of, question, read_framed, taking,
+    until_served,
+};
+use hickory_proto::op::{Message, OpCode, ResponseCode};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
-use netproxy_world::{Family, TIMEOUT, World, at, port};
+use netproxy_world::{Family, TIMEOUT, World, at, endpoint_list, port};
+use oarlock_machinery::fake::Refused;
 use oarlock_testkit::wait_for;
 use serde_json::json;
 
@@ -21,102 +25,17 @@ in_each_mode! {
     a_connection_takes_questions_as_they_come
     extensions_are_understood_and_other_versions_refused
     service_records_bring_the_addresses_along
-    domains_with_resolvers_of_their_own_are_asked_of_those
-    what_became_of_questions_is_counted
     names_follow_their_endpoints
-}
-
-fn kind_of(family: Family) -> RecordType {
-    if family == Family::V4 { RecordType::A } else { RecordType::AAAA }
-}
-
-fn question(name: &str, kind: RecordType) -> Message {
-    let mut message = Message::query();
-    message.metadata.recursion_desired = true;
-    message.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
-    message
-}
-
-/// As [`question`], from somebody who takes as many bytes by UDP.
-fn taking(bytes: u16, name: &str, kind: RecordType) -> Message {
-    let mut message = question(name, kind);
-    let mut edns = Edns::new();
-    edns.set_max_payload(bytes);
-    message.set_edns(edns);
-    message
-}
-
-/// The answer by UDP, and its length.
-fn by_udp(place: Option<&str>, family: Family, question: &Message) -> (Message, usize) {
-    let mut buffer = [0; 9000];
-    let length = at(place, || {
-        let socket = UdpSocket::bind((family.any(), 0)).unwrap();
-        socket.set_read_timeout(Some(TIMEOUT)).unwrap();
-        socket.connect((family.service(10), 53)).unwrap();
-        socket.send(&question.to_vec().unwrap()).unwrap();
-        socket.recv(&mut buffer).unwrap()
-    });
-    let answer = Message::from_vec(&buffer[..length]).unwrap();
-    assert_eq!(
-        (answer.metadata.id, answer.metadata.message_type, &answer.queries),
-        (question.metadata.id, MessageType::Response, &question.queries)
-    );
-    (answer, length)
-}
-
-fn connection(family: Family) -> TcpStream {
-    let stream = TcpStream::connect_timeout(&(family.service(10), 53).into(), TIMEOUT).unwrap();
-    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
-    stream
-}
-
-fn framed(message: &Message) -> Vec<u8> {
-    let bytes = message.to_vec().unwrap();
-    [&(bytes.len() as u16).to_be_bytes()[..], &bytes].concat()
-}
-
-fn read_framed(stream: &mut TcpStream) -> Message {
-    let mut length = [0; 2];
-    stream.read_exact(&mut length).unwrap();
-    let mut bytes = vec![0; usize::from(u16::from_be_bytes(length))];
-    stream.read_exact(&mut bytes).unwrap();
-    Message::from_vec(&bytes).unwrap()
-}
-
-fn by_tcp(place: Option<&str>, family: Family, question: &Message) -> Message {
-    at(place, || {
-        let mut stream = connection(family);
-        stream.write_all(&framed(question)).unwrap();
-        read_framed(&mut stream)
-    })
-}
-
-fn addresses_of(records: &[Record]) -> Vec<IpAddr> {
-    let address = |record: &Record| match &record.data {
-        RData::A(A(address)) => Some(IpAddr::V4(*address)),
-        RData::AAAA(AAAA(address)) => Some(IpAddr::V6(*address)),
-        _ => None,
-    };
-    records.iter().filter_map(address).collect()
+    endpoints_that_are_not_ready_have_names_where_the_service_says_so
+    one_source_does_not_take_all_connections
+    nothing_is_denied_before_the_cluster_is_known
+    names_outlive_a_kill_of_the_proxy
+    another_dns_takes_over_and_gives_back
 }
 
 fn sorted(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
     addresses.sort();
     addresses
-}
-
-/// A headless Service of this many endpoints in this family, and the name of both.
-fn headless(world: &World, family: Family, name: &str, endpoints: &[IpAddr]) -> String {
-    until_served(family);
-    let name = format!("{name}-{}", family.table());
-    world.slice(&name, "TCP", endpoints);
-    world.service(&name, json!({"clusterIP": "None", "ports": port("TCP", None)}));
-    let name = format!("{name}.default.svc.cluster.local.");
-    wait_for("the name", TIMEOUT, || {
-        let found = by_tcp(None, family, &question(&name, kind_of(family)));
-        (found.answers.len() == endpoints.len()).then_some(())
-    });
-    name
 }
 
 fn many(family: Family, count: u16) -> Vec<IpAddr> {
@@ -256,151 +175,6 @@ fn service_records_bring_the_addresses_along(world: &mut World, family: Family) 
     assert_eq!(services(&whole).1.len(), 15);
 }
 
-/// A resolver of one address for every name by UDP, of three addresses by TCP. By UDP it says so when the name begins with
-/// `large.`. While it is `broken` it answers that it failed.
-fn resolver(place: SocketAddr, address: IpAddr, seconds: u32) -> Arc<AtomicBool> {
-    let broken = Arc::new(AtomicBool::new(false));
-    let (socket, listener) = (UdpSocket::bind(place).unwrap(), TcpListener::bind(place).unwrap());
-    let data = match address {
-        IpAddr::V4(address) => RData::A(A(address)),
-        IpAddr::V6(address) => RData::AAAA(AAAA(address)),
-    };
-    let answer = move |question: &Message, by_tcp: bool, is_broken: bool| {
-        let mut answer = Message::response(question.metadata.id, question.metadata.op_code);
-        answer.add_queries(question.queries.iter().cloned());
-        let name = question.queries[0].name().clone();
-        if is_broken {
-            answer.metadata.response_code = ResponseCode::ServFail;
-        } else if !by_tcp && name.to_ascii().starts_with("large.") {
-            answer.metadata.truncation = true;
-        } else {
-            answer.add_answer(Record::from_rdata(name.clone(), seconds, data.clone()));
-            if by_tcp {
-                answer.add_answer(Record::from_rdata(name, seconds, RData::A(A(Ipv4Addr::new(192, 0, 2, 99)))));
-            }
-        }
-        answer
-    };
-    let by_tcp = answer.clone();
-    let is_broken = broken.clone();
-    std::thread::spawn(move || {
-        let mut buffer = [0; 1500];
-        while let Ok((length, asker)) = socket.recv_from(&mut buffer) {
-            let answer =
-                answer(&Message::from_vec(&buffer[..length]).unwrap(), false, is_broken.load(Ordering::SeqCst));
-            let _ = socket.send_to(&answer.to_vec().unwrap(), asker);
-        }
-    });
-    std::thread::spawn(move || {
-        for mut stream in listener.incoming().flatten() {
-            let question = read_framed(&mut stream);
-            let _ = stream.write_all(&framed(&by_tcp(&question, true, false)));
-        }
-    });
-    broken
-}
-
-/// Starts the proxy anew with stub domains, and with the resolver for all else.
-fn with_stubs(world: &mut World, stubs: &[(&str, &[SocketAddr])], resolver: Option<IpAddr>) {
-    world.stop_proxy();
-    let mut config = world.config();
-    config.stub_domains = stubs.iter().map(|(domain, servers)| ((*domain).to_owned(), servers.to_vec())).collect();
-    if let Some(address) = resolver {
-        std::fs::write(&config.upstream_resolv_conf, format!("nameserver {address}\n")).unwrap();
-    }
-    world.start_proxy_with(config);
-    world.families.iter().for_each(|family| until_served(*family));
-}
-
-/// The proxy's DNS sockets come a moment after its rules.
-fn until_served(family: Family) {
-    let address = (family.service(10), 53).into();
-    wait_for("the proxy's DNS", TIMEOUT, || TcpStream::connect_timeout(&address, TIMEOUT).ok());
-}
-
-fn domains_with_resolvers_of_their_own_are_asked_of_those(world: &mut World, family: Family) {
-    let (kind, own) = (kind_of(family), |port: u16| SocketAddr::new(family.loopback(), port));
-    resolver(own(5301), family.pod(101), 60);
-    resolver(own(5302), family.pod(102), 60);
-    resolver((family.node(), 53).into(), family.pod(103), 60);
-    // Nobody is at the first port of `corp`.
-    let stubs: [(&str, &[SocketAddr]); 2] =
-        [("corp.example", &[own(5300), own(5301)]), ("lab.corp.example", &[own(5302)])];
-    with_stubs(world, &stubs, Some(family.node()));
-    for (name, last) in [
-        ("www.corp.example.", 101),
-        ("WWW.Corp.Example.", 101),
-        ("corp.example.", 101),
-        ("www.lab.corp.example.", 102),
-        ("www.notcorp.example.", 103),
-        ("example.", 103),
-    ] {
-        let answer = by_udp(Some("client"), family, &question(name, kind)).0;
-        assert_eq!(addresses_of(&answer.answers), [family.pod(last)], "{name}");
-        assert!(!answer.metadata.authoritative && answer.metadata.recursion_available, "{name}");
-    }
-    // An answer that a resolver cut is asked for again by TCP.
-    let answer = by_udp(None, family, &question("large.corp.example.", kind)).0;
-    assert_eq!(addresses_of(&answer.answers), [family.pod(101), Ipv4Addr::new(192, 0, 2, 99).into()]);
-    // A Service of another name leads there.
-    let alias = format!("alias-{}", family.table());
-    world.service(&alias, json!({"type": "ExternalName", "externalName": "www.lab.corp.example"}));
-    let asked = question(&format!("{alias}.default.svc.cluster.local."), kind);
-    let answer = wait_for("the alias", TIMEOUT, || {
-        Some(by_udp(Some("client"), family, &asked).0).filter(|answer| answer.answers.len() == 2)
-    });
-    assert_eq!(answer.answers[0].record_type(), RecordType::CNAME);
-    assert_eq!(addresses_of(&answer.answers), [family.pod(102)]);
-}
-
-/// The DNS counters of the metrics, by their names without what all share.
-fn counts() -> BTreeMap<String, u64> {
-    let mut stream = TcpStream::connect_timeout(&(Ipv4Addr::LOCALHOST, 10_249).into(), TIMEOUT).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").unwrap();
-    let text = std::io::read_to_string(stream).unwrap();
-    let count = |line: &str| {
-        let (name, value) = line.strip_prefix("oarlock_dns_")?.split_once(' ')?;
-        Some((name.to_owned(), value.parse().unwrap()))
-    };
-    text.lines().filter_map(count).collect()
-}
-
-fn what_became_of_questions_is_counted(world: &mut World, family: Family) {
-    let kind = kind_of(family);
-    let name = headless(world, family, "counted", &[family.pod(11)]);
-    let own = |port: u16| SocketAddr::new(family.loopback(), port);
-    let broken = resolver(own(5301), family.pod(101), 1);
-    resolver(own(5302), family.pod(102), 600);
-    let stubs: [(&str, &[SocketAddr]); 3] =
-        [("short.example", &[own(5301)]), ("long.example", &[own(5302)]), ("none.example", &[own(5300)])];
-    with_stubs(world, &stubs, None);
-    wait_for("the name", TIMEOUT, || (by_udp(None, family, &question(&name, kind)).0.answers.len() == 1).then_some(()));
-    // Each question and the counters that it moves.
-    let steps: [(&str, &[&str]); 5] = [
-        (&name, &["requests_total"]),
-        ("www.long.example.", &["requests_total", "forwarded_total"]),
-        ("www.long.example.", &["requests_total", "cache_hits_total"]),
-        ("www.none.example.", &["requests_total", "forwarded_total", "forward_failures_total"]),
-        ("www.short.example.", &["requests_total", "forwarded_total"]),
-    ];
-    for (name, moved) in steps {
-        let mut wanted = counts();
-        for counter in moved {
-            *wanted.get_mut(*counter).unwrap_or_else(|| panic!("{counter} is there")) += 1;
-        }
-        by_udp(Some("client"), family, &question(name, kind));
-        assert_eq!(counts(), wanted, "{name}");
-    }
-    // What was said is over after a second, and then better than nothing.
-    broken.store(true, Ordering::SeqCst);
-    let before = counts()["stale_answers_total"];
-    wait_for("an answer from before", TIMEOUT, || {
-        let answer = by_udp(None, family, &question("www.short.example.", kind)).0;
-        assert_eq!(addresses_of(&answer.answers), [family.pod(101)]);
-        (counts()["stale_answers_total"] == before + 1).then_some(())
-    });
-}
-
 fn names_follow_their_endpoints(world: &mut World, family: Family) {
     let kind = kind_of(family);
     let name = headless(world, family, "moving", &[family.pod(11)]);
@@ -428,4 +202,159 @@ fn names_follow_their_endpoints(world: &mut World, family: Family) {
         let answer = by_udp(Some("client"), family, &question(&name, kind)).0;
         (sorted(addresses_of(&answer.answers)) == [family.pod(11), family.pod(12)]).then_some(())
     });
+}
+
+fn endpoints_that_are_not_ready_have_names_where_the_service_says_so(world: &mut World, family: Family) {
+    let kind = kind_of(family);
+    let (ready, starting) = (family.pod(11), family.pod(12));
+    let name = headless(world, family, "starting", &[ready, starting]);
+    let service = format!("starting-{}", family.table());
+    world.api.edit("endpointslices", "default", &format!("{service}-1"), |slice| {
+        slice["endpoints"][1]["conditions"]["ready"] = false.into();
+    });
+    let answers = |name: &str, kind| by_udp(Some("client"), family, &question(name, kind)).0;
+    let dashes = starting.to_string().replace(['.', ':'], "-");
+    let reverse = Name::from(starting).to_ascii();
+    for publishes in [false, true, false] {
+        world.api.edit("services", "default", &service, |service| {
+            service["spec"]["publishNotReadyAddresses"] = publishes.into();
+        });
+        let wanted = if publishes { vec![ready, starting] } else { vec![ready] };
+        wait_for("the addresses", TIMEOUT, || {
+            (sorted(addresses_of(&answers(&name, kind).answers)) == wanted).then_some(())
+        });
+        let own = answers(&format!("{dashes}.{name}"), kind);
+        assert_eq!(addresses_of(&own.answers), &wanted[1..], "its own name");
+        assert_eq!(answers(&format!("_p._tcp.{name}"), RecordType::SRV).answers.len(), wanted.len(), "service records");
+        assert_eq!(answers(&reverse, RecordType::PTR).answers.len(), wanted.len() - 1, "its address");
+    }
+}
+
+fn one_source_does_not_take_all_connections(world: &mut World, family: Family) {
+    let name = headless(world, family, "busy", &[family.pod(11)]);
+    let asked = question(&name, kind_of(family));
+    let held: Vec<TcpStream> = at(Some("client"), || (0..300).map(|_| connection(family)).collect());
+    // Those that there is no room for are closed; the others are answered.
+    let served = held.iter().filter(|stream| {
+        let mut stream: &TcpStream = stream;
+        let _ = stream.write_all(&framed(&asked));
+        matches!(stream.read(&mut [0; 2]), Ok(2))
+    });
+    assert_eq!(served.count(), 32);
+    for place in [Some("a"), None] {
+        assert_eq!(addresses_of(&by_tcp(place, family, &asked).answers), [family.pod(11)], "others are served");
+    }
+    drop(held);
+    wait_for("room again", TIMEOUT, || {
+        at(Some("client"), || {
+            let mut stream = connection(family);
+            stream.write_all(&framed(&asked)).ok()?;
+            stream.read_exact(&mut [0; 2]).ok()
+        })
+    });
+}
+
+/// Asks until there is an answer with this address; before it nothing but failures comes, and at least one.
+fn only_failures_until(family: Family, asked: &Message, address: IpAddr) {
+    let mut failures = 0;
+    wait_for("an answer", TIMEOUT, || {
+        let answer = by_udp(Some("client"), family, asked).0;
+        if answer.metadata.response_code == ResponseCode::ServFail {
+            failures += 1;
+            return None;
+        }
+        assert_eq!(addresses_of(&answer.answers), [address], "{answer:?}");
+        Some(())
+    });
+    assert!(failures > 0, "nothing was asked too early");
+}
+
+fn nothing_is_denied_before_the_cluster_is_known(world: &mut World, family: Family) {
+    let name = headless(world, family, "known", &[family.pod(11)]);
+    let asked = question(&name, kind_of(family));
+    for away in ["services", "endpointslices"] {
+        world.stop_proxy();
+        world.api.refuse("GET", away, 8, Refused::new(503, "ServiceUnavailable", "starting"));
+        let config = world.config();
+        let mut ready = world.launch_proxy(config);
+        until_served(family);
+        let unknown = by_udp(Some("client"), family, &question("nope.default.svc.cluster.local.", RecordType::A)).0;
+        let pointer = by_udp(None, family, &question(&Name::from(family.pod(11)).to_ascii(), RecordType::PTR)).0;
+        for answer in [unknown, pointer] {
+            assert_eq!(answer.metadata.response_code, ResponseCode::ServFail, "{away}: {answer:?}");
+        }
+        only_failures_until(family, &asked, family.pod(11));
+        world.runtime.block_on(ready.wait_for(|ready| *ready)).unwrap();
+        let unknown = by_udp(Some("client"), family, &question("nope.default.svc.cluster.local.", RecordType::A)).0;
+        assert_eq!(unknown.metadata.response_code, ResponseCode::NXDomain, "now it is known");
+    }
+}
+
+fn names_outlive_a_kill_of_the_proxy(world: &mut World, family: Family) {
+    let name = headless(world, family, "kept", &[family.pod(11)]);
+    let asked = question(&name, kind_of(family));
+    let ask = asker(Some("client"), family);
+    for _ in 0..3 {
+        world.kill_proxy();
+        let config = world.config();
+        drop(world.launch_proxy(config));
+        // Whatever moment it is, there is no answer or a right one.
+        wait_for("the name", TIMEOUT, || {
+            let answer = ask(&asked)?;
+            let code = answer.metadata.response_code;
+            assert!(matches!(code, ResponseCode::ServFail | ResponseCode::NoError), "{code}");
+            (addresses_of(&answer.answers) == [family.pod(11)]).then_some(())
+        });
+        assert_eq!(addresses_of(&by_tcp(Some("client"), family, &asked).answers), [family.pod(11)]);
+    }
+}
+
+/// One client of the DNS address with one socket, as programs have that ask again and again.
+fn asker(place: Option<&str>, family: Family) -> impl Fn(&Message) -> Option<Message> {
+    let socket = at(place, || {
+        let socket = UdpSocket::bind((family.any(), 0)).unwrap();
+        socket.connect((family.service(10), 53)).unwrap();
+        socket
+    });
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(2))).unwrap();
+    move |asked| {
+        socket.send(&asked.to_vec().unwrap()).ok()?;
+        let mut buffer = [0; 1500];
+        let length = socket.recv(&mut buffer).ok()?;
+        Some(Message::from_vec(&buffer[..length]).unwrap()).filter(|answer| answer.metadata.id == asked.metadata.id)
+    }
+}
+
+fn another_dns_takes_over_and_gives_back(world: &mut World, family: Family) {
+    let name = headless(world, family, "taken", &[family.pod(11)]);
+    let asked = question(&name, kind_of(family));
+    let place = |last: u16| SocketAddr::new(family.pod(last), 53);
+    let pods = [Resolver::start(Some("a"), place(11), &[family.pod(101)], 5)];
+    let slice = format!("kube-dns-{}", family.table());
+    let ports =
+        json!([{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns-tcp", "port": 53, "protocol": "TCP"}]);
+    world.api.create(json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {"name": slice, "namespace": "kube-system", "labels": {"kubernetes.io/service-name": "kube-dns"}},
+        "addressType": if family == Family::V4 { "IPv4" } else { "IPv6" }, "ports": ports, "endpoints": [],
+    }));
+    let (ours, theirs) = (family.pod(11), family.pod(101));
+    let places = [Some("client"), Some("b"), None];
+    let askers = places.map(|place| asker(place, family));
+    for endpoints in [vec![], vec![family.pod(11)], vec![], vec![family.pod(11)], vec![]] {
+        world.api.edit("endpointslices", "kube-system", &slice, |slice| {
+            slice["endpoints"] = endpoint_list(&endpoints);
+        });
+        let wanted = if endpoints.is_empty() { ours } else { theirs };
+        for (place, ask) in places.iter().zip(&askers) {
+            wait_for(&format!("{endpoints:?} for {place:?}"), TIMEOUT, || {
+                (addresses_of(&ask(&asked)?.answers) == [wanted]).then_some(())
+            });
+            let fresh = by_udp(*place, family, &asked).0;
+            assert_eq!(addresses_of(&fresh.answers), [wanted], "{place:?}");
+            let by_tcp = by_tcp(*place, family, &asked);
+            assert_eq!(addresses_of(&by_tcp.answers)[0], wanted, "{place:?}");
+        }
+    }
+    assert!(!pods[0].heard(&name).is_empty());
 }

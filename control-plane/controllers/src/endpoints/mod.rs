@@ -1,14 +1,16 @@
-//! Endpoints of Services: EndpointSlices (`slices`) and the older Endpoints (`legacy`). Which pods count and how is
-//! decided in `backends`; this file reads caches and sends requests.
+//! Endpoints of Services: EndpointSlices (`slices`), the older Endpoints (`legacy`), and the slices of those that somebody else
+//! keeps (`mirror`). Which pods count and how is decided in `backends`; this file reads caches and sends requests.
 
 mod backends;
+mod echo;
 mod legacy;
+pub(crate) mod mirror;
+mod mirrored;
 mod slices;
 mod topology;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Endpoints, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -16,10 +18,10 @@ use kube::api::{DeleteParams, PostParams, Preconditions};
 use kube::{Api, ResourceExt};
 use oarlock_machinery::{ApiError, Change, Key, Next, Selector, WorkQueue, call, queue};
 use parking_lot::Mutex;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::shared::{Shared, Task};
+use echo::{ECHO_LIMIT, Echoes};
 
 pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const CONCURRENCY: usize = 8;
@@ -28,27 +30,27 @@ struct Controller {
     shared: Arc<Shared>,
     slices: Arc<WorkQueue<Key>>,
     endpoints: Arc<WorkQueue<Key>>,
-    /// By Service: versions of slices that were written here and have not come back by the watch, and when.
-    written: Mutex<HashMap<Key, HashMap<String, Written>>>,
+    written: Echoes,
+    /// Services that were seen to go, whose Endpoints go with them, whoever keeps those.
+    gone: Mutex<HashSet<Key>>,
 }
-
-struct Written {
-    version: u64,
-    at: Instant,
-}
-
-/// A write that has not come back by then never will: the slice was deleted at once.
-const ECHO_LIMIT: Duration = Duration::from_secs(10);
 
 pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
     let controller = Arc::new(Controller {
         shared: shared.clone(),
         slices: WorkQueue::new(),
         endpoints: WorkQueue::new(),
-        written: Mutex::default(),
+        written: Echoes::default(),
+        gone: Mutex::default(),
     });
     let listener = controller.clone();
-    shared.services.on_change(move |change| listener.want(Key::of(change.object().as_ref())));
+    shared.services.on_change(move |change| {
+        let key = Key::of(change.object().as_ref());
+        if matches!(change, Change::Deleted(_)) {
+            listener.gone.lock().insert(key.clone());
+        }
+        listener.want(key);
+    });
     let listener = controller.clone();
     shared.pods.on_change(move |change| listener.pod_changed(change));
     let listener = controller.clone();
@@ -130,36 +132,8 @@ impl Controller {
         let slice = change.object();
         let Some(service) = slice.labels().get(SERVICE_NAME_LABEL).filter(|_| slices::is_ours(slice)) else { return };
         let service = Key::new(slice.namespace().unwrap_or_default(), service.clone());
-        self.forget_written(&service, &slice.name_any(), version(slice));
+        self.written.hear(&service, slice);
         self.slices.add(service);
-    }
-
-    fn note(&self, service: &Key, slice: &EndpointSlice) {
-        let written = Written { version: version(slice), at: Instant::now() };
-        self.written.lock().entry(service.clone()).or_default().insert(slice.name_any(), written);
-        // The echo may have been quicker than the answer.
-        if let Some(seen) = self.shared.endpoint_slices.get_key(&Key::of(slice)) {
-            self.forget_written(service, &slice.name_any(), version(&seen));
-        }
-    }
-
-    fn forget_written(&self, service: &Key, slice: &str, seen: u64) {
-        let mut written = self.written.lock();
-        let Some(slices) = written.get_mut(service) else { return };
-        if slices.get(slice).is_some_and(|written| written.version <= seen) {
-            slices.remove(slice);
-        }
-        if slices.is_empty() {
-            written.remove(service);
-        }
-    }
-
-    /// Whether everything that was written for the Service has come back.
-    fn is_caught_up(&self, service: &Key) -> bool {
-        let mut written = self.written.lock();
-        let Some(slices) = written.get_mut(service) else { return true };
-        slices.retain(|_, written| written.at.elapsed() < ECHO_LIMIT);
-        slices.is_empty()
     }
 
     fn backends(&self, service: &Service, selector: &Selector) -> Vec<Arc<Pod>> {
@@ -171,14 +145,13 @@ impl Controller {
     }
 
     async fn reconcile_slices(self: Arc<Self>, key: Key) -> Result<Next, ApiError> {
-        // Asked before the cache is read: what is read afterwards includes everything that was written.
-        let caught_up = self.is_caught_up(&key);
+        let caught_up = self.written.is_caught_up(&key);
         let index = format!("{}/{}", key.namespace, key.name);
         let mut existing = self.shared.endpoint_slices.indexed(&index);
         existing.retain(|slice| slices::is_ours(slice));
         let api: Api<EndpointSlice> = Api::namespaced(self.shared.client.clone(), &key.namespace);
         let Some(service) = self.shared.services.get_key(&key) else {
-            return self.delete_slices(&api, existing).await.map(|()| Next::Done);
+            return delete_slices(&api, existing).await.map(|()| Next::Done);
         };
         if service.metadata.deletion_timestamp.is_some() {
             return Ok(Next::Done);
@@ -193,7 +166,7 @@ impl Controller {
         let plan = slices::plan(&service, &pods, &existing, zone_of, shares.as_ref());
         for slice in plan.create {
             match call("create endpointslice", api.create(&PostParams::default(), &slice)).await {
-                Ok(created) => self.note(&key, &created),
+                Ok(created) => self.written.note(&key, &created, &self.shared.endpoint_slices),
                 Err(error) if error.is_namespace_terminating() => {}
                 Err(error) => return Err(error),
             }
@@ -201,37 +174,34 @@ impl Controller {
         for slice in plan.update {
             let written =
                 call("replace endpointslice", api.replace(&slice.name_any(), &PostParams::default(), &slice)).await?;
-            self.note(&key, &written);
+            self.written.note(&key, &written, &self.shared.endpoint_slices);
         }
-        self.delete_slices(&api, plan.delete).await?;
+        delete_slices(&api, plan.delete).await?;
         Ok(Next::Done)
-    }
-
-    async fn delete_slices(&self, api: &Api<EndpointSlice>, gone: Vec<Arc<EndpointSlice>>) -> Result<(), ApiError> {
-        for slice in gone {
-            let parameters =
-                DeleteParams::default().preconditions(Preconditions { uid: slice.uid(), resource_version: None });
-            match call("delete endpointslice", api.delete(&slice.name_any(), &parameters)).await {
-                Err(error) if error.is_not_found() || error.is_conflict() => {}
-                result => drop(result?),
-            }
-        }
-        Ok(())
     }
 
     async fn reconcile_endpoints(self: Arc<Self>, key: Key) -> Result<Next, ApiError> {
         let api: Api<Endpoints> = Api::namespaced(self.shared.client.clone(), &key.namespace);
         let existing = self.shared.endpoints.get_key(&key);
         let Some(service) = self.shared.services.get_key(&key) else {
-            // Endpoints without a Service may be somebody's own; only those made here go with it.
-            let Some(orphan) = existing.filter(|endpoints| legacy::is_ours(endpoints)) else { return Ok(Next::Done) };
+            // Endpoints without a Service may be somebody's own; those that had one go with it.
+            let had_service = self.gone.lock().contains(&key);
+            let is_orphan = |endpoints: &Arc<Endpoints>| had_service || legacy::is_ours(endpoints);
+            let Some(orphan) = existing.filter(is_orphan) else {
+                self.gone.lock().remove(&key);
+                return Ok(Next::Done);
+            };
             let parameters =
                 DeleteParams::default().preconditions(Preconditions { uid: orphan.uid(), resource_version: None });
             return match call("delete endpoints", api.delete(&key.name, &parameters)).await {
                 Err(error) if !(error.is_not_found() || error.is_conflict()) => Err(error),
-                _ => Ok(Next::Done),
+                _ => {
+                    self.gone.lock().remove(&key);
+                    Ok(Next::Done)
+                }
             };
         };
+        self.gone.lock().remove(&key);
         if service.metadata.deletion_timestamp.is_some() {
             return Ok(Next::Done);
         }
@@ -252,8 +222,16 @@ impl Controller {
     }
 }
 
-fn version(slice: &EndpointSlice) -> u64 {
-    slice.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(u64::MAX)
+async fn delete_slices(api: &Api<EndpointSlice>, gone: Vec<Arc<EndpointSlice>>) -> Result<(), ApiError> {
+    for slice in gone {
+        let parameters =
+            DeleteParams::default().preconditions(Preconditions { uid: slice.uid(), resource_version: None });
+        match call("delete endpointslice", api.delete(&slice.name_any(), &parameters)).await {
+            Err(error) if error.is_not_found() || error.is_conflict() => {}
+            result => drop(result?),
+        }
+    }
+    Ok(())
 }
 
 /// What a Service selects; `None` for one whose endpoints somebody else keeps.

@@ -16,7 +16,7 @@ use crate::owners::controller_reference;
 use crate::pods::{is_ready, is_terminal, is_terminating};
 
 pub(super) const MAX_ENDPOINTS: usize = 100;
-const MANAGED_BY_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
+pub(super) const MANAGED_BY_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGED_BY: &str = "endpointslice-controller.k8s.io";
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 

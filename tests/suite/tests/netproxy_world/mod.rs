@@ -198,17 +198,40 @@ impl World {
 
     /// As [`World::start_proxy`], with another configuration.
     pub fn start_proxy_with(&mut self, config: Config) {
+        let mut ready = self.launch_proxy(config);
+        let waiting = async { tokio::time::timeout(TIMEOUT, ready.wait_for(|ready| *ready)).await.map(drop) };
+        self.runtime.block_on(waiting).expect("the proxy writes its rules");
+    }
+
+    /// Starts the proxy and does not wait; what it returns becomes true with its rules.
+    pub fn launch_proxy(&mut self, config: Config) -> tokio::sync::watch::Receiver<bool> {
         let entered = self.runtime.enter();
         let (settings, changes) = watch::channel(config.clone());
         let proxy = Netproxy::new(config, self.api.client()).with_changes(changes);
         self.settings = settings;
         drop(entered);
-        let mut ready = proxy.ready();
+        let ready = proxy.ready();
         let shutdown = CancellationToken::new();
         let handle = self.runtime.spawn(proxy.run(shutdown.clone()));
-        let waiting = async { tokio::time::timeout(TIMEOUT, ready.wait_for(|ready| *ready)).await.map(drop) };
-        self.runtime.block_on(waiting).expect("the proxy writes its rules");
         self.running = Some((shutdown, handle));
+        ready
+    }
+
+    /// Ends the proxy where it stands: it does nothing any more.
+    pub fn kill_proxy(&mut self) {
+        let (_, handle) = self.running.take().expect("the proxy runs");
+        handle.abort();
+        let ended = self.runtime.block_on(handle);
+        assert!(ended.is_err_and(|error| error.is_cancelled()));
+        // The end of a process closes all it has before another can be started; that of a task takes a moment.
+        for family in self.families {
+            let address = (family.service(10), 53);
+            wait_for("the sockets to be closed", TIMEOUT, || {
+                let all =
+                    (UdpSocket::bind(address), TcpListener::bind(address), TcpListener::bind(("0.0.0.0", 10_256)));
+                (all.0.is_ok() && all.1.is_ok() && all.2.is_ok()).then_some(())
+            });
+        }
     }
 
     pub fn stop_proxy(&mut self) {
