@@ -20,7 +20,7 @@ const PREFIX: &str = "bwp";
 const LATENCY_MICROSECONDS: u64 = 25_000;
 
 /// Bits each second, and bits that may pass at once. containerd begins these names with capitals.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Default, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Limits {
     #[serde(alias = "IngressRate")]
@@ -31,6 +31,10 @@ struct Limits {
     egress_rate: u64,
     #[serde(alias = "EgressBurst")]
     egress_burst: u64,
+    #[serde(alias = "UnshapedSubnets")]
+    unshaped_subnets: Option<Vec<String>>,
+    #[serde(alias = "ShapedSubnets")]
+    shaped_subnets: Option<Vec<String>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -58,6 +62,14 @@ struct Buckets {
 fn read(call: &Call) -> Result<Buckets> {
     let raw: Raw = call.config()?;
     let limits = raw.runtime_config.bandwidth.unwrap_or(raw.limits);
+    for (field, subnets) in [("unshapedSubnets", &limits.unshaped_subnets), ("shapedSubnets", &limits.shaped_subnets)] {
+        if subnets.as_ref().is_some_and(|subnets| !subnets.is_empty()) {
+            return Err(PluginError::config(
+                field,
+                "is not supported: all of a container's packets are limited together",
+            ));
+        }
+    }
     Ok(Buckets {
         ingress: bucket("ingress", limits.ingress_rate, limits.ingress_burst)?,
         egress: bucket("egress", limits.egress_rate, limits.egress_burst)?,

@@ -46,8 +46,11 @@ pub struct Network {
     state_dir: Option<PathBuf>,
     #[serde(default)]
     prev_result: Option<Value>,
-    #[serde(default, rename = "cni.dev/valid-attachments")]
+    #[serde(default, rename = "cni.dev/valid-attachments", deserialize_with = "present")]
     valid_attachments: Option<Vec<ValidAttachment>>,
+    /// What the first text of the specification called it.
+    #[serde(default, rename = "cni.dev/attachments", deserialize_with = "present")]
+    attachments: Option<Vec<ValidAttachment>>,
 }
 
 impl Call {
@@ -68,6 +71,10 @@ impl Call {
         let network: Network = parse_network(&stdin)?;
         if !is_valid_id(&network.name) {
             return Err(PluginError::config("name", format!("{:?} is not a valid network name", network.name)));
+        }
+        // Without the list nothing would be valid, and everything taken away.
+        if verb == Verb::Gc && network.valid_attachments.is_none() && network.attachments.is_none() {
+            return Err(PluginError::config("cni.dev/valid-attachments", "is required for GC"));
         }
         Ok(Call {
             container_id: checked("CNI_CONTAINERID", is_valid_id)?,
@@ -99,7 +106,8 @@ impl Call {
 
     /// GC: the attachments that stay.
     pub fn valid_attachments(&self) -> &[ValidAttachment] {
-        self.network.valid_attachments.as_deref().unwrap_or_default()
+        let given = self.network.valid_attachments.as_deref().or(self.network.attachments.as_deref());
+        given.unwrap_or_default()
     }
 
     /// The namespace, which the verb guarantees to be named and which has to exist.
@@ -124,6 +132,11 @@ impl Call {
         let owner = |one: &ValidAttachment| Owner::new(&self.network.name, &one.container_id, &one.ifname);
         self.valid_attachments().iter().map(owner).collect()
     }
+}
+
+/// A list that is there, which runtimes written in Go write as null when it is empty.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<ValidAttachment>>, D::Error> {
+    Option::<Vec<ValidAttachment>>::deserialize(deserializer).map(|list| Some(list.unwrap_or_default()))
 }
 
 /// Tells an unknown version apart from other mistakes.
@@ -169,7 +182,7 @@ mod tests {
         let whole = [("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0"), ("CNI_NETNS", "/run/netns/a")];
         assert!(read(Verb::Add, CONFIG, &whole).is_ok());
         assert!(read(Verb::Del, CONFIG, &whole[..2]).is_ok());
-        assert!(read(Verb::Gc, CONFIG, &[]).is_ok());
+        assert!(read(Verb::Status, CONFIG, &[]).is_ok());
         assert!(matches!(
             read(Verb::Add, CONFIG, &whole[..2]),
             Err(PluginError::Environment { variable: "CNI_NETNS", .. })
@@ -186,6 +199,20 @@ mod tests {
         assert_eq!(error.object("1.1.0").code, 1);
         let error = read(Verb::Gc, b"{", &[]).unwrap_err();
         assert_eq!(error.object("1.1.0").code, 6);
+    }
+
+    #[test]
+    fn garbage_collection_needs_to_know_what_is_valid() {
+        let with = |fields: &str| format!(r#"{{"cniVersion":"1.1.0","name":"net","type":"bridge"{fields}}}"#);
+        assert_eq!(read(Verb::Gc, CONFIG, &[]).unwrap_err().object("1.1.0").code, 7);
+        for name in ["cni.dev/valid-attachments", "cni.dev/attachments"] {
+            let one = format!(r#","{name}":[{{"containerID":"a","ifname":"eth0"}}]"#);
+            assert_eq!(read(Verb::Gc, with(&one).as_bytes(), &[]).unwrap().valid_attachments().len(), 1);
+            for empty in ["[]", "null"] {
+                let call = read(Verb::Gc, with(&format!(r#","{name}":{empty}"#)).as_bytes(), &[]).unwrap();
+                assert!(call.valid_attachments().is_empty());
+            }
+        }
     }
 
     #[test]

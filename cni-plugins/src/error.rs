@@ -60,6 +60,11 @@ pub enum PluginError {
     Ipam { plugin: String, error: ErrorObject },
     #[error("IPAM plugin {plugin} returned no address")]
     NoAddress { plugin: String },
+    #[error("macspoofchk needs nftables for bridges, which this kernel does not have")]
+    NoSpoofCheck { source: Box<PluginError> },
+    /// STATUS: ADD would fail. With `limited`, containers that are attached may have lost their connections too.
+    #[error("ADD cannot be served: {}", source)]
+    NotAvailable { limited: bool, source: Box<PluginError> },
     /// CHECK found something other than what ADD left.
     #[error("{0}")]
     Drift(String),
@@ -70,6 +75,20 @@ impl PluginError {
         PluginError::Config { field: field.into(), problem: problem.into() }
     }
 
+    /// What fails in STATUS as the specification wants it told. Mistakes of the caller are what they are, and so is what a
+    /// plugin says that was asked in turn.
+    pub fn of_status(self) -> PluginError {
+        match self {
+            PluginError::Version(_)
+            | PluginError::Environment { .. }
+            | PluginError::Syntax(_)
+            | PluginError::Config { .. }
+            | PluginError::Ipam { .. }
+            | PluginError::NotAvailable { .. } => self,
+            other => PluginError::NotAvailable { limited: false, source: Box::new(other) },
+        }
+    }
+
     fn code(&self) -> u32 {
         const DRIFT: u32 = 100;
         const EXHAUSTED: u32 = 101;
@@ -78,12 +97,16 @@ impl PluginError {
             PluginError::Version(_) => ErrorCode::IncompatibleVersion,
             PluginError::Environment { .. } => ErrorCode::InvalidEnvironment,
             PluginError::Syntax(_) | PluginError::PrevResult(_) => ErrorCode::Decode,
-            PluginError::Config { .. } | PluginError::NoIpam { .. } => ErrorCode::InvalidNetworkConfig,
+            PluginError::Config { .. } | PluginError::NoIpam { .. } | PluginError::NoSpoofCheck { .. } => {
+                ErrorCode::InvalidNetworkConfig
+            }
             PluginError::Stdin(_) | PluginError::File { .. } | PluginError::Table(TableError::File { .. }) => {
                 ErrorCode::Io
             }
             PluginError::NoNamespace { .. } => ErrorCode::UnknownContainer,
             PluginError::Ipam { error, .. } => return error.code,
+            PluginError::NotAvailable { limited: false, .. } => ErrorCode::PluginNotAvailable,
+            PluginError::NotAvailable { limited: true, .. } => ErrorCode::LimitedConnectivity,
             PluginError::Drift(_) => return DRIFT,
             PluginError::Exhausted { .. } => return EXHAUSTED,
             PluginError::Taken { .. } | PluginError::PortTaken { .. } | PluginError::LinkExists { .. } => return TAKEN,

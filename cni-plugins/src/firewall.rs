@@ -123,7 +123,7 @@ fn check(call: &Call) -> Result<()> {
 
 fn status(call: &Call) -> Result<()> {
     read(call)?;
-    table::open().map(drop)
+    table::status()
 }
 
 fn gc(call: &Call) -> Result<()> {

@@ -72,7 +72,7 @@ fn answer(plugin: &Plugin, version: &mut String) -> Result<String> {
         Verb::Add => Ok((plugin.add)(&call)?.to_json(call.network.cni_version).to_string()),
         Verb::Del => (plugin.del)(&call).map(|()| String::new()),
         Verb::Check => (plugin.check)(&call).map(|()| String::new()),
-        Verb::Status => (plugin.status)(&call).map(|()| String::new()),
+        Verb::Status => (plugin.status)(&call).map(|()| String::new()).map_err(PluginError::of_status),
         Verb::Gc => (plugin.gc)(&call).map(|()| String::new()),
     }
 }

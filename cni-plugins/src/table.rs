@@ -1,7 +1,7 @@
 //! The plugins' way to the nftables table that they have together.
 
 use oarlock_cni_table::{Holder, Missing, Part, Place};
-use oarlock_nft::Netlink;
+use oarlock_nft::{Kernel, Netlink};
 
 use crate::call::Call;
 use crate::error::{PluginError, Result};
@@ -10,6 +10,11 @@ use crate::linger;
 /// A kernel that can be spoken to about nftables.
 pub fn open() -> Result<Netlink> {
     Netlink::open().map_err(|source| PluginError::Nft { what: "nftables cannot be used", source })
+}
+
+/// STATUS: fails where the kernel does not answer about nftables.
+pub fn status() -> Result<()> {
+    open()?.generation().map(drop).map_err(|source| PluginError::Nft { what: "nftables cannot be used", source })
 }
 
 /// ADD: puts parts into the table and on record.

@@ -24,6 +24,10 @@ pub struct Config {
     pub hairpin_mode: bool,
     pub promisc_mode: bool,
     pub port_isolation: bool,
+    /// Whether the container may send from its own Ethernet address only.
+    pub mac_spoof_check: bool,
+    /// Whether the container's end stays down, for whoever brings it up later.
+    pub disable_container_interface: bool,
     /// Bytes; 0 takes the bridge's.
     pub mtu: u32,
     pub mac: Option<Mac>,
@@ -103,6 +107,10 @@ struct Raw {
     promisc_mode: bool,
     #[serde(default)]
     port_isolation: bool,
+    #[serde(default, rename = "macspoofchk")]
+    mac_spoof_check: bool,
+    #[serde(default)]
+    disable_container_interface: bool,
     #[serde(default)]
     mtu: u32,
     #[serde(default)]
@@ -151,6 +159,9 @@ impl Config {
         if raw.hairpin_mode && raw.promisc_mode {
             return Err(PluginError::config("promiscMode", "cannot be used together with hairpinMode"));
         }
+        if raw.disable_container_interface && !raw.ipam.kind.is_empty() {
+            return Err(PluginError::config("disableContainerInterface", "cannot be used together with ipam"));
+        }
         let vlans = vlans(raw.vlan, &raw.vlan_trunk)?;
         if let Some(backend) = raw.ip_masq_backend.filter(|backend| !backend.is_empty() && backend != "nftables") {
             return Err(PluginError::config(
@@ -175,6 +186,8 @@ impl Config {
             hairpin_mode: raw.hairpin_mode,
             promisc_mode: raw.promisc_mode,
             port_isolation: raw.port_isolation,
+            mac_spoof_check: raw.mac_spoof_check,
+            disable_container_interface: raw.disable_container_interface,
             mtu: raw.mtu,
             mac: mac.map_err(|error: oarlock_netlink::InvalidMac| PluginError::config("mac", error.to_string()))?,
             dns: raw.dns,
@@ -187,6 +200,11 @@ impl Config {
     /// The VLAN that the container is in without knowing.
     pub fn access_vlan(&self) -> Option<u16> {
         self.vlans.iter().find(|vlan| vlan.is_access).map(|vlan| vlan.id)
+    }
+
+    /// Whether containers of the network have anything in the nftables table.
+    pub fn has_rules(&self) -> bool {
+        self.ip_masq || self.mac_spoof_check
     }
 
     /// The IPAM plugin, unless the network has no addresses.

@@ -42,10 +42,12 @@ impl Inside {
     }
 
     /// Addresses and routes of the container's link.
-    pub fn configure(&mut self, ifname: &str, result: &CniResult) -> Result<()> {
+    pub fn configure(&mut self, ifname: &str, result: &CniResult, is_up: bool) -> Result<()> {
         let connection = &mut self.connection;
         let link = connection.require_link(ifname).context(|| format!("find {ifname} of the container"))?;
-        connection.set_up(link.index).context(|| format!("bring {ifname} up"))?;
+        if is_up {
+            connection.set_up(link.index).context(|| format!("bring {ifname} up"))?;
+        }
         for ip in &result.ips {
             connection.add_address(link.index, ip.address).context(|| format!("give {} to {ifname}", ip.address))?;
         }
@@ -114,13 +116,13 @@ pub fn remove_link(netns: &Path, ifname: &str) -> Result<()> {
 }
 
 /// CHECK: the link, its addresses and routes are as ADD left them.
-pub fn check(netns: &Path, ifname: &str, previous: &CniResult) -> Result<()> {
+pub fn check(netns: &Path, ifname: &str, previous: &CniResult, is_up: bool) -> Result<()> {
     let drift = |text: String| Err(PluginError::Drift(text));
     let mut connection = Connection::open_in(Protocol::Route, netns).context(|| "look into the container".into())?;
     let Some(link) = connection.link(ifname).context(|| format!("look up {ifname}"))? else {
         return drift(format!("{ifname} is missing"));
     };
-    if !link.up {
+    if is_up && !link.up {
         return drift(format!("{ifname} is down"));
     }
     let sandbox = netns.display().to_string();
@@ -130,6 +132,11 @@ pub fn check(netns: &Path, ifname: &str, previous: &CniResult) -> Result<()> {
         && link.mac.is_some_and(|actual| !actual.to_string().eq_ignore_ascii_case(mac))
     {
         return drift(format!("{ifname} does not have Ethernet address {mac}"));
+    }
+    if let Some(mtu) = recorded.and_then(|one| one.mtu)
+        && link.mtu != mtu
+    {
+        return drift(format!("the MTU of {ifname} is {}", link.mtu));
     }
     let addresses = connection.addresses().context(|| "list the container's addresses".into())?;
     for ip in &previous.ips {

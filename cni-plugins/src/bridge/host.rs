@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use ipnet::IpNet;
-use oarlock_cni::types::IpConfig;
+use oarlock_cni::types::{CniResult, IpConfig};
 use oarlock_cni_table::stable_hash;
 use oarlock_netlink::{Connection, Link, LinkChange, Mac, PortVlan, VethPair};
 
@@ -43,15 +43,36 @@ pub fn ensure_bridge(connection: &mut Connection, config: &Config) -> Result<Lin
     if let Some(bridge) = existing_bridge(connection, config)? {
         return set_up(connection, config, bridge);
     }
-    // With an address of its own the bridge does not take over that of its lowest port, and keeps it when ports go.
-    match connection.create_bridge(&config.bridge, Some(random_mac()), config.mtu, !config.vlans.is_empty()) {
+    // With an address of its own the bridge does not take over that of its lowest port, and keeps it when ports go. Without
+    // an MTU of its own it has the smallest of its ports'.
+    match connection.create_bridge(&config.bridge, Some(random_mac()), 0, !config.vlans.is_empty()) {
         Err(error) if !error.is_exists() => Err(error).context(|| format!("create bridge {}", config.bridge))?,
         _ => {}
     }
-    prepare_ipv6(&config.bridge)?;
     let bridge = existing_bridge(connection, config)?;
     let bridge = bridge.ok_or_else(|| PluginError::Drift(format!("bridge {} was deleted meanwhile", config.bridge)))?;
     set_up(connection, config, bridge)
+}
+
+/// With the container's port in it: a bridge that somebody gave an MTU keeps that whatever its ports have, and would drop
+/// what is too large for the smallest, or cut what is not.
+pub fn adjust_mtu(connection: &mut Connection, config: &Config, bridge: Link) -> Result<Link> {
+    if config.mtu == 0 {
+        return Ok(bridge);
+    }
+    let failed = || format!("set the MTU of {}", bridge.name);
+    let now = connection.link_by_index(bridge.index).context(failed)?.unwrap_or(bridge.clone());
+    let wanted = if now.mtu < config.mtu {
+        let ports = connection.links().context(failed)?.into_iter().filter(|link| link.master == Some(bridge.index));
+        ports.map(|port| port.mtu).min().unwrap_or(config.mtu)
+    } else {
+        config.mtu
+    };
+    if wanted != now.mtu {
+        let change = LinkChange { mtu: Some(wanted), ..LinkChange::default() };
+        connection.change_link(bridge.index, &change).context(failed)?;
+    }
+    Ok(Link { mtu: wanted, ..bridge })
 }
 
 /// No routers are listened to, and the link-local address is usable at once: until it is, the host asks for no neighbour
@@ -60,11 +81,13 @@ fn prepare_ipv6(link: &str) -> Result<()> {
     ["accept_ra", "accept_dad"].iter().try_for_each(|name| sysctl::ensure(&format!("net/ipv6/conf/{link}/{name}"), "0"))
 }
 
+/// Also of a bridge that was there: somebody else may have made it, or a call that was killed before it came to this.
 fn set_up(connection: &mut Connection, config: &Config, bridge: Link) -> Result<Link> {
+    prepare_ipv6(&bridge.name)?;
     if !config.vlans.is_empty() && !bridge.vlan_filtering {
         connection.enable_vlan_filtering(bridge.index).context(|| format!("let {} look at VLAN tags", bridge.name))?;
     }
-    let promiscuous = config.promisc_mode && bridge.promiscuity == 0;
+    let promiscuous = config.promisc_mode && !bridge.promiscuous;
     if !bridge.up || promiscuous {
         let change = LinkChange { up: Some(true), promiscuous: promiscuous.then_some(true), ..LinkChange::default() };
         connection.change_link(bridge.index, &change).context(|| format!("bring {} up", bridge.name))?;
@@ -125,7 +148,8 @@ pub fn ensure_vlan_link(connection: &mut Connection, config: &Config, bridge: &L
     if !oarlock_cni::names::is_valid_interface(&name) {
         return Err(PluginError::config("vlan", format!("{name:?} is too long for an interface's name")));
     }
-    if let Some(link) = connection.link(&name).context(failed)? {
+    if let Some(link) = connection.link(&name).context(failed)?.filter(|link| link.up) {
+        prepare_ipv6(&name)?;
         return Ok(link);
     }
     let path = Path::new("/proc/self/ns/net");
@@ -139,7 +163,7 @@ pub fn ensure_vlan_link(connection: &mut Connection, config: &Config, bridge: &L
         peer_name: &name,
         peer_mac: Some(random_mac()),
         peer_netns: own.as_fd(),
-        mtu: bridge.mtu,
+        mtu: if config.mtu == 0 { bridge.mtu } else { config.mtu },
     };
     match connection.create_veth(&pair) {
         // Another call was quicker.
@@ -195,8 +219,9 @@ fn is_rival(existing: &IpNet, wanted: &IpNet) -> bool {
     existing.addr().is_ipv4() == wanted.addr().is_ipv4() && (wanted.addr().is_ipv4() || overlap)
 }
 
-/// CHECK: the bridge and the port are there and belong together.
-pub fn check(connection: &mut Connection, config: &Config, veth: &str) -> Result<()> {
+/// CHECK: the bridge and the port are there, belong together, and are what the configuration says; the bridge has the
+/// gateway's addresses.
+pub fn check(connection: &mut Connection, config: &Config, veth: &str, previous: &CniResult) -> Result<()> {
     let drift = |text: String| Err(PluginError::Drift(text));
     let Some(bridge) = existing_bridge(connection, config)? else {
         return drift(format!("bridge {} is missing", config.bridge));
@@ -204,18 +229,48 @@ pub fn check(connection: &mut Connection, config: &Config, veth: &str) -> Result
     if !bridge.up {
         return drift(format!("bridge {} is down", bridge.name));
     }
+    if config.promisc_mode && !bridge.promiscuous {
+        return drift(format!("bridge {} is not in promiscuous mode", bridge.name));
+    }
+    if config.is_gateway {
+        check_gateways(connection, config, &bridge, &previous.ips)?;
+    }
+    // What plugins behind this one made of the MTU is in the result, as far as its version has that.
+    let recorded = previous.interfaces.iter().find(|one| one.name == veth).and_then(|one| one.mtu);
+    let mtu = recorded.or(Some(config.mtu).filter(|mtu| *mtu != 0));
     match connection.link(veth).context(|| format!("look up {veth}"))? {
         None => drift(format!("the host's end {veth} is missing")),
         Some(port) if port.master != Some(bridge.index) => drift(format!("{veth} is not a port of {}", bridge.name)),
         Some(port) if port.hairpin != config.hairpin_mode => {
             drift(format!("hairpin mode of {veth} is {}", port.hairpin))
         }
+        Some(port) if port.isolated != config.port_isolation => {
+            drift(format!("isolation of {veth} is {}", port.isolated))
+        }
+        Some(port) if mtu.is_some_and(|mtu| mtu != port.mtu) => drift(format!("the MTU of {veth} is {}", port.mtu)),
         Some(port) if !has_vlans(connection, config, port.index)? => {
             drift(format!("{veth} is not in the VLANs of the network"))
         }
         Some(port) if !port.up => drift(format!("{veth} is down")),
         Some(_) => Ok(()),
     }
+}
+
+fn check_gateways(connection: &mut Connection, config: &Config, bridge: &Link, ips: &[IpConfig]) -> Result<()> {
+    let drift = |text: String| Err(PluginError::Drift(text));
+    let name = config.access_vlan().map_or_else(|| bridge.name.clone(), |vlan| format!("{}.{vlan}", bridge.name));
+    let link = if name == bridge.name { Some(bridge.clone()) } else { connection.link(&name).ok().flatten() };
+    let Some(link) = link else { return drift(format!("{name} is missing")) };
+    let existing = connection.addresses().context(|| format!("list the addresses of {name}"))?;
+    for ip in ips {
+        let Some(wanted) = ip.gateway.and_then(|gateway| IpNet::new(gateway, ip.address.prefix_len()).ok()) else {
+            continue;
+        };
+        if !existing.iter().any(|one| one.link == link.index && one.net == wanted) {
+            return drift(format!("{name} does not have address {wanted}"));
+        }
+    }
+    Ok(())
 }
 
 fn has_vlans(connection: &mut Connection, config: &Config, port: u32) -> Result<bool> {

@@ -11,9 +11,11 @@ mod host;
 
 use std::net::IpAddr;
 
+use nix::errno::Errno;
 use oarlock_cni::types::{CniResult, Interface, IpConfig};
 use oarlock_cni_table::masquerade::{self, Masquerade};
-use oarlock_cni_table::{Part, Place, stable_hash};
+use oarlock_cni_table::spoof_check::{self, SpoofCheck};
+use oarlock_cni_table::{Part, Place, TableError, stable_hash};
 use oarlock_netlink::{Connection, Link, Mac, Protocol};
 use oarlock_nft::Key;
 
@@ -53,7 +55,7 @@ fn add(call: &Call) -> Result<CniResult> {
     if attached.is_err() {
         // The first error is the one to tell; the runtime's DEL repeats what fails here.
         let _ = connection.delete_link_by_name(&own_veth(call));
-        let _ = table::remove(call, PLUGIN.name, &[masquerade::MAP], Some(&[]));
+        let _ = table::remove(call, PLUGIN.name, &SETS, Some(&[]));
         if let Some(kind) = config.ipam_type() {
             let _ = delegate::del(kind, call);
         }
@@ -93,12 +95,14 @@ impl Attach<'_> {
         let mtu = if config.mtu != 0 { config.mtu } else { bridge.mtu };
         let mac = config.mac.unwrap_or_else(|| address_of(&result.ips));
         let veth = own_veth(call);
+        // Before the container can send anything.
+        self.lay(&result.ips, mac)?;
         host::create_pair(
             connection,
             &host::Pair { veth: &veth, bridge: bridge.index, call, mac, mtu },
             inside.netns(),
         )?;
-        inside.configure(&call.ifname, &result)?;
+        inside.configure(&call.ifname, &result, !config.disable_container_interface)?;
         let port = connection.require_link(&veth).context(|| format!("find {veth}"))?;
         if config.hairpin_mode || config.port_isolation {
             connection
@@ -113,7 +117,6 @@ impl Attach<'_> {
             }
             host::ensure_gateways(connection, config, vlan_link.as_ref().unwrap_or(bridge), &result.ips)?;
         }
-        table::add(call, PLUGIN.name, &parts(config, &result.ips))?;
         let container_link = Interface {
             name: call.ifname.clone(),
             mac: Some(mac.to_string()),
@@ -121,12 +124,33 @@ impl Attach<'_> {
             sandbox: call.netns.as_ref().map(|path| path.display().to_string()),
             ..Interface::default()
         };
-        result.interfaces = vec![host_link(bridge), host_link(&port), container_link];
+        let bridge = host::adjust_mtu(connection, config, bridge.clone())?;
+        result.interfaces = vec![host_link(&bridge), host_link(&port), container_link];
         result.interfaces.extend(vlan_link.as_ref().map(host_link));
         if result.dns.is_empty() {
             result.dns = config.dns.clone();
         }
         Ok(result)
+    }
+}
+
+impl Attach<'_> {
+    /// The attachment's part of the nftables table.
+    fn lay(&self, ips: &[IpConfig], mac: Mac) -> Result<()> {
+        let laid = table::add(self.call, PLUGIN.name, &parts(self.call, self.config, ips, mac));
+        let kernel_lacks = |error: &PluginError| match error {
+            PluginError::Table(TableError::Nft { source, .. }) => {
+                matches!(source.errno(), Some(Errno::EOPNOTSUPP | Errno::EAFNOSUPPORT | Errno::EPROTONOSUPPORT))
+                    || source.is_not_found()
+            }
+            _ => false,
+        };
+        match laid {
+            Err(error) if self.config.mac_spoof_check && kernel_lacks(&error) => {
+                Err(PluginError::NoSpoofCheck { source: Box::new(error) })
+            }
+            other => other,
+        }
     }
 }
 
@@ -160,15 +184,14 @@ fn del(call: &Call) -> Result<()> {
         key: Key::single(*address),
     };
     let places: Vec<Place> = addresses.iter().map(place).collect();
-    let places = Some(places.as_slice()).filter(|places| !places.is_empty());
-    let unmasqueraded =
-        if config.ip_masq { table::remove(call, PLUGIN.name, &[masquerade::MAP], places) } else { Ok(()) };
+    let places = Some(places.as_slice()).filter(|places| !places.is_empty() && !config.mac_spoof_check);
+    let removed = if config.has_rules() { table::remove(call, PLUGIN.name, &SETS, places) } else { Ok(()) };
     // Without the namespace the pair is gone with it, or will be as soon as the kernel gets to it.
     let unlinked = match call.netns.as_deref().filter(|path| path.exists()) {
         Some(netns) => container::remove_link(netns, &call.ifname),
         None => Ok(()),
     };
-    released.and(unmasqueraded).and(unlinked)
+    released.and(removed).and(unlinked)
 }
 
 /// The container's addresses as far as anybody knows: the runtime, from its record of ADD, and `host-local`.
@@ -190,44 +213,61 @@ fn check(call: &Call) -> Result<()> {
         delegate::check(kind, call)?;
     }
     let mut connection = route_connection()?;
-    host::check(&mut connection, &config, &own_veth(call))?;
-    container::check(call.existing_netns()?, &call.ifname, &previous)?;
-    let mine: Vec<IpConfig> =
-        previous.ips.into_iter().filter(|ip| ip.interface.is_none_or(|index| index == 2)).collect();
-    let parts = parts(&config, &mine);
+    host::check(&mut connection, &config, &own_veth(call), &previous)?;
+    container::check(call.existing_netns()?, &call.ifname, &previous, !config.disable_container_interface)?;
+    let mine = previous.ips.iter().filter(|ip| ip.interface.is_none_or(|index| index == 2));
+    let mine: Vec<IpConfig> = mine.cloned().collect();
+    let own = previous.interfaces.iter().find(|one| one.name == call.ifname && one.sandbox.is_some());
+    let mac = own.and_then(|one| one.mac.as_ref()?.parse().ok()).or(config.mac).unwrap_or_else(|| address_of(&mine));
+    let parts = parts(call, &config, &mine, mac);
     if parts.is_empty() {
         return Ok(());
     }
     table::check(call, &parts, |entry| {
         let address = oarlock_netlink::wire::read_address(entry.element.key.as_slice());
-        let address = address.map(|address| address.to_string()).unwrap_or_default();
-        format!("address {address} is not masqueraded")
+        match address.filter(|_| entry.set == masquerade::MAP) {
+            Some(address) => format!("address {address} is not masqueraded"),
+            None => format!("{} is not kept from sending under other Ethernet addresses", own_veth(call)),
+        }
     })
 }
 
 /// What the attachment has in the nftables table.
-fn parts(config: &Config, ips: &[IpConfig]) -> Vec<Part> {
-    let masqueraded = ips.iter().filter(|_| config.ip_masq);
+fn parts(call: &Call, config: &Config, ips: &[IpConfig], mac: Mac) -> Vec<Part> {
     let part =
         |ip: &IpConfig| Part::Masquerade(Masquerade { address: ip.address, excluded: config.ip_masq_exclude.clone() });
-    masqueraded.map(part).collect()
+    let mut parts: Vec<Part> = ips.iter().filter(|_| config.ip_masq).map(part).collect();
+    if config.mac_spoof_check {
+        parts.push(Part::SpoofCheck(SpoofCheck { port: own_veth(call), mac }));
+    }
+    parts
 }
+
+/// The sets of the nftables table that this plugin has elements in.
+const SETS: [&str; 3] = [masquerade::MAP, spoof_check::SETS[0], spoof_check::SETS[1]];
 
 fn status(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
-    config.ipam_type().map_or(Ok(()), |kind| delegate::status(kind, call))?;
-    host::existing_bridge(&mut route_connection()?, &config).map(drop)
+    if let Err(error) = host::existing_bridge(&mut route_connection()?, &config) {
+        // Whoever is attached hung on the bridge that had the name before.
+        let limited = config.ipam_type() == Some(host_local::PLUGIN.name) && host_local::is_in_use(call)?;
+        return Err(PluginError::NotAvailable { limited, source: Box::new(error) });
+    }
+    if config.has_rules() {
+        table::status()?;
+    }
+    config.ipam_type().map_or(Ok(()), |kind| delegate::status(kind, call))
 }
 
 fn gc(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
     let released = config.ipam_type().map_or(Ok(()), |kind| delegate::gc(kind, call));
-    let unmasqueraded = if config.ip_masq { table::keep_only(call, PLUGIN.name, &[masquerade::MAP]) } else { Ok(()) };
+    let removed = if config.has_rules() { table::keep_only(call, PLUGIN.name, &SETS) } else { Ok(()) };
     let name = |one: &oarlock_cni::ValidAttachment| veth_name(&call.network.name, &one.container_id, &one.ifname);
     let valid: Vec<String> = call.valid_attachments().iter().map(name).collect();
     let unlinked =
         route_connection().and_then(|mut connection| host::remove_stray_ports(&mut connection, &config, &valid));
-    released.and(unmasqueraded).and(unlinked)
+    released.and(removed).and(unlinked)
 }
 
 #[cfg(test)]

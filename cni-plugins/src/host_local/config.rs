@@ -120,6 +120,17 @@ impl Config {
         })
     }
 
+    /// An address that was asked for and that no set of ranges gives, each giving one.
+    pub fn requested_in_vain(&self) -> Option<IpAddr> {
+        let mut left = self.requested.clone();
+        for set in &self.ranges {
+            if let Some(position) = left.iter().position(|address| set.contains(*address)) {
+                left.remove(position);
+            }
+        }
+        left.first().copied()
+    }
+
     /// Name servers from the resolv.conf that the configuration names.
     pub fn dns(&self) -> Result<Dns> {
         let Some(path) = &self.resolv_conf else { return Ok(Dns::default()) };

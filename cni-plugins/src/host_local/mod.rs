@@ -28,6 +28,9 @@ fn add(call: &Call) -> Result<CniResult> {
     let config = Config::read(call)?;
     // Whatever can fail comes before an address is taken.
     let dns = config.dns()?;
+    if let Some(address) = config.requested_in_vain() {
+        return Err(PluginError::OutOfRange { address });
+    }
     let store = Store::open(&config.data_dir, &call.network.name)?;
     let owner = owner(call);
     let held = store.recorded(&owner)?.unwrap_or_default();
@@ -52,10 +55,6 @@ fn add(call: &Call) -> Result<CniResult> {
                 return Err(error);
             }
         }
-    }
-    if let Some(address) = wanted.first() {
-        store.release_all(&owner)?;
-        return Err(PluginError::OutOfRange { address: *address });
     }
     let ips = given.iter().filter_map(|(set, address)| set.ip_config(*address)).collect::<Vec<IpConfig>>();
     Ok(CniResult { ips, routes: config.routes.clone(), dns, ..CniResult::default() })
@@ -122,7 +121,19 @@ fn check(call: &Call) -> Result<()> {
 
 fn status(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
-    Store::open(&config.data_dir, &call.network.name).map(drop)
+    let given = Store::open(&config.data_dir, &call.network.name)?.given()?;
+    // ADD needs an address of each set.
+    match config.ranges.iter().find(|set| set.candidates(None).all(|address| given.contains(&address))) {
+        Some(set) => Err(PluginError::Exhausted { ranges: set.to_string() }),
+        None => Ok(()),
+    }
+}
+
+/// Whether any container has an address of the network.
+pub fn is_in_use(call: &Call) -> Result<bool> {
+    let config = Config::read(call)?;
+    let store = Store::open_existing(&config.data_dir, &call.network.name)?;
+    Ok(store.is_some_and(|store| store.given().is_ok_and(|given| !given.is_empty())))
 }
 
 fn gc(call: &Call) -> Result<()> {

@@ -8,6 +8,7 @@
 //!   DEL independent of how many addresses are given; without it (files of the reference plugin) every file is read.
 //! - `lock`: held exclusively by every call.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::IpAddr;
@@ -132,6 +133,11 @@ impl Store {
             found.extend(entry.file_name().to_str().and_then(|name| name.parse::<IpAddr>().ok()));
         }
         Ok(found)
+    }
+
+    /// The addresses that are given, whoever has them.
+    pub fn given(&self) -> Result<HashSet<IpAddr>> {
+        Ok(self.all()?.into_iter().collect())
     }
 
     /// Takes an address if it is free.

@@ -23,6 +23,10 @@ struct Raw {
     snat: Option<bool>,
     #[serde(default)]
     backend: Option<String>,
+    #[serde(default, rename = "conditionsV4")]
+    conditions_v4: Option<Vec<String>>,
+    #[serde(default, rename = "conditionsV6")]
+    conditions_v6: Option<Vec<String>>,
     #[serde(default)]
     runtime_config: RuntimeConfig,
 }
@@ -53,6 +57,11 @@ impl Config {
         let raw: Raw = call.config()?;
         if let Some(backend) = raw.backend.filter(|backend| !backend.is_empty() && backend != "nftables") {
             return Err(PluginError::config("backend", format!("{backend:?} is not supported, only \"nftables\"")));
+        }
+        for (field, conditions) in [("conditionsV4", &raw.conditions_v4), ("conditionsV6", &raw.conditions_v6)] {
+            if conditions.as_ref().is_some_and(|conditions| !conditions.is_empty()) {
+                return Err(PluginError::config(field, "is not supported: its words are those of iptables"));
+            }
         }
         let mappings =
             raw.runtime_config.port_mappings.into_iter().enumerate().map(mapping).collect::<Result<Vec<_>>>()?;

@@ -4,12 +4,14 @@
 
 mod config;
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::Path;
 
 use oarlock_cni::types::CniResult;
 use oarlock_cni_table::host_ports::{self, HostPorts, Mapping};
 use oarlock_cni_table::{Part, Place, TableError};
+use oarlock_netlink::conntrack::Flow;
 use oarlock_netlink::{Connection, Protocol};
 use oarlock_nft::Kernel;
 
@@ -30,7 +32,7 @@ fn add(call: &Call) -> Result<CniResult> {
         Err(PluginError::Table(TableError::Taken { set })) => return Err(taken(call, &parts, set)),
         other => other?,
     }
-    forget_flows(&config.mappings)?;
+    forget_flows(&config.mappings, &previous.container_ips())?;
     Ok(previous)
 }
 
@@ -90,28 +92,41 @@ fn unseen_bridge(previous: &CniResult, is_ipv4: bool) -> Result<Option<String>> 
     Ok(None)
 }
 
-/// Flows to these ports that began before the mapping would go on without it.
-fn forget_flows(mappings: &[Mapping]) -> Result<()> {
-    let ports: Vec<u16> = mappings
-        .iter()
-        .filter(|mapping| mapping.protocol == host_ports::Protocol::UDP)
-        .map(|mapping| mapping.host_port)
-        .collect();
-    if ports.is_empty() {
+/// Flows to these ports of this host that began before the mapping, and those that it led to the container, would go on as they
+/// are: their tracking lives as long as they send. TCP is not among them, as a connection ends with one of its ends.
+fn forget_flows(mappings: &[Mapping], addresses: &[IpAddr]) -> Result<()> {
+    let tracked: Vec<&Mapping> =
+        mappings.iter().filter(|mapping| mapping.protocol != host_ports::Protocol::TCP).collect();
+    if tracked.is_empty() {
         return Ok(());
     }
+    let mut links = Connection::open(Protocol::Route).context(|| "cannot talk to the kernel about addresses".into())?;
+    let own: HashSet<IpAddr> =
+        links.addresses().context(|| "list addresses".into())?.into_iter().map(|one| one.net.addr()).collect();
     let mut connection =
         Connection::open(Protocol::Netfilter).context(|| "cannot talk to connection tracking".into())?;
+    let protocols: Vec<u8> = tracked.iter().map(|mapping| mapping.protocol.number()).collect();
     let mut stale = Vec::new();
     for is_ipv4 in [true, false] {
-        let listed = connection.each_flow(is_ipv4, &[libc::IPPROTO_UDP as u8], |flow| {
-            if ports.contains(&flow.original.destination.port()) {
+        let listed = connection.each_flow(is_ipv4, &protocols, |flow| {
+            if tracked.iter().any(|mapping| is_of(mapping, &flow, &own, addresses)) {
                 stale.push(flow);
             }
         });
-        listed.context(|| "list UDP flows".into())?;
+        listed.context(|| "list flows".into())?;
     }
-    connection.delete_flows(&stale).context(|| "forget UDP flows".into())
+    connection.delete_flows(&stale).context(|| "forget flows".into())
+}
+
+/// Whether a flow goes to the mapping's port of the host, or went there when the host had another address. Flows of the same
+/// port to other hosts and to Services do not.
+fn is_of(mapping: &Mapping, flow: &Flow, own: &HashSet<IpAddr>, containers: &[IpAddr]) -> bool {
+    let (to, answers) = (flow.original.destination, flow.reply.source);
+    let is_led = containers.contains(&answers.ip()) && answers.port() == mapping.container_port && answers != to;
+    flow.original.protocol == mapping.protocol.number()
+        && to.port() == mapping.host_port
+        && mapping.host_ip.is_none_or(|address| address == to.ip())
+        && (own.contains(&to.ip()) || is_led)
 }
 
 fn del(call: &Call) -> Result<()> {
@@ -121,7 +136,7 @@ fn del(call: &Call) -> Result<()> {
     // A runtime that does not repeat what it asked of ADD leaves no other way than to look at everything, without a record.
     let is_known = !config.mappings.is_empty() && !addresses.is_empty();
     let removed = table::remove(call, PLUGIN.name, &host_ports::SETS, is_known.then_some(places.as_slice()));
-    removed.and(forget_flows(&config.mappings))
+    removed.and(forget_flows(&config.mappings, &addresses))
 }
 
 /// Where the elements of these mappings to these addresses are.
@@ -154,10 +169,52 @@ fn check(call: &Call) -> Result<()> {
 
 fn status(call: &Call) -> Result<()> {
     Config::read(call)?;
-    table::open().map(drop)
+    table::status()
 }
 
 fn gc(call: &Call) -> Result<()> {
     Config::read(call)?;
     table::keep_only(call, PLUGIN.name, &host_ports::SETS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use oarlock_netlink::conntrack::Tuple;
+
+    /// A flow from a client to `to`, answered by `by`.
+    fn flow(protocol: host_ports::Protocol, to: &str, by: &str) -> Flow {
+        let tuple = |source: &str, destination: &str| Tuple {
+            protocol: protocol.number(),
+            source: source.parse().unwrap(),
+            destination: destination.parse().unwrap(),
+        };
+        Flow { original: tuple("192.0.2.9:4000", to), reply: tuple(by, "192.0.2.9:4000") }
+    }
+
+    #[test]
+    fn only_flows_to_the_port_of_this_host_are_forgotten() {
+        let own = HashSet::from(["192.0.2.1".parse().unwrap()]);
+        let pods = ["10.42.0.5".parse().unwrap()];
+        for protocol in [host_ports::Protocol::UDP, host_ports::Protocol::SCTP] {
+            let mapping = Mapping { host_port: 53, container_port: 5353, protocol, host_ip: None };
+            let is_of = |to: &str, by: &str| is_of(&mapping, &flow(protocol, to, by), &own, &pods);
+            assert!(is_of("192.0.2.1:53", "192.0.2.1:53"), "a server of the host");
+            assert!(is_of("192.0.2.1:53", "10.42.0.5:5353"), "led to the container");
+            assert!(is_of("192.0.2.7:53", "10.42.0.5:5353"), "at an address that the host had");
+            assert!(!is_of("198.51.100.1:53", "198.51.100.1:53"), "another host");
+            assert!(!is_of("10.43.0.10:53", "10.42.0.6:53"), "a Service");
+            assert!(!is_of("192.0.2.1:54", "192.0.2.1:54"), "another port");
+        }
+        let mapping = Mapping {
+            host_port: 53,
+            container_port: 5353,
+            protocol: host_ports::Protocol::UDP,
+            host_ip: Some("192.0.2.2".parse().unwrap()),
+        };
+        let other = flow(host_ports::Protocol::UDP, "192.0.2.1:53", "192.0.2.1:53");
+        assert!(!super::is_of(&mapping, &other, &own, &pods), "another address of the host");
+        let sctp = flow(host_ports::Protocol::SCTP, "192.0.2.2:53", "192.0.2.2:53");
+        assert!(!super::is_of(&mapping, &sctp, &own, &pods), "another protocol");
+    }
 }

@@ -10,6 +10,9 @@ use crate::restore::{foundations, restore_with};
 use crate::state::State;
 use crate::{Result, TableError};
 
+/// How often somebody else may take the table away during one ADD.
+const ATTEMPTS: u32 = 20;
+
 /// On whose behalf the table is changed, and where that is recorded.
 #[derive(Debug, Clone, Copy)]
 pub struct Holder<'a> {
@@ -52,12 +55,15 @@ pub fn add(kernel: &mut Netlink, holder: &Holder<'_>, parts: &[Part]) -> Result<
 }
 
 fn restore_and_add(kernel: &mut Netlink, holder: &Holder<'_>, parts: &[Part]) -> Result<()> {
-    restore_with(kernel, holder.state_dir)?;
-    let _state = State::open(holder.state_dir, kernel)?;
-    match add_elements(kernel, holder.owner, parts)? {
-        Added::Afresh | Added::InPlace => Ok(()),
-        Added::WithoutRules => Err(TableError::Vanished),
+    for _ in 0..ATTEMPTS {
+        restore_with(kernel, holder.state_dir)?;
+        let _state = State::open(holder.state_dir, kernel)?;
+        match add_elements(kernel, holder.owner, parts)? {
+            Added::Afresh | Added::InPlace => return Ok(()),
+            Added::WithoutRules => {}
+        }
     }
+    Err(TableError::Vanished)
 }
 
 /// How elements were added.
@@ -147,7 +153,9 @@ fn add_elements(kernel: &mut Netlink, owner: &Owner, parts: &[Part]) -> Result<A
             Ok(()) => {}
             Err(error) if error.is_not_found() => return Ok(Added::WithoutRules),
             Err(error) if error.is_exists() => {
-                replace(kernel, &part.table(), &entries)?;
+                if !replace(kernel, &part.table(), &entries)? {
+                    return Ok(Added::WithoutRules);
+                }
                 added = Added::InPlace;
             }
             Err(error) => return Err(failed(error)),
@@ -174,8 +182,8 @@ fn additions(table: Table, entries: &[Entry]) -> Transaction {
     transaction
 }
 
-/// Adds elements in the place of those that former owners left.
-fn replace(kernel: &mut Netlink, table: &Table, entries: &[Entry]) -> Result<()> {
+/// Adds elements in the place of those that former owners left. Says whether the table was there.
+fn replace(kernel: &mut Netlink, table: &Table, entries: &[Entry]) -> Result<bool> {
     let failed = TableError::nft("add to the table");
     let mut transaction = Transaction::new(table.clone());
     for entry in entries.iter().filter(|entry| entry.conflict != Conflict::Share) {
@@ -186,7 +194,10 @@ fn replace(kernel: &mut Netlink, table: &Table, entries: &[Entry]) -> Result<()>
         transaction.push(Command::DeleteElements { set: entry.set.into(), keys: vec![entry.element.key] });
     }
     transaction.commands.extend(additions(table.clone(), entries).commands);
-    kernel.commit(&transaction).map_err(failed)
+    match kernel.commit(&transaction) {
+        Err(error) if error.is_not_found() => Ok(false),
+        other => other.map(|()| true).map_err(failed),
+    }
 }
 
 /// The first entry of the parts that is not in the kernel as `owner`'s.

@@ -13,8 +13,8 @@ pub fn table(is_ipv4: bool) -> Table {
 }
 
 /// Every table that the plugins have.
-pub(crate) fn tables() -> [Table; 2] {
-    [table(true), table(false)]
+pub(crate) fn tables() -> [Table; 3] {
+    [table(true), table(false), crate::spoof_check::table()]
 }
 
 pub fn address_field(is_ipv4: bool) -> Field {

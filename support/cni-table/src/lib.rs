@@ -19,6 +19,7 @@ pub mod masquerade;
 mod owner;
 mod part;
 mod restore;
+pub mod spoof_check;
 mod state;
 
 pub use change::{Holder, Missing, Place, add, keep_only, missing, remove};

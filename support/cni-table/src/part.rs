@@ -7,6 +7,7 @@ use crate::firewall::Firewall;
 use crate::foundation::Foundation;
 use crate::host_ports::HostPorts;
 use crate::masquerade::Masquerade;
+use crate::spoof_check::{self, SpoofCheck};
 
 /// A part as it is recorded.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +16,7 @@ pub enum Part {
     Masquerade(Masquerade),
     HostPorts(HostPorts),
     Firewall(Firewall),
+    SpoofCheck(SpoofCheck),
 }
 
 /// What happens when somebody else's element is in an entry's place.
@@ -61,6 +63,7 @@ impl Part {
             Part::Masquerade(part) => part.is_ipv4(),
             Part::HostPorts(part) => part.address.is_ipv4(),
             Part::Firewall(part) => part.is_ipv4,
+            Part::SpoofCheck(_) => return spoof_check::table(),
         };
         crate::table(is_ipv4)
     }
@@ -70,6 +73,7 @@ impl Part {
             Part::Masquerade(part) => part.foundation(),
             Part::HostPorts(part) => part.foundation(),
             Part::Firewall(part) => part.foundation(),
+            Part::SpoofCheck(_) => SpoofCheck::foundation(),
         }
     }
 
@@ -78,6 +82,7 @@ impl Part {
             Part::Masquerade(part) => part.entries(owner),
             Part::HostPorts(part) => part.entries(owner),
             Part::Firewall(part) => part.entries(),
+            Part::SpoofCheck(part) => part.entries(owner),
         }
     }
 }

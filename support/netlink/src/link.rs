@@ -97,6 +97,8 @@ pub struct Link {
     pub vlan_filtering: bool,
     /// Whether this bridge port sends frames back where they came from.
     pub hairpin: bool,
+    /// Whether this bridge port is kept from other ports like it.
+    pub isolated: bool,
     /// The address that packets of a VXLAN device leave from.
     pub local: Option<std::net::IpAddr>,
 }
@@ -366,6 +368,7 @@ fn parse(message: &Received<'_>) -> Option<Link> {
         queue_length: 0,
         vlan_filtering: false,
         hairpin: false,
+        isolated: false,
         local: None,
     };
     let is_ethernet = read_u16(&header[2..])? == libc::ARPHRD_ETHER;
@@ -387,6 +390,7 @@ fn parse(message: &Received<'_>) -> Option<Link> {
                 let local = data_of("vxlan")
                     .and_then(|data| attribute(data, VXLAN_LOCAL).or_else(|| attribute(data, VXLAN_LOCAL_V6)));
                 link.local = local.and_then(crate::wire::read_address);
+                link.isolated = port.and_then(|port| attribute(port, IFLA_BRPORT_ISOLATED)) == Some(&[1]);
                 link.hairpin = port.and_then(|port| attribute(port, IFLA_BRPORT_MODE)) == Some(&[1]);
             }
             _ => {}

@@ -25,6 +25,12 @@ fn table_of(address: IpAddr) -> &'static str {
 }
 
 in_each_mode! {
+    deleting_after_the_namespace_is_gone_frees_everything
+    a_second_add_fails_and_the_first_attachment_stays
+    check_finds_what_somebody_changed
+    garbage_collection_frees_what_no_valid_attachment_has
+    many_pods_at_once_all_get_their_own_address
+    a_plugin_killed_at_any_moment_leaves_nothing_that_del_does_not_free
     pods_talk_to_each_other_and_the_node_and_leave_nothing_behind
     host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod
     host_ports_lead_to_the_pod_where_bridged_packets_are_out_of_sight
@@ -38,10 +44,6 @@ struct Node {
 }
 
 impl Node {
-    fn new() -> Node {
-        Node::with(Mode::Ipv4)
-    }
-
     fn with(mode: Mode) -> Node {
         oarlock_netns::bring_loopback_up().unwrap();
         let directory = tempfile::tempdir().unwrap();
@@ -117,7 +119,20 @@ fn seen_from(pod: Option<&Attachment>, address: IpAddr, port: u16) -> std::io::R
 }
 
 fn masqueraded() -> String {
-    masqueraded_in("ip")
+    format!("{}{}", masqueraded_in("ip"), masqueraded_in("ip6"))
+}
+
+fn listed_ports() -> String {
+    let listed = |family| {
+        let output = Command::new("nft").args(["list", "map", family, "oarlock-cni", "hostports"]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    format!("{}{}", listed("ip"), listed("ip6"))
+}
+
+/// Addresses as the files of `host-local` are called.
+fn names(addresses: &[IpAddr]) -> HashSet<String> {
+    addresses.iter().map(ToString::to_string).collect()
 }
 
 fn masqueraded_in(family: &str) -> String {
@@ -194,57 +209,59 @@ fn what_leaves_the_cluster_is_masqueraded_and_addresses_are_usable_at_once(mode:
     assert_eq!(accepts.unwrap().trim(), "0", "router advertisements are refused");
 }
 
-#[test]
-fn deleting_after_the_namespace_is_gone_frees_everything() {
-    in_fresh_namespaces(|| {
-        let node = Node::new();
-        let pod = node.pod("a");
-        node.add(&pod).unwrap();
-        remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
-        node.del(&pod);
-        assert!(node.reserved().is_empty());
-        assert!(!masqueraded().contains("10.42"));
-    });
+fn deleting_after_the_namespace_is_gone_frees_everything(mode: Mode) {
+    let node = Node::with(mode);
+    let pod = node.pod("a");
+    for address in node.add_all(&pod).unwrap() {
+        assert!(masqueraded().contains(&format!("{address} ")));
+    }
+    remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
+    node.del(&pod);
+    assert!(node.reserved().is_empty());
+    assert!(!masqueraded().contains("goto"), "{}", masqueraded());
 }
 
-#[test]
-fn a_second_add_fails_and_the_first_attachment_stays() {
-    in_fresh_namespaces(|| {
-        let node = Node::new();
-        let pod = node.pod("a");
-        let address = node.add(&pod).unwrap();
-        let error = node.add(&pod).unwrap_err();
-        assert!(error.to_string().contains("eth0"), "{error}");
-        assert_eq!(node.reserved(), HashSet::from([address.to_string()]));
-        echo_server(&pod, 80);
-        assert!(seen_from(None, address, 80).is_ok());
-    });
+fn a_second_add_fails_and_the_first_attachment_stays(mode: Mode) {
+    let node = Node::with(mode);
+    let pod = node.pod("a");
+    let addresses = node.add_all(&pod).unwrap();
+    let error = node.add(&pod).unwrap_err();
+    assert!(error.to_string().contains("eth0"), "{error}");
+    assert_eq!(node.reserved(), names(&addresses));
+    echo_server(&pod, 80);
+    assert!(addresses.iter().all(|address| seen_from(None, *address, 80).is_ok()));
 }
 
-#[test]
-fn check_finds_what_somebody_changed() {
-    in_fresh_namespaces(|| {
-        let node = Node::new();
-        let pod = node.pod("a").with_port_mappings(&[mapping(8080, 80)]);
-        let address = node.add(&pod).unwrap();
-        let check = || node.runtime.block_on(node.client.check(&pod));
-        check().unwrap();
-        let mut inside = Connection::open_in(Protocol::Route, pod.netns.as_deref().unwrap()).unwrap();
-        let link = inside.require_link("eth0").unwrap();
-        let net = format!("{address}/24").parse().unwrap();
+fn check_finds_what_somebody_changed(mode: Mode) {
+    let node = Node::with(mode);
+    let pod = node.pod("a").with_port_mappings(&[mapping(8080, 80)]);
+    let addresses = node.add_all(&pod).unwrap();
+    let check = || node.runtime.block_on(node.client.check(&pod));
+    check().unwrap();
+    let mut inside = Connection::open_in(Protocol::Route, pod.netns.as_deref().unwrap()).unwrap();
+    let link = inside.require_link("eth0").unwrap();
+    for address in addresses {
+        let (length, any) = if address.is_ipv4() { (24, "0.0.0.0/0") } else { (64, "::/0") };
+        let net = format!("{address}/{length}").parse().unwrap();
+        let default = oarlock_netlink::Route::new(any.parse().unwrap(), Some(gateway(address)), link.index);
         inside.delete_address(link.index, net).unwrap();
         assert!(check().unwrap_err().to_string().contains(&address.to_string()));
         inside.add_address(link.index, net).unwrap();
+        // Some families lose it with the address.
+        inside.delete_route(&default).unwrap();
         assert!(check().unwrap_err().to_string().contains("route"));
-        let default =
-            oarlock_netlink::Route::new("0.0.0.0/0".parse().unwrap(), Some([10, 42, 0, 1].into()), link.index);
         inside.add_route(&default).unwrap();
         check().unwrap();
-        assert!(
-            Command::new("nft").args(["flush", "map", "ip", "oarlock-cni", "hostports"]).status().unwrap().success()
-        );
+        let flush = ["flush", "map", table_of(address), "oarlock-cni", "hostports"];
+        assert!(Command::new("nft").args(flush).status().unwrap().success());
         assert!(check().unwrap_err().to_string().contains("tcp/8080"));
-    });
+        oarlock_cni_table::restore(Path::new(oarlock_cni_table::STATE_DIR)).unwrap();
+        let flush = ["flush", "chain", table_of(address), "oarlock-cni", "hostports-dnat"];
+        assert!(Command::new("nft").args(flush).status().unwrap().success());
+        assert!(check().unwrap_err().to_string().contains("hostports-dnat"));
+        oarlock_cni_table::restore(Path::new(oarlock_cni_table::STATE_DIR)).unwrap();
+        check().unwrap();
+    }
 }
 
 fn mapping(host_port: u16, container_port: u16) -> PortMapping {
@@ -286,80 +303,77 @@ fn host_ports_lead_to_the_pod_from_everywhere_and_belong_to_one_pod(mode: Mode) 
     assert!(addresses.iter().all(|address| seen_from(None, gateway(*address), 8080).is_err()));
 }
 
-#[test]
-fn garbage_collection_frees_what_no_valid_attachment_has() {
-    in_fresh_namespaces(|| {
-        let node = Node::new();
-        let (kept, lost) = (node.pod("kept"), node.pod("lost").with_port_mappings(&[mapping(8080, 80)]));
-        let address = node.add(&kept).unwrap();
-        node.add(&lost).unwrap();
-        fs::remove_dir_all(node.directory.path().join("cache")).unwrap();
-        let valid = [ValidAttachment { container_id: "kept".into(), ifname: "eth0".into() }];
-        node.runtime.block_on(node.client.gc(&valid)).unwrap();
-        assert_eq!(node.reserved(), HashSet::from([address.to_string()]));
-        let text = masqueraded();
-        assert!(text.contains("kept") && !text.contains("lost"), "{text}");
-        let ports = Command::new("nft").args(["list", "map", "ip", "oarlock-cni", "hostports"]).output().unwrap();
-        assert!(!String::from_utf8_lossy(&ports.stdout).contains("8080"));
-    });
+fn garbage_collection_frees_what_no_valid_attachment_has(mode: Mode) {
+    let node = Node::with(mode);
+    let (kept, lost) = (node.pod("kept"), node.pod("lost").with_port_mappings(&[mapping(8080, 80)]));
+    let addresses = node.add_all(&kept).unwrap();
+    node.add(&lost).unwrap();
+    assert_eq!(listed_ports().matches("8080").count(), addresses.len());
+    fs::remove_dir_all(node.directory.path().join("cache")).unwrap();
+    let valid = [ValidAttachment { container_id: "kept".into(), ifname: "eth0".into() }];
+    node.runtime.block_on(node.client.gc(&valid)).unwrap();
+    assert_eq!(node.reserved(), names(&addresses));
+    let text = masqueraded();
+    assert!(text.contains("kept") && !text.contains("lost"), "{text}");
+    assert!(!listed_ports().contains("8080"));
 }
 
-#[test]
-fn many_pods_at_once_all_get_their_own_address() {
-    in_fresh_namespaces(|| {
-        let node = Node::new();
-        let pods: Vec<Attachment> = (0..20).map(|number| node.pod(&format!("p{number}"))).collect();
-        let adds = futures::future::join_all(pods.iter().map(|pod| node.client.add(pod)));
-        let started = Instant::now();
-        let results = node.runtime.block_on(adds);
-        eprintln!("20 pods attached in {:?}", started.elapsed());
-        let addresses: HashSet<IpAddr> = results.into_iter().map(|result| result.unwrap().container_ips()[0]).collect();
-        assert_eq!(addresses.len(), 20);
-    });
+fn many_pods_at_once_all_get_their_own_address(mode: Mode) {
+    let node = Node::with(mode);
+    let pods: Vec<Attachment> = (0..20).map(|number| node.pod(&format!("p{number}"))).collect();
+    let adds = futures::future::join_all(pods.iter().map(|pod| node.client.add(pod)));
+    let started = Instant::now();
+    let results = node.runtime.block_on(adds);
+    eprintln!("20 pods attached in {:?}", started.elapsed());
+    let addresses: HashSet<IpAddr> = results.into_iter().flat_map(|result| result.unwrap().container_ips()).collect();
+    assert_eq!(addresses.len(), 20 * mode.subnets().len());
 }
 
-#[test]
-fn a_plugin_killed_at_any_moment_leaves_nothing_that_del_does_not_free() {
-    in_fresh_namespaces(|| {
-        let node = Node::new();
-        let before = Snapshot::take("no-process-has-this");
-        for round in 0..40_u64 {
-            let pod = node.pod("a");
-            let config = fs::read_to_string(node.directory.path().join("net.d/10-test.conflist")).unwrap();
-            let list: serde_json::Value = serde_json::from_str(&config).unwrap();
-            let mut bridge = list["plugins"][0].clone();
-            bridge["name"] = "test".into();
-            bridge["cniVersion"] = "1.1.0".into();
-            let mut child = Command::new(node.plugin("bridge"))
-                .env("CNI_COMMAND", "ADD")
-                .env("CNI_CONTAINERID", "a")
-                .env("CNI_IFNAME", "eth0")
-                .env("CNI_NETNS", pod.netns.as_ref().unwrap())
-                .env("CNI_PATH", node.directory.path().join("bin"))
-                .stdin(Stdio::piped())
-                .stdout(Stdio::null())
-                .spawn()
-                .unwrap();
-            child.stdin.take().unwrap().write_all(bridge.to_string().as_bytes()).unwrap();
-            // Not a wait for anything: the moments of the kills are spread over the life of the plugin.
-            std::thread::park_timeout(Duration::from_micros(round * 150));
-            child.kill().unwrap();
-            child.wait().unwrap();
-            node.del(&pod);
-            node.add(&pod).unwrap();
-            node.del(&pod);
-            remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
-            assert!(node.reserved().is_empty(), "round {round}");
-        }
-        let leaked = before.leaked(&Snapshot::take("no-process-has-this"));
-        assert!(leaked.iter().all(|line| line == "interface br0" || line == "nft table ip oarlock-cni"), "{leaked:?}");
-    });
+fn a_plugin_killed_at_any_moment_leaves_nothing_that_del_does_not_free(mode: Mode) {
+    let node = Node::with(mode);
+    let before = Snapshot::take("no-process-has-this");
+    for round in 0..40_u64 {
+        let pod = node.pod("a");
+        let config = fs::read_to_string(node.directory.path().join("net.d/10-test.conflist")).unwrap();
+        let list: serde_json::Value = serde_json::from_str(&config).unwrap();
+        let mut bridge = list["plugins"][0].clone();
+        bridge["name"] = "test".into();
+        bridge["cniVersion"] = "1.1.0".into();
+        let mut child = Command::new(node.plugin("bridge"))
+            .env("CNI_COMMAND", "ADD")
+            .env("CNI_CONTAINERID", "a")
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_NETNS", pod.netns.as_ref().unwrap())
+            .env("CNI_PATH", node.directory.path().join("bin"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(bridge.to_string().as_bytes()).unwrap();
+        // Not a wait for anything: the moments of the kills are spread over the life of the plugin.
+        std::thread::park_timeout(Duration::from_micros(round * 150));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        node.del(&pod);
+        node.add(&pod).unwrap();
+        node.del(&pod);
+        remove_pinned(pod.netns.as_deref().unwrap()).unwrap();
+        assert!(node.reserved().is_empty(), "round {round}");
+    }
+    let leaked = before.leaked(&Snapshot::take("no-process-has-this"));
+    let stays = ["interface br0", "nft table ip oarlock-cni", "nft table ip6 oarlock-cni"];
+    assert!(leaked.iter().all(|line| stays.contains(&line.as_str())), "{leaked:?}");
+    let records = fs::read_dir(oarlock_cni_table::STATE_DIR).unwrap().flatten();
+    let left = records.flat_map(|entry| fs::read_dir(entry.path()).unwrap().flatten()).map(|entry| entry.file_name());
+    assert_eq!(left.collect::<Vec<_>>(), ["lock"], "records");
+    let accepts = fs::read_to_string("/proc/sys/net/ipv6/conf/br0/accept_ra").unwrap();
+    assert_eq!(accepts.trim(), "0", "however early the call was killed that made the bridge");
 }
 
 #[test]
 fn errors_are_the_specifications_error_objects() {
     in_fresh_namespaces(|| {
-        let node = Node::new();
+        let node = Node::with(Mode::Ipv4);
         let call = |environment: &[(&str, &str)], config: &str| {
             let mut command = Command::new(node.plugin("bridge"));
             command.env_clear().envs(environment.iter().copied()).stdin(Stdio::piped()).stdout(Stdio::piped());

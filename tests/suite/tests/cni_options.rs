@@ -249,6 +249,78 @@ fn addresses_that_are_asked_for_are_given_or_refused() {
         }
         caller.call("DEL", "a", caller.bridge("net", 0), None).unwrap();
         assert_eq!(given(ask("e", ips(&["10.42.0.77"]), ""))[0], "10.42.0.77", "free again");
+        // What a container has stays its own when it asks for what cannot be given.
+        let alone = |fields: Value| with(with(caller.bridge("net", 0), json!({"type": "host-local"})), fields);
+        let held = reserved(&caller, "net");
+        for wrong in [&["10.99.0.1"][..], &["10.42.0.99", "10.99.0.1"], &["10.42.0.77", "10.42.0.78"]] {
+            let error = caller.call_with("ADD", "e", alone(ips(wrong)), None, "").unwrap_err();
+            assert!(error["msg"].as_str().unwrap().contains("none of the network's ranges"), "{error}");
+            assert_eq!(reserved(&caller, "net"), held, "{wrong:?}");
+        }
+        assert_eq!(given(caller.call_with("ADD", "e", alone(json!({})), None, ""))[0], "10.42.0.77");
+    });
+}
+
+/// What cannot be done is refused, not passed over.
+#[test]
+fn options_of_other_backends_are_refused() {
+    in_fresh_namespaces(|| {
+        let caller = Caller::new();
+        let result = caller.attach("a", caller.bridge("net", 0));
+        let ports = json!({"portMappings": [{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}]});
+        let portmap = json!({"name": "net", "type": "portmap", "runtimeConfig": ports});
+        let limits = json!({"ingressRate": 8_000_000, "ingressBurst": 800_000});
+        let bandwidth = with(json!({"name": "net", "type": "bandwidth"}), limits.clone());
+        for (config, field) in [
+            (with(portmap.clone(), json!({"conditionsV4": ["!", "-d", "192.0.2.0/24"]})), "conditionsV4"),
+            (with(portmap.clone(), json!({"conditionsV6": ["!", "-d", "2001:db8::/32"]})), "conditionsV6"),
+            (with(bandwidth.clone(), json!({"unshapedSubnets": ["10.42.0.0/16"]})), "unshapedSubnets"),
+            (with(bandwidth.clone(), json!({"shapedSubnets": ["10.42.0.0/16"]})), "shapedSubnets"),
+            (
+                json!({"name": "net", "type": "bandwidth",
+                       "runtimeConfig": {"bandwidth": with(limits, json!({"shapedSubnets": ["::/0"]}))}}),
+                "shapedSubnets",
+            ),
+        ] {
+            let error = caller.call_with("ADD", "a", config, Some(&result), "").unwrap_err();
+            assert_eq!(error["code"], 7, "{error}");
+            assert!(error["msg"].as_str().unwrap().contains(field), "{error}");
+        }
+        for empty in [json!({"conditionsV4": []}), json!({"conditionsV4": null, "conditionsV6": null})] {
+            caller.call("ADD", "a", with(portmap.clone(), empty), Some(&result)).unwrap();
+        }
+        caller.call("ADD", "a", with(bandwidth, json!({"shapedSubnets": []})), Some(&result)).unwrap();
+    });
+}
+
+/// Nobody said which attachments are valid, so nothing is taken away.
+#[test]
+fn garbage_collection_without_a_list_is_refused() {
+    in_fresh_namespaces(|| {
+        let caller = Caller::new();
+        let config = with(caller.bridge("net", 0), json!({"ipMasq": true}));
+        let result = caller.attach("a", config.clone());
+        serve("a");
+        let held = reserved(&caller, "net");
+        let plugins = [
+            config.clone(),
+            with(config.clone(), json!({"type": "host-local"})),
+            json!({"name": "net", "type": "portmap"}),
+            json!({"name": "net", "type": "firewall"}),
+            json!({"name": "net", "type": "bandwidth"}),
+            json!({"name": "net", "type": "tuning"}),
+        ];
+        for plugin in plugins {
+            let error = caller.call_with("GC", "", plugin, None, "").unwrap_err();
+            assert_eq!(error["code"], 7, "{error}");
+        }
+        assert_eq!((reserved(&caller, "net"), reaches(None, &result)), (held.clone(), vec![true, true]));
+        caller.call("CHECK", "a", config.clone(), Some(&result)).unwrap();
+        let valid = json!([{"containerID": "a", "ifname": "eth0"}]);
+        caller.call("GC", "", with(config.clone(), json!({"cni.dev/attachments": valid})), None).unwrap();
+        assert_eq!((reserved(&caller, "net"), reaches(None, &result)), (held, vec![true, true]), "the older name");
+        caller.call("GC", "", with(config, json!({"cni.dev/valid-attachments": []})), None).unwrap();
+        assert!(reserved(&caller, "net").is_empty());
     });
 }
 

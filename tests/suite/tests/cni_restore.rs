@@ -21,6 +21,7 @@ in_each_mode! {
     only_what_is_missing_is_put_back
     the_next_add_puts_everything_back
     what_was_deleted_or_refused_stays_away
+    nothing_comes_back_while_containers_come_and_go
 }
 
 /// A node with a neighbour and a pod `a` that answers on port 80, which is port 8080 of the node.
@@ -171,6 +172,39 @@ fn what_was_deleted_or_refused_stays_away(mode: Mode) {
     nft("flush ruleset");
     assert_eq!(restore(Path::new(STATE_DIR)).unwrap(), 0);
     assert_eq!(nft("list ruleset"), "");
+}
+
+/// Somebody flushes and restores all the time; what DEL took away does not come back, and who stays has everything.
+fn nothing_comes_back_while_containers_come_and_go(mode: Mode) {
+    let world = World::new(mode);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                nft("flush ruleset");
+                restore(Path::new(STATE_DIR)).unwrap();
+            }
+        });
+        let come_and_go = |name: &str, host_port: u16| {
+            for round in 0..10 {
+                let container = format!("{name}{round}");
+                let result = world.attach(&container, host_port).unwrap();
+                for config in [World::portmap(host_port), world.bridge()] {
+                    world.caller.call("DEL", &container, config, Some(&result)).unwrap();
+                }
+            }
+        };
+        let threads = [("b", 8081), ("c", 8082)].map(|(name, port)| scope.spawn(move || come_and_go(name, port)));
+        let ended = threads.map(|thread| thread.join());
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(ended.iter().all(Result::is_ok));
+    });
+    restore(Path::new(STATE_DIR)).unwrap();
+    assert_eq!(records().len(), 2);
+    assert_eq!(world.works(), vec![(true, true); world.families().len()]);
+    let listed = nft("list ruleset");
+    assert!(!listed.contains("8081") && !listed.contains("8082"), "{listed}");
+    assert_eq!(listed.matches("goto masquerade-").count(), world.families().len(), "{listed}");
 }
 
 /// Records of several networks, a firewall among them; a half-written one and one of another version are passed over.

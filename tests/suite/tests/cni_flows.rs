@@ -1,0 +1,154 @@
+//! Flows that began before a host port led to a container, and those that it led there: with real packets.
+
+#[macro_use]
+mod cni_caller;
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use cni_caller::{Caller, Mode, addresses, neighbour, neighbour_addresses, netns};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recv, sendto, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::TimeVal;
+use oarlock_netlink::{Connection, Protocol};
+use oarlock_netns::run_in;
+use oarlock_testkit::in_fresh_namespaces;
+use serde_json::{Value, json};
+
+const PORT: u16 = 9999;
+
+in_each_mode! {
+    udp_clients_of_the_host_find_the_container_and_others_are_left_alone
+    sctp_clients_of_the_host_find_the_container
+}
+
+fn portmap(protocol: &str) -> Value {
+    let mapping = json!({"hostPort": PORT, "containerPort": 80, "protocol": protocol});
+    json!({"name": "net", "type": "portmap", "runtimeConfig": {"portMappings": [mapping]}})
+}
+
+/// A server that answers with its name and with the client's address as it sees it.
+fn answer(place: Option<&str>, name: &'static str, port: u16) {
+    let bind = || UdpSocket::bind(("::", port)).unwrap();
+    let server = place.map_or_else(bind, |place| run_in(&netns(place), bind).unwrap());
+    std::thread::spawn(move || {
+        let mut buffer = [0; 16];
+        while let Ok((_, from)) = server.recv_from(&mut buffer) {
+            let _ = server.send_to(format!("{name} {from}").as_bytes(), from);
+        }
+    });
+}
+
+/// A client that keeps its socket, and so its flow.
+struct Client(UdpSocket);
+
+impl Client {
+    fn new(place: &str, to: IpAddr, port: u16) -> Client {
+        let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
+        let open = || {
+            let socket = UdpSocket::bind(any).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            socket.connect((to, port)).unwrap();
+            socket
+        };
+        Client(run_in(&netns(place), open).unwrap())
+    }
+
+    /// Who answers, and what it sees.
+    fn ask(&self) -> (String, String) {
+        let mut buffer = [0; 128];
+        let answered = self.0.send(b"?").and_then(|_| self.0.recv(&mut buffer));
+        let text = answered.map(|length| String::from_utf8_lossy(&buffer[..length]).into_owned()).unwrap_or_default();
+        let (name, seen) = text.split_once(' ').unwrap_or_default();
+        (name.to_owned(), seen.to_owned())
+    }
+}
+
+fn udp_clients_of_the_host_find_the_container_and_others_are_left_alone(mode: Mode) {
+    let caller = Caller::new();
+    neighbour("outside");
+    let client = caller.attach("client", caller.masqueraded(mode));
+    let first = caller.attach("first", caller.masqueraded(mode));
+    let second = caller.attach("second", caller.masqueraded(mode));
+    answer(Some("outside"), "outside", PORT);
+    answer(None, "host", PORT);
+    answer(Some("first"), "first", 80);
+    answer(Some("second"), "second", 80);
+    let own = addresses(&client);
+    let to_host: Vec<Client> =
+        own.iter().map(|like| Client::new("outside", neighbour_addresses(*like).1, PORT)).collect();
+    let to_other: Vec<Client> =
+        own.iter().map(|like| Client::new("client", neighbour_addresses(*like).0, PORT)).collect();
+    let hosts = |name: &str| to_host.iter().all(|client| client.ask().0 == name);
+    // The port that masquerading chose for a flow is another one when the flow was forgotten in between.
+    let others = || -> Vec<(String, String)> { to_other.iter().map(Client::ask).collect() };
+    let before = others();
+    assert!(before.iter().all(|(name, _)| name == "outside"), "{before:?}");
+    assert!(hosts("host"));
+    caller.call("ADD", "first", portmap("udp"), Some(&first)).unwrap();
+    assert!(hosts("first"), "the same client, which never stops sending");
+    assert_eq!(others(), before);
+    caller.call("DEL", "first", portmap("udp"), Some(&first)).unwrap();
+    assert!(hosts("host"), "and back");
+    caller.call("ADD", "second", portmap("udp"), Some(&second)).unwrap();
+    assert!(hosts("second"));
+    assert_eq!(others(), before);
+}
+
+/// An SCTP packet that asks for an association: there need be no SCTP in the kernel but in its tracking of connections.
+fn initiation(port: u16) -> Vec<u8> {
+    let mut packet = 4000_u16.to_be_bytes().to_vec();
+    packet.extend(port.to_be_bytes());
+    // Verification tag, room for the checksum, then the chunk: type 1, its length, tag, window, streams, sequence number.
+    packet.extend([0; 8]);
+    packet.extend([1, 0, 0, 20, 0, 0, 0, 7, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1]);
+    let mut checksum = u32::MAX;
+    for byte in &packet {
+        checksum ^= u32::from(*byte);
+        for _ in 0..8 {
+            checksum = (checksum >> 1) ^ if checksum & 1 == 1 { 0x82f6_3b78 } else { 0 };
+        }
+    }
+    packet[8..12].copy_from_slice(&(!checksum).to_le_bytes());
+    packet
+}
+
+fn raw_sctp(place: Option<&str>, is_ipv4: bool) -> OwnedFd {
+    let family = if is_ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let open = || {
+        let raw = socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Sctp).unwrap();
+        setsockopt(&raw, sockopt::ReceiveTimeout, &TimeVal::new(1, 0)).unwrap();
+        raw
+    };
+    place.map_or_else(open, |place| run_in(&netns(place), open).unwrap())
+}
+
+fn sctp_clients_of_the_host_find_the_container(mode: Mode) {
+    let caller = Caller::new();
+    neighbour("outside");
+    let result = caller.attach("a", caller.masqueraded(mode));
+    for own in addresses(&result) {
+        let (client, server) = (raw_sctp(Some("outside"), own.is_ipv4()), raw_sctp(Some("a"), own.is_ipv4()));
+        let to = SockaddrStorage::from(SocketAddr::new(neighbour_addresses(own).1, 0));
+        let send = || sendto(client.as_raw_fd(), &initiation(PORT), &to, MsgFlags::empty()).unwrap();
+        let arrives = || {
+            send();
+            let mut buffer = [0; 256];
+            let header = if own.is_ipv4() { 20 } else { 0 };
+            let length = recv(server.as_raw_fd(), &mut buffer, MsgFlags::empty()).ok()?;
+            buffer[..length].get(header + 2..header + 4).map(|port| u16::from_be_bytes([port[0], port[1]]))
+        };
+        assert_eq!(arrives(), None, "nothing leads there yet");
+        let mut connection = Connection::open(Protocol::Netfilter).unwrap();
+        let mut flows = 0;
+        connection.each_flow(own.is_ipv4(), &[libc::IPPROTO_SCTP as u8], |_| flows += 1).unwrap();
+        assert_eq!(flows, 1, "the flow is tracked, and each packet renews it");
+        caller.call("ADD", "a", portmap("sctp"), Some(&result)).unwrap();
+        assert_eq!(arrives(), Some(80));
+        caller.call("DEL", "a", portmap("sctp"), Some(&result)).unwrap();
+        assert_eq!(arrives(), None, "and no longer");
+    }
+}
