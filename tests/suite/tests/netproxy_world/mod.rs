@@ -1,6 +1,7 @@
 //! A node in fresh namespaces: a bridge with pods, a neighbour outside the cluster, a fake API and the real proxy.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod policies;
 pub mod sockets;
 
 use std::io::{self, Read, Write};
@@ -198,17 +199,23 @@ impl World {
 
     /// As [`World::start_proxy`], with another configuration.
     pub fn start_proxy_with(&mut self, config: Config) {
+        let mut ready = self.launch_proxy(config);
+        let waiting = async { tokio::time::timeout(TIMEOUT, ready.wait_for(|ready| *ready)).await.map(drop) };
+        self.runtime.block_on(waiting).expect("the proxy writes its rules");
+    }
+
+    /// Starts the proxy without waiting for anything; what it gives becomes true when it is ready.
+    pub fn launch_proxy(&mut self, config: Config) -> tokio::sync::watch::Receiver<bool> {
         let entered = self.runtime.enter();
         let (settings, changes) = watch::channel(config.clone());
         let proxy = Netproxy::new(config, self.api.client()).with_changes(changes);
         self.settings = settings;
         drop(entered);
-        let mut ready = proxy.ready();
+        let ready = proxy.ready();
         let shutdown = CancellationToken::new();
         let handle = self.runtime.spawn(proxy.run(shutdown.clone()));
-        let waiting = async { tokio::time::timeout(TIMEOUT, ready.wait_for(|ready| *ready)).await.map(drop) };
-        self.runtime.block_on(waiting).expect("the proxy writes its rules");
         self.running = Some((shutdown, handle));
+        ready
     }
 
     pub fn stop_proxy(&mut self) {
