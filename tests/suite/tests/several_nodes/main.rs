@@ -270,8 +270,8 @@ fn daemon(machine: &Machine, name: &str) -> i32 {
     all.find(is_it).unwrap_or_else(|| panic!("{name} is not running")).pid
 }
 
-/// The server starts anew while a node is cut off, and nothing that would end the node's old connections ever comes through,
-/// as behind a firewall that forgot them: the node has to notice by itself, and soon. Its Services are what tells.
+/// The server starts anew while a node is cut off, and nothing of the node's old connections comes through any more, either
+/// way, as behind a firewall that forgot them: the node has to notice by itself, and soon. Its Services are what tells.
 fn a_node_notices_connections_that_died_in_silence(cluster: &Cluster<'_>, server: &Machine, cut: &Machine) {
     // Longer than anybody who looks every so often needs, and a fifth of what a watch lasts that nobody ends.
     const NOTICED: Duration = Duration::from_secs(60);
@@ -285,11 +285,19 @@ fn a_node_notices_connections_that_died_in_silence(cluster: &Cluster<'_>, server
     };
     let early = service("early");
     wait_for("a Service on the node", PATIENCE, || page(&early));
+    let open = text(&cut.run("ss", ["-Htn", "state", "established", "dport", "=", ":6443"]).stdout);
+    let ports: Vec<&str> = open.lines().filter_map(|line| line.split_whitespace().nth(2)?.rsplit(':').next()).collect();
+    assert!(!ports.is_empty(), "the node has no connection to the server");
     cut.set_link(false);
     let before = daemon(server, "server");
-    let ends = "add table inet yard; add chain inet yard out { type filter hook output priority 0; }; \
-        add rule inet yard out tcp sport 6443 tcp flags & (fin | rst) != 0 drop";
-    let ruled = server.run("nft", [ends]);
+    let (ports, address) = (ports.join(", "), &cut.addresses[0]);
+    let silence = format!(
+        "add table inet yard; add chain inet yard in {{ type filter hook input priority 0; }}; \
+         add chain inet yard out {{ type filter hook output priority 0; }}; \
+         add rule inet yard in ip saddr {address} tcp dport 6443 tcp sport {{ {ports} }} drop; \
+         add rule inet yard out ip daddr {address} tcp sport 6443 tcp dport {{ {ports} }} drop"
+    );
+    let ruled = server.run("nft", [silence.as_str()]);
     assert!(ruled.status.success(), "{}", text(&ruled.stderr));
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(before), nix::sys::signal::Signal::SIGKILL).expect("kill");
     wait_for("the server to be started again", PATIENCE, || {
