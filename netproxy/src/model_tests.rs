@@ -375,10 +375,10 @@ fn what_this_nodes_dns_began_keeps_nobody_from_the_one_that_took_over() {
     };
     let (server, client) = ("10.43.0.10:53", "10.42.0.99:1000");
     let flow = Flow { original: tuple(server, client), reply: tuple(client, server) };
-    assert!(!conntrack::is_stale(&flow, &ledger, &scope, &[].into()), "this node answers");
+    assert!(!conntrack::is_stale(&flow, &ledger, &scope, &[].into(), &[]), "this node answers");
     let slice = slice(&dns, &[([10, 42, 0, 2], true, State::Ready)]);
     ledger.set(&dns.name, &plan::service(&dns, &[&slice], &context()), &mut Delta::default());
-    assert!(conntrack::is_stale(&flow, &ledger, &scope, &[].into()));
+    assert!(conntrack::is_stale(&flow, &ledger, &scope, &[].into(), &[]));
 }
 
 #[test]

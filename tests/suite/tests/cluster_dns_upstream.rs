@@ -75,7 +75,7 @@ fn domains_with_resolvers_of_their_own_are_asked_of_those(world: &mut World, fam
 
 /// The DNS counters of the metrics, by their names without what all share.
 fn counts() -> BTreeMap<String, u64> {
-    let mut stream = TcpStream::connect_timeout(&(Ipv4Addr::LOCALHOST, 10_256).into(), TIMEOUT).unwrap();
+    let mut stream = TcpStream::connect_timeout(&(Ipv4Addr::LOCALHOST, 10_249).into(), TIMEOUT).unwrap();
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n").unwrap();
     let text = std::io::read_to_string(stream).unwrap();
     let count = |line: &str| {

@@ -3,12 +3,12 @@
 #[macro_use]
 mod netproxy_world;
 
-use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
+use netproxy_world::policies::{no_policy, policy, populate, select, until_open, until_shut};
 use netproxy_world::{Family, TIMEOUT, World, ask, at, netns, port, serve_as};
 use oarlock_testkit::wait_for;
 use serde_json::{Value, json};
@@ -20,54 +20,6 @@ in_each_mode! {
     a_pod_that_is_not_known_yet_is_cut_off
     policies_come_back_after_an_outside_flush_and_go_with_the_last_one
     each_kind_of_peer_and_port_lets_through_what_it_names
-}
-
-const PODS: [(&str, u16); 3] = [("a", 11), ("b", 12), ("client", 13)];
-
-/// Makes the namespace and its pods in the API, unless an earlier round has.
-fn populate(world: &World) {
-    if world.api.get("namespaces", "", "default").is_some() {
-        return;
-    }
-    world.api.create(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}}));
-    for (name, last) in PODS {
-        let ips: Vec<Value> = world.families.iter().map(|family| json!({"ip": family.pod(last).to_string()})).collect();
-        world.api.create(json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
-            "spec": {"nodeName": "node-1", "containers": [{"name": "c", "image": "i", "ports": [{"name": "http", "containerPort": 8080}]}]},
-            "status": {"phase": "Running", "podIP": ips[0]["ip"], "podIPs": ips},
-        }));
-    }
-}
-
-fn policy(world: &World, name: &str, spec: Value) {
-    if world.api.get("networkpolicies", "default", name).is_some() {
-        world.api.edit("networkpolicies", "default", name, |object| object["spec"] = spec);
-    } else {
-        world.api.create(json!({
-            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-            "metadata": {"name": name, "namespace": "default"}, "spec": spec,
-        }));
-    }
-}
-
-fn no_policy(world: &World, name: &str) {
-    world.api.delete("networkpolicies", "default", name, json!({}));
-}
-
-fn select(app: &str) -> Value {
-    json!({"matchLabels": {"app": app}})
-}
-
-fn until_open(place: Option<&str>, to: (IpAddr, u16)) {
-    wait_for(&format!("{place:?} to reach {to:?}"), TIMEOUT, || ask(place, to).ok());
-}
-
-fn until_shut(place: Option<&str>, to: (IpAddr, u16)) {
-    wait_for(&format!("{place:?} not to reach {to:?}"), TIMEOUT, || {
-        ask(place, to).is_err_and(|error| error.kind() == ErrorKind::TimedOut).then_some(())
-    });
 }
 
 fn a_policy_shuts_and_opens_pods_of_one_bridge(world: &mut World, family: Family) {

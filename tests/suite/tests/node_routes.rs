@@ -7,12 +7,10 @@ mod netproxy_world;
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Arc;
 use std::time::Duration;
 
-use netproxy_nodes::{Machine, bridge, net, number, pod, register, seen, underlay};
+use netproxy_nodes::{cluster, net, number, pod, seen, underlay};
 use netproxy_world::{Family, TIMEOUT, netns};
-use oarlock_machinery::fake::FakeApi;
 use oarlock_netlink::{Connection, LinkChange, Protocol, Wireguard};
 use oarlock_netns::run_in;
 use oarlock_netproxy::Tunnel;
@@ -27,9 +25,6 @@ with_each_families! {
     with_wireguard_alone_nothing_is_readable_on_the_way
 }
 
-/// Segments of the underlay: a and c are on the first, b is on the second.
-const NODES: [(&str, u8); 3] = [("a", 1), ("b", 2), ("c", 1)];
-
 /// Calls are repeated every 5 s, looked after every 10 s at the least, and VXLAN stays for 12 s.
 const SWITCHING: Duration = Duration::from_secs(60);
 
@@ -41,29 +36,6 @@ fn reaches(from: &str, family: Family, to: &str) {
 fn vxlan_links(node: &str) -> Vec<String> {
     let links = Connection::open_in(Protocol::Route, &netns(node)).unwrap().links().unwrap();
     links.into_iter().map(|link| link.name).filter(|name| name.starts_with("oar-vxlan")).collect()
-}
-
-/// A router with both segments, and the nodes on them.
-fn cluster(tunnel: Tunnel, families: &[Family]) -> (Connection, Arc<FakeApi>, Vec<Machine>) {
-    oarlock_netns::bring_loopback_up().unwrap();
-    let mut router = Connection::open(Protocol::Route).unwrap();
-    for segment in [1, 2] {
-        let index = bridge(&mut router, &format!("seg{segment}"));
-        for family in families {
-            router.add_address(index, net(underlay(*family, segment, 254))).unwrap();
-        }
-    }
-    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
-    std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
-    let api = FakeApi::new();
-    let machines: Vec<Machine> = NODES
-        .iter()
-        .map(|(name, segment)| {
-            register(&api, name, *segment, families);
-            Machine::start_with(tunnel, (name, *segment), families, &api, &mut router)
-        })
-        .collect();
-    (router, api, machines)
 }
 
 /// Whether packets may come by a tunnel that would not be answered by it, as they do while tunnels change.

@@ -122,6 +122,11 @@ impl FakeApi {
         self.refusals.lock().push(Refusal { method, resource, left: times, answer });
     }
 
+    /// Refuses no further request with this method on this resource.
+    pub fn allow(&self, method: &str, resource: &str) {
+        self.refusals.lock().retain(|refusal| refusal.method != method || refusal.resource != resource);
+    }
+
     /// Has others act just before the next request with this method on this resource ("pods", "pods/status") is answered.
     pub fn interrupt(&self, method: &str, resource: &str, act: impl FnOnce(&FakeApi) + Send + 'static) {
         let (method, resource) = (method.to_owned(), resource.to_owned());

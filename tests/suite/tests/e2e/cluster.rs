@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use oarlock_testkit::{Snapshot, binary, image_archive, is_lab, wait_for};
+use oarlock_testkit::{NODE_ADDRESS, Snapshot, binary, image_archive, is_lab, wait_for};
 use serde_json::Value;
 
 use super::containerd::Containerd;
@@ -19,15 +19,62 @@ use super::containerd::Containerd;
 /// How long anything in a pod may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the cluster is told beside its directory.
-const CONFIG: &str = "loadBalancerPools: [192.0.2.128/29]\ncgroupDriver: auto\n";
+/// What the cluster is told beside its directory and its networks.
+const CONFIG: &str = "cgroupDriver: auto\n";
 /// In the guest, whose login1 may be told, the machine waits for pods; and pods share its swap.
 const LAB_CONFIG: &str = "kubelet: {shutdownGracePeriod: 30s, shutdownGracePeriodCriticalPods: 10s, failSwapOn: false, \
     memorySwap: {swapBehavior: LimitedSwap}}\n";
 /// What that leaves in the configuration of login1.
 pub(crate) const LOGIN_DROP_IN: &str = "/etc/systemd/logind.conf.d/99-kubelet.conf";
 
+/// The node's address of IPv6.
+const NODE_ADDRESS_V6: &str = "fd07::2";
+const BALANCERS: &str = "192.0.2.128/29";
+const BALANCERS_V6: &str = "fd07::128/125";
+
+/// The address families of a cluster, the primary one first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Ipv4,
+    Ipv6,
+    Dual,
+}
+
+impl Mode {
+    /// The node's addresses.
+    pub(crate) fn addresses(self) -> &'static [&'static str] {
+        match self {
+            Mode::Ipv4 => &[NODE_ADDRESS],
+            Mode::Ipv6 => &[NODE_ADDRESS_V6],
+            Mode::Dual => &[NODE_ADDRESS, NODE_ADDRESS_V6],
+        }
+    }
+
+    fn config(self) -> String {
+        let (pools, networks) = match self {
+            Mode::Ipv4 => (BALANCERS.to_owned(), ""),
+            Mode::Ipv6 => (BALANCERS_V6.to_owned(), "clusterCIDR: 'fd2a::/48'\nserviceCIDR: 'fd2b::/112'\n"),
+            Mode::Dual => (
+                format!("{BALANCERS}, {BALANCERS_V6}"),
+                "clusterCIDR: '10.42.0.0/16,fd2a::/48'\nserviceCIDR: '10.43.0.0/16,fd2b::/112'\n",
+            ),
+        };
+        format!("{CONFIG}loadBalancerPools: [{}]\n{networks}", pools.replace("fd07::128/125", "'fd07::128/125'"))
+    }
+}
+
+/// An address as it is in front of a port.
+pub(crate) fn in_url(address: &str) -> String {
+    if address.contains(':') { format!("[{address}]") } else { address.to_owned() }
+}
+
+fn ip(line: &str) {
+    let status = Command::new("ip").args(line.split(' ')).status().expect("run ip");
+    assert!(status.success(), "ip {line}");
+}
+
 pub(crate) struct Cluster {
+    pub(crate) mode: Mode,
     directory: tempfile::TempDir,
     config: tempfile::NamedTempFile,
     before: Snapshot,
@@ -51,21 +98,32 @@ impl Drop for Configured<'_> {
 impl Cluster {
     /// Starts the cluster and checks what the demo printed.
     pub(crate) fn start() -> Self {
-        Self::up(false)
+        Self::up(Mode::Ipv4, false)
+    }
+
+    /// The same in other address families.
+    pub(crate) fn start_in(mode: Mode) -> Self {
+        Self::up(mode, false)
     }
 
     /// The same with its pods in containerd.
     pub(crate) fn start_over_containerd() -> Self {
-        Self::up(true)
+        Self::up(Mode::Ipv4, true)
     }
 
-    fn up(over_containerd: bool) -> Self {
+    fn up(mode: Mode, over_containerd: bool) -> Self {
         let directory = tempfile::Builder::new().prefix("oarlock-e2e-").tempdir().expect("tempdir");
         let before = Snapshot::take(&directory.path().to_string_lossy());
         let kubectl = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
-        let mut text = CONFIG.to_owned();
+        let mut text = mode.config();
         let image = image_archive().to_string_lossy().into_owned();
         let mut arguments = vec!["up", "--detach", "--demo"];
+        let own = mode.addresses().join(",");
+        if mode != Mode::Ipv4 {
+            ip(&format!("address add {NODE_ADDRESS_V6}/64 dev eth0 nodad"));
+            ip("-6 route add default via fd07::1 dev eth0");
+            arguments.splice(0..0, ["--node-ip", &own]);
+        }
         let containerd = over_containerd.then(|| Containerd::start(&directory.path().join("cni/bin")));
         match &containerd {
             Some(containerd) => {
@@ -81,7 +139,7 @@ impl Cluster {
         let mut config = tempfile::NamedTempFile::new().expect("a file");
         config.write_all(text.as_bytes()).expect("write the configuration");
         let containerd = containerd.map(RefCell::new);
-        let cluster = Self { directory, config, before, kubectl: RefCell::new(kubectl), containerd };
+        let cluster = Self { mode, directory, config, before, kubectl: RefCell::new(kubectl), containerd };
         let output = cluster.oarlock(&arguments);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "up failed:\n{text}\n{}", String::from_utf8_lossy(&output.stderr));
@@ -241,7 +299,19 @@ impl Cluster {
             containerd.into_inner().end_and_check();
         }
         assert!(!is_lab() || !Path::new(LOGIN_DROP_IN).exists());
+        self.forget_addresses();
         self.before.assert_nothing_leaked(&Snapshot::take(&self.directory.path().to_string_lossy()));
+    }
+}
+
+impl Cluster {
+    /// Takes back what the node has more than usual.
+    fn forget_addresses(&self) {
+        if self.mode != Mode::Ipv4 {
+            for line in ["-6 route del default".to_owned(), format!("address del {NODE_ADDRESS_V6}/64 dev eth0")] {
+                let _ = Command::new("ip").args(line.split(' ')).output();
+            }
+        }
     }
 }
 
@@ -249,6 +319,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         let _ = self.oarlock(&["reset", "--yes"]);
+        self.forget_addresses();
     }
 }
 

@@ -1,7 +1,8 @@
 //! End-to-end tests: the release binaries, a whole cluster in fresh namespaces, and kubectl.
 //!
 //! One cluster is started, the cases run against it one after another, and at the end `oarlock reset` must leave nothing; then
-//! some of them once more on a node whose runtime is containerd, or all of them with OARLOCK_E2E_RUNTIME=containerd. Prints what
+//! those about networks on a cluster of IPv4 and IPv6 and on one of IPv6 alone; then some of all once more on a node whose
+//! runtime is containerd, or all of them with OARLOCK_E2E_RUNTIME=containerd. Prints what
 //! `cargo test` prints, so that results are counted alike. Arguments filter cases by name.
 
 mod agent_claims;
@@ -24,7 +25,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use cluster::Cluster;
+use cluster::{Cluster, Mode};
 use oarlock_testkit::become_node;
 
 /// A named case that runs against the one cluster.
@@ -36,6 +37,9 @@ type LoneCase = (&'static str, fn());
 const RUNTIME: &str = "OARLOCK_E2E_RUNTIME";
 /// What the names of cases over containerd begin with.
 const OVER_CONTAINERD: &str = "over_containerd::";
+
+/// What the names of cases in other address families begin with.
+const IN_FAMILIES: [(&str, Mode); 2] = [("dual_stack::", Mode::Dual), ("ipv6::", Mode::Ipv6)];
 
 fn all_cases() -> Vec<Case> {
     [
@@ -69,6 +73,7 @@ fn main() -> ExitCode {
     let mut tally = Tally::default();
     if over_own {
         run_over_own(&mut tally, &filters);
+        IN_FAMILIES.iter().for_each(|(prefix, mode)| run_in_families(&mut tally, &filters, prefix, *mode));
     }
     if over_containerd {
         run_over_containerd(&mut tally, &filters, chosen == "containerd");
@@ -88,6 +93,10 @@ fn run_over_own(tally: &mut Tally, filters: &[String]) {
         kubectl::CASES.iter().copied().filter(|(name, _)| oldest.is_some() && wanted(name)).collect();
     let lone: Vec<LoneCase> =
         [bad_input::LONE_CASES, small_disk::LONE_CASES].concat().into_iter().filter(|(name, _)| wanted(name)).collect();
+    let of_families = |filter: &String| IN_FAMILIES.iter().any(|(prefix, _)| filter.starts_with(prefix));
+    if !filters.is_empty() && filters.iter().all(of_families) {
+        return;
+    }
     println!("\nrunning {} tests", cases.len() + again.len() + lone.len() + 2);
     let Some(cluster) = tally.run("up_shows_the_demo_through_both_services", Cluster::start) else { return };
     tally.run_cases(&cluster, "", &cases);
@@ -99,6 +108,21 @@ fn run_over_own(tally: &mut Tally, filters: &[String]) {
     for (name, case) in lone {
         tally.run(name, case);
     }
+}
+
+/// Runs the cases about networks on a cluster of other address families.
+fn run_in_families(tally: &mut Tally, filters: &[String], prefix: &str, mode: Mode) {
+    let named = |name: &str| format!("{prefix}{name}");
+    let cases: Vec<Case> = [network::CASES, net_policy::CASES].concat();
+    let cases: Vec<Case> = cases.into_iter().filter(|(name, _)| is_wanted(&named(name), filters)).collect();
+    if cases.is_empty() {
+        return;
+    }
+    println!("\nrunning {} tests", cases.len() + 2);
+    let begin = named("up_shows_the_demo_through_both_services");
+    let Some(cluster) = tally.run(&begin, || Cluster::start_in(mode)) else { return };
+    tally.run_cases(&cluster, prefix, &cases);
+    tally.run(&named("reset_leaves_nothing_behind"), || cluster.reset_and_check());
 }
 
 /// Runs the cases, all of them or those of every run, with the node's pods in containerd.

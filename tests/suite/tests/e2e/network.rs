@@ -3,10 +3,10 @@
 use std::net::UdpSocket;
 use std::time::Duration;
 
-use oarlock_testkit::{NODE_ADDRESS, wait_for};
+use oarlock_testkit::wait_for;
 
 use super::Case;
-use super::cluster::{Cluster, PATIENCE, text};
+use super::cluster::{Cluster, PATIENCE, in_url, text};
 use super::kubectl::pod;
 
 pub(crate) const CASES: &[Case] = &[
@@ -23,49 +23,76 @@ fn in_pod(cluster: &Cluster, pod: &str, command: &str) -> (bool, String) {
     (output.status.success(), format!("{}{}", text(&output.stdout), text(&output.stderr)))
 }
 
+fn words(cluster: &Cluster, line: &str) -> Vec<String> {
+    cluster.kubectl(line).split_whitespace().map(str::to_owned).collect()
+}
+
+/// Makes a Service in as many families as there are, and gives its addresses.
+fn service(cluster: &Cluster, namespace: &str, name: &str, spec: &str) -> Vec<String> {
+    cluster.apply(&format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec:\n  ipFamilyPolicy: PreferDualStack\n{spec}"
+    ));
+    let addresses = words(cluster, &format!("get service -n {namespace} {name} -o jsonpath={{.spec.clusterIPs[*]}}"));
+    assert_eq!(addresses.len(), cluster.mode.addresses().len(), "{addresses:?}");
+    addresses
+}
+
 fn names(cluster: &Cluster) {
     cluster.apply(&pod("asker", &["/bin/sleep"]));
     cluster.kubectl("wait --for=condition=Ready pod/asker --timeout=60s");
-    let address = cluster.kubectl("get service -n demo page -o jsonpath={.spec.clusterIP}");
-    for name in ["page.demo", "page.demo.svc", "page.demo.svc.cluster.local"] {
-        let (resolved, answer) = in_pod(cluster, "asker", &format!("/bin/resolve {name}"));
-        assert!(resolved && answer.trim() == address, "{name}: {answer}");
+    let ports = "  selector: {app: page}\n  ports: [{port: 80, targetPort: 8080}]\n";
+    for address in service(cluster, "demo", "pages", ports) {
+        let kind = if address.contains(':') { "AAAA" } else { "A" };
+        for name in ["pages.demo", "pages.demo.svc", "pages.demo.svc.cluster.local"] {
+            let (resolved, answer) = in_pod(cluster, "asker", &format!("/bin/resolve {name} {kind}"));
+            assert!(resolved && answer.trim() == address, "{name}: {answer}");
+        }
     }
     let (found, _) = in_pod(cluster, "asker", "/bin/resolve absent.demo.svc.cluster.local");
     assert!(!found, "a name that does not exist must not resolve");
     let (fetched, page) = in_pod(cluster, "asker", "/bin/fetch page.demo:80/");
     assert!(fetched && page.contains("Oarlock rows"), "{page}");
     cluster.kubectl("delete pod asker --timeout=60s");
+    cluster.kubectl("delete service -n demo pages --timeout=60s");
 }
 
 fn hairpin(cluster: &Cluster) {
     cluster.apply(&pod("mirror", &["/bin/http", "8080"]));
     cluster.kubectl("wait --for=condition=Ready pod/mirror --timeout=60s");
-    cluster.kubectl("expose pod mirror --port=80 --target-port=8080");
-    let answer = wait_for("the pod to reach itself", PATIENCE, || {
-        let (fetched, answer) = in_pod(cluster, "mirror", "/bin/fetch mirror.default:80/hostname 2");
-        fetched.then_some(answer)
-    });
-    assert_eq!(answer.trim(), "mirror");
-    let (fetched, client) = in_pod(cluster, "mirror", "/bin/fetch page.demo:80/client");
-    let own = cluster.kubectl("get pod mirror -o jsonpath={.status.podIP}");
-    assert!(
-        fetched && client.contains(&own),
-        "a pod's address is kept on the way to another pod: {client} is not {own}"
-    );
+    let of = |app: &str| format!("  selector: {{app: {app}}}\n  ports: [{{port: 80, targetPort: 8080}}]\n");
+    let mut targets: Vec<String> =
+        service(cluster, "default", "mirror", &of("mirror")).iter().map(|address| in_url(address)).collect();
+    targets.push("mirror.default".to_owned());
+    for target in targets {
+        let answer = wait_for("the pod to reach itself", PATIENCE, || {
+            let (fetched, answer) = in_pod(cluster, "mirror", &format!("/bin/fetch {target}:80/hostname 2"));
+            fetched.then_some(answer)
+        });
+        assert_eq!(answer.trim(), "mirror", "{target}");
+    }
+    let own = words(cluster, "get pod mirror -o jsonpath={.status.podIPs[*].ip}");
+    for (address, own) in service(cluster, "demo", "pages", &of("page")).iter().zip(&own) {
+        let client = wait_for("a page", PATIENCE, || {
+            let (fetched, client) = in_pod(cluster, "mirror", &format!("/bin/fetch {}:80/client 2", in_url(address)));
+            fetched.then_some(client)
+        });
+        assert!(client.contains(own), "a pod's address is kept on the way to another pod: {client} is not {own}");
+    }
     cluster.kubectl("delete pod/mirror service/mirror --timeout=60s");
+    cluster.kubectl("delete service -n demo pages --timeout=60s");
 }
 
 fn udp(cluster: &Cluster) {
     cluster.apply(&pod("echo", &["/bin/udp-echo", "8081"]));
-    cluster.apply(
-        "apiVersion: v1\nkind: Service\nmetadata: {name: echo}\nspec:\n  type: NodePort\n  selector: {app: echo}\n  ports:\n  - {port: 53, targetPort: 8081, nodePort: 30053, protocol: UDP}\n",
-    );
+    let spec = "  type: NodePort\n  selector: {app: echo}\n  ports:\n  - {port: 53, targetPort: 8081, nodePort: 30053, protocol: UDP}\n";
+    let services = service(cluster, "default", "echo", spec);
     cluster.kubectl("wait --for=condition=Ready pod/echo --timeout=60s");
-    let address = cluster.kubectl("get service echo -o jsonpath={.spec.clusterIP}");
-    for target in [format!("{address}:53"), format!("{NODE_ADDRESS}:30053")] {
+    let services = services.iter().map(|address| format!("{}:53", in_url(address)));
+    let ports = cluster.mode.addresses().iter().map(|address| format!("{}:30053", in_url(address)));
+    for target in services.chain(ports) {
+        let any = if target.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
         let answer = wait_for("an echo", PATIENCE, || {
-            let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+            let socket = UdpSocket::bind(any).ok()?;
             socket.set_read_timeout(Some(Duration::from_millis(200))).ok()?;
             socket.send_to(b"ahoy", &target).ok()?;
             let mut buffer = [0u8; 64];
@@ -78,27 +105,37 @@ fn udp(cluster: &Cluster) {
 }
 
 fn reject(cluster: &Cluster) {
-    cluster.apply("apiVersion: v1\nkind: Service\nmetadata: {name: empty}\nspec:\n  selector: {app: nobody}\n  ports: [{port: 80}]\n");
-    let address = cluster.kubectl("get service empty -o jsonpath={.spec.clusterIP}");
-    let target = format!("{address}:80").parse().expect("address");
-    wait_for("a refusal", PATIENCE, || match std::net::TcpStream::connect_timeout(&target, Duration::from_secs(2)) {
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Some(()),
-        _ => None,
-    });
+    for address in service(cluster, "default", "empty", "  selector: {app: nobody}\n  ports: [{port: 80}]\n") {
+        let target = format!("{}:80", in_url(&address)).parse().expect("address");
+        wait_for("a refusal", PATIENCE, || {
+            match std::net::TcpStream::connect_timeout(&target, Duration::from_secs(2)) {
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Some(()),
+                _ => None,
+            }
+        });
+    }
     cluster.kubectl("delete service empty");
 }
 
 fn balancer(cluster: &Cluster) {
-    cluster.kubectl("expose -n demo deployment page --name=balanced --type=LoadBalancer --port=80 --target-port=8080");
+    let spec = "  type: LoadBalancer\n  selector: {app: page}\n  ports: [{port: 80, targetPort: 8080}]\n";
+    service(cluster, "demo", "balanced", spec);
     let show = "get service -n demo balanced -o jsonpath={.status.loadBalancer.ingress[*].ip}";
-    let address = cluster.wait_for_output(show, "an address", |text| text.starts_with("192.0.2."));
-    let fetch = |from: &str| std::process::Command::new("curl").args(["-sS", "-m", "3", from]).output().expect("curl");
-    wait_for("the page at the balancer's address", PATIENCE, || {
-        text(&fetch(&format!("http://{address}/")).stdout).contains("Oarlock rows").then_some(())
+    let count = cluster.mode.addresses().len();
+    let is_ours = |one: &str| one.starts_with("192.0.2.") || one.starts_with("fd07::");
+    let addresses = cluster.wait_for_output(show, "an address of each family", |text| {
+        text.split_whitespace().count() == count && text.split_whitespace().all(is_ours)
     });
+    let fetch =
+        |from: &str| std::process::Command::new("curl").args(["-sS", "-g", "-m", "3", from]).output().expect("curl");
+    for address in addresses.split_whitespace() {
+        wait_for("the page at the balancer's address", PATIENCE, || {
+            text(&fetch(&format!("http://{}/", in_url(address))).stdout).contains("Oarlock rows").then_some(())
+        });
+    }
     wait_for("the node to announce it", PATIENCE, || {
         let metrics = text(&fetch("http://127.0.0.1:10249/metrics").stdout);
-        metrics.contains("oarlock_netproxy_announced_addresses 1").then_some(())
+        metrics.contains(&format!("oarlock_netproxy_announced_addresses {count}")).then_some(())
     });
     let lease = cluster.kubectl("get leases -n kube-system -o jsonpath={.items[*].metadata.name}");
     assert!(lease.contains("oarlock-announcer-"), "{lease}");
@@ -107,8 +144,8 @@ fn balancer(cluster: &Cluster) {
 
 fn readiness(cluster: &Cluster) {
     let first = cluster.kubectl("get pods -n demo -l app=page -o jsonpath={.items[0].metadata.name}");
-    let addresses = "get endpointslices -n demo -l kubernetes.io/service-name=page -o jsonpath={.items[*].endpoints[?(@.conditions.ready==true)].addresses}";
-    let ready = |count: usize| move |text: &str| text.matches("10.42.").count() == count;
+    let addresses = "get endpointslices -n demo -l kubernetes.io/service-name=page -o jsonpath={.items[*].endpoints[?(@.conditions.ready==true)].addresses[0]}";
+    let ready = |count: usize| move |text: &str| text.split_whitespace().count() == count;
     cluster.wait_for_output(addresses, "three ready endpoints", ready(3));
     let (unready, message) = in_pod(cluster, &format!("-n demo {first}"), "/bin/fetch localhost:8080/set/unready");
     assert!(unready, "{message}");

@@ -233,3 +233,29 @@ pub fn seen(from: &str, family: Family, to: &str) -> Option<IpAddr> {
     })
     .unwrap()
 }
+
+/// Segments of the underlay: a and c are on the first, b is on the second.
+pub const NODES: [(&str, u8); 3] = [("a", 1), ("b", 2), ("c", 1)];
+
+/// A router with both segments, and the nodes on them.
+pub fn cluster(tunnel: Tunnel, families: &[Family]) -> (Connection, Arc<FakeApi>, Vec<Machine>) {
+    oarlock_netns::bring_loopback_up().unwrap();
+    let mut router = Connection::open(Protocol::Route).unwrap();
+    for segment in [1, 2] {
+        let index = bridge(&mut router, &format!("seg{segment}"));
+        for family in families {
+            router.add_address(index, net(underlay(*family, segment, 254))).unwrap();
+        }
+    }
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+    std::fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1").unwrap();
+    let api = FakeApi::new();
+    let machines: Vec<Machine> = NODES
+        .iter()
+        .map(|(name, segment)| {
+            register(&api, name, *segment, families);
+            Machine::start_with(tunnel, (name, *segment), families, &api, &mut router)
+        })
+        .collect();
+    (router, api, machines)
+}

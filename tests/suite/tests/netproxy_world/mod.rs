@@ -1,6 +1,7 @@
 //! A node in fresh namespaces: a bridge with pods, a neighbour outside the cluster, a fake API and the real proxy.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub mod policies;
 pub mod sockets;
 
 use std::io::{self, Read, Write};

@@ -152,6 +152,32 @@ fn services_lead_to_pods(mode: Mode, cluster: &Cluster<'_>, machines: [&Machine;
     }
 }
 
+/// A NetworkPolicy on one machine knows pods of the others, in every family.
+fn policies_know_pods_of_other_machines(cluster: &Cluster<'_>, server: &Machine) {
+    let addresses = cluster.words("pod web-a", ".status.podIPs[*].ip");
+    let until = |from: &str, wanted: bool| {
+        for address in &addresses {
+            let target = format!("{}:8080/hostname", in_url(address));
+            wait_for(&format!("{from} to {address}: {wanted}"), PATIENCE, || {
+                (cluster.fetch(from, &target).is_some() == wanted).then_some(())
+            });
+        }
+    };
+    let manifest = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: guard}\nspec:\n  podSelector: {matchLabels: {place: a}}\n  ingress:\n  - from: [{podSelector: {matchLabels: {place: b}}}]\n";
+    let file = server.data_dir().join("policy.yaml");
+    std::fs::write(&file, manifest).expect("write");
+    cluster.kubectl(&format!("apply -f {}", file.display()));
+    until("web-c", false);
+    until("web-b", true);
+    cluster.kubectl("label pod web-c place=b --overwrite");
+    until("web-c", true);
+    cluster.kubectl("label pod web-c place=c --overwrite");
+    until("web-c", false);
+    cluster.kubectl("delete networkpolicy guard");
+    until("web-c", true);
+    std::fs::remove_file(file).expect("remove");
+}
+
 /// Names have the addresses of their families, at the DNS address of each family.
 fn names_have_addresses_of_each_family(mode: Mode, cluster: &Cluster<'_>) {
     for address in cluster.words("service web", ".spec.clusterIPs[*]") {
@@ -233,6 +259,60 @@ fn expired_tokens_go(cluster: &Cluster<'_>, server: &Machine) {
     });
 }
 
+/// The pid of a daemon of a machine, by its command line.
+fn daemon(machine: &Machine, name: &str) -> i32 {
+    let directory = machine.data_dir().to_string_lossy().into_owned();
+    let is_it = |process: &procfs::process::Process| {
+        let words = process.cmdline().unwrap_or_default();
+        words.last().is_some_and(|last| last == name) && words.contains(&directory)
+    };
+    let mut all = procfs::process::all_processes().expect("/proc").flatten();
+    all.find(is_it).unwrap_or_else(|| panic!("{name} is not running")).pid
+}
+
+/// The server starts anew while a node is cut off, and nothing of the node's old connections comes through any more, either
+/// way, as behind a firewall that forgot them: the node has to notice by itself, and soon. Its Services are what tells.
+fn a_node_notices_connections_that_died_in_silence(cluster: &Cluster<'_>, server: &Machine, cut: &Machine) {
+    // Longer than anybody who looks every so often needs, and a fifth of what a watch lasts that nobody ends.
+    const NOTICED: Duration = Duration::from_secs(60);
+    let service = |name: &str| {
+        cluster.kubectl(&format!("expose pod web-a --name={name} --port=80 --target-port=8080"));
+        cluster.words(&format!("service {name}"), ".spec.clusterIP").remove(0)
+    };
+    let page = |address: &str| {
+        let page = cut.run("curl", ["-sS", "-g", "-m", "2", &format!("http://{}/hostname", in_url(address))]);
+        (text(&page.stdout).trim() == "web-a").then_some(())
+    };
+    let early = service("early");
+    wait_for("a Service on the node", PATIENCE, || page(&early));
+    let open = text(&cut.run("ss", ["-Htn", "state", "established", "dport", "=", ":6443"]).stdout);
+    let ports: Vec<&str> = open.lines().filter_map(|line| line.split_whitespace().nth(2)?.rsplit(':').next()).collect();
+    assert!(!ports.is_empty(), "the node has no connection to the server");
+    cut.set_link(false);
+    let before = daemon(server, "server");
+    let (ports, address) = (ports.join(", "), &cut.addresses[0]);
+    let silence = format!(
+        "add table inet yard; add chain inet yard in {{ type filter hook input priority 0; }}; \
+         add chain inet yard out {{ type filter hook output priority 0; }}; \
+         add rule inet yard in ip saddr {address} tcp dport 6443 tcp sport {{ {ports} }} drop; \
+         add rule inet yard out ip daddr {address} tcp sport 6443 tcp dport {{ {ports} }} drop"
+    );
+    let ruled = server.run("nft", [silence.as_str()]);
+    assert!(ruled.status.success(), "{}", text(&ruled.stderr));
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(before), nix::sys::signal::Signal::SIGKILL).expect("kill");
+    wait_for("the server to be started again", PATIENCE, || {
+        cluster.try_kubectl("get --raw /readyz").status.success().then_some(())
+    });
+    assert_ne!(daemon(server, "server"), before);
+    cut.set_link(true);
+    let healed = std::time::Instant::now();
+    let late = service("late");
+    wait_for("the node's proxy to know the new Service", NOTICED, || page(&late));
+    println!("noticed after {:.0} s", healed.elapsed().as_secs_f64());
+    assert!(server.run("nft", ["delete table inet yard"]).status.success());
+    cluster.node_is("c", "True", PATIENCE);
+}
+
 /// Starts the machines in a yard of their own, runs `test` on their cluster, and looks for what is left afterwards.
 fn in_a_yard(mode: Mode, test: fn(Mode, &Cluster<'_>, [&Machine; 3])) {
     in_fresh_namespaces(move || {
@@ -295,6 +375,7 @@ fn three_machines_are_one_cluster_of_ipv6() {
         cluster.ready_endpoints(mode, 3, PATIENCE);
         everybody_reaches_everybody(mode, cluster, [a, b, c]);
         names_have_addresses_of_each_family(mode, cluster);
+        policies_know_pods_of_other_machines(cluster, a);
         a_node_goes_on_without_a_token(cluster, a, b);
         a_short_cut_heals(cluster, c);
     });
@@ -306,6 +387,12 @@ fn three_machines_are_one_cluster_of_both_families() {
         cluster.ready_endpoints(mode, 3, PATIENCE);
         everybody_reaches_everybody(mode, cluster, [a, b, c]);
         names_have_addresses_of_each_family(mode, cluster);
+        policies_know_pods_of_other_machines(cluster, a);
         a_short_cut_heals(cluster, c);
     });
+}
+
+#[test]
+fn a_node_is_back_soon_after_its_connections_died_in_silence() {
+    in_a_yard(Mode::Dual, |_, cluster, [a, _, c]| a_node_notices_connections_that_died_in_silence(cluster, a, c));
 }
