@@ -227,6 +227,8 @@ fn forget_flows<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status
             family.retired.retain(|_, since| now.saturating_duration_since(*since) < IN_FLIGHT);
             status.flows_removed.fetch_add(count as u64, Ordering::Relaxed);
             if count > 0 {
+                // What was under way on one of them may have begun it anew.
+                family.flows.last = Some(now + IN_FLIGHT);
                 debug!(flows = count, "stale flows forgotten");
             }
         }
@@ -336,5 +338,19 @@ mod tests {
         bind(family, gone);
         look(family, now + 4 * IN_FLIGHT, &status);
         assert_eq!((bound(family).len(), looks.lock().unwrap().0), (1, 3), "the second look is the last one");
+    }
+
+    #[test]
+    fn flows_are_looked_for_until_none_is_stale() {
+        let found = Arc::new(Mutex::new(vec![0, 1, 2]));
+        let left = Arc::clone(&found);
+        let forget: ForgetFlows = Box::new(move |_, _, _| Ok(left.lock().unwrap().pop().expect("nobody looks again")));
+        let mut family = Family::with(Proxier::new(Fake::new(), settings(), Vec::new), scope(), forget);
+        let (status, now) = (Status::default(), Instant::now());
+        family.flows.owed = true;
+        for step in 0..8 {
+            look(&mut family, now + step * IN_FLIGHT, &status);
+        }
+        assert!(found.lock().unwrap().is_empty());
     }
 }

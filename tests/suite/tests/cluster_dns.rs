@@ -357,4 +357,24 @@ fn another_dns_takes_over_and_gives_back(world: &mut World, family: Family) {
         }
     }
     assert!(!pods[0].heard(&name).is_empty());
+    // Nodes that have none of it may keep their own.
+    let policy = |policy: &str| {
+        world.api.edit("services", "kube-system", "kube-dns", |service| {
+            service["spec"]["internalTrafficPolicy"] = policy.into();
+        });
+    };
+    policy("Local");
+    for (node, wanted) in [("node-1", theirs), ("node-2", ours), ("node-1", theirs)] {
+        world.api.edit("endpointslices", "kube-system", &slice, |slice| {
+            slice["endpoints"] = endpoint_list(&[family.pod(11)]);
+            slice["endpoints"][0]["nodeName"] = node.into();
+        });
+        for (place, ask) in places.iter().zip(&askers) {
+            wait_for(&format!("the DNS of {node} for {place:?}"), TIMEOUT, || {
+                (addresses_of(&ask(&asked)?.answers) == [wanted]).then_some(())
+            });
+        }
+    }
+    policy("Cluster");
+    world.api.delete("endpointslices", "kube-system", &slice, json!({}));
 }
