@@ -185,10 +185,15 @@ async fn a_slice_that_somebody_changes_or_removes_is_put_right_and_none_is_made_
     cluster.create(endpoints("db", subset(&["192.0.2.1"], 5432)));
     cluster.shows(&[("192.0.2.1", 5432, true)]).await;
     cluster.edit("endpoints", "default", "db", |object| object["subsets"] = subset(&["192.0.2.2"], 5432));
-    cluster.edit("services", "default", "db", |service| service["metadata"]["labels"] = json!({"a": "b"}));
+    // What comes after it is done, so it has had its turn.
+    cluster.create(json!({"kind": "Service", "metadata": {"name": "other"}, "spec": {"ports": [{"port": 1}]}}));
+    cluster.create(endpoints("other", subset(&["192.0.2.7"], 1)));
+    cluster.until_true("the other's slice", |api| shown(api).contains_key("192.0.2.7")).await;
     cluster.release("endpointslices");
+    cluster.shows(&[("192.0.2.2", 5432, true), ("192.0.2.7", 1, true)]).await;
+    assert_eq!(cluster.changes("endpointslices", "ADDED"), 2);
+    cluster.delete("services", "default", "other", json!({}));
     cluster.shows(&[("192.0.2.2", 5432, true)]).await;
-    assert_eq!(cluster.changes("endpointslices", "ADDED"), 1);
 
     let name = mirrored(&cluster)[0]["metadata"]["name"].as_str().unwrap().to_owned();
     cluster.edit("endpointslices", "default", &name, |slice| slice["endpoints"] = json!([]));
