@@ -169,6 +169,8 @@ fn what_was_deleted_or_refused_stays_away(mode: Mode) {
         world.caller.call("DEL", "a", config, None).unwrap();
     }
     assert!(records().is_empty());
+    world.attach("c", 8083).unwrap();
+    oarlock_cni_table::forget_all(Path::new(STATE_DIR)).unwrap();
     nft("flush ruleset");
     assert_eq!(restore(Path::new(STATE_DIR)).unwrap(), 0);
     assert_eq!(nft("list ruleset"), "");
