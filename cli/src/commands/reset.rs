@@ -308,10 +308,8 @@ fn remove_bridge() -> anyhow::Result<()> {
     links.delete_link_by_name(BRIDGE).with_context(|| format!("cannot delete the link {BRIDGE}"))
 }
 
-/// Deletes our nftables tables, and only those, and what would bring them back.
+/// Deletes our nftables tables, and only those.
 fn remove_tables() -> anyhow::Result<()> {
-    let records = Path::new(oarlock_cni_table::STATE_DIR);
-    oarlock_cni_table::forget_all(records).context("cannot forget what the CNI plugins wrote")?;
     let Ok(listed) = Command::new("nft").args(["list", "tables"]).output() else { return Ok(()) };
     for line in String::from_utf8_lossy(&listed.stdout).lines() {
         let words: Vec<&str> = line.split_whitespace().collect();

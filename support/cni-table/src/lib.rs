@@ -27,7 +27,7 @@ pub use error::TableError;
 pub use foundation::{Foundation, TABLE, address_field, table};
 pub use owner::{Owner, stable_hash};
 pub use part::{Entry, Part};
-pub use restore::{Restorer, forget_all, restore, restore_with};
+pub use restore::{Restorer, restore, restore_with};
 pub use state::{STATE_DIR, State};
 
 /// The result of every operation of this crate.

@@ -16,11 +16,6 @@ pub fn restore(state_dir: &Path) -> Result<usize> {
     restore_with(&mut open()?, state_dir)
 }
 
-/// Forgets every record of the calling thread's network namespace: for whoever takes the tables away for good.
-pub fn forget_all(state_dir: &Path) -> Result<()> {
-    State::remove(state_dir, &open()?)
-}
-
 /// As [`restore`] through a socket that is open.
 pub fn restore_with(kernel: &mut Netlink, state_dir: &Path) -> Result<usize> {
     // While this is held no plugin is between its record and the kernel.

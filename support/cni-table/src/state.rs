@@ -81,8 +81,8 @@ impl State {
         State::lock(&directory_of(state_dir, kernel)?, FlockArg::LockExclusive)
     }
 
-    /// Removes every record of the network namespace.
-    pub(crate) fn remove(state_dir: &Path, kernel: &Netlink) -> Result<()> {
+    /// Removes every record of the network namespace, for whoever takes the tables away for good.
+    pub fn remove(state_dir: &Path, kernel: &Netlink) -> Result<()> {
         match State::open_alone(state_dir, kernel)? {
             Some(state) => {
                 absent_is_fine(fs::remove_dir_all(&state.directory)).map_err(failed("remove", &state.directory))
