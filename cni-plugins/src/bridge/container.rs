@@ -41,18 +41,21 @@ impl Inside {
         self.file.as_fd()
     }
 
-    /// Addresses and routes of the container's link.
-    pub fn configure(&mut self, ifname: &str, result: &CniResult, is_up: bool) -> Result<()> {
+    /// Addresses and routes of the container's link, whose number is known unless the kernel did not tell it.
+    pub fn configure(&mut self, ifname: &str, known: Option<u32>, result: &CniResult, is_up: bool) -> Result<()> {
         let connection = &mut self.connection;
-        let link = connection.require_link(ifname).context(|| format!("find {ifname} of the container"))?;
+        let index = match known {
+            Some(index) => index,
+            None => connection.require_link(ifname).context(|| format!("find {ifname} of the container"))?.index,
+        };
         if is_up {
-            connection.set_up(link.index).context(|| format!("bring {ifname} up"))?;
+            connection.set_up(index).context(|| format!("bring {ifname} up"))?;
         }
         for ip in &result.ips {
-            connection.add_address(link.index, ip.address).context(|| format!("give {} to {ifname}", ip.address))?;
+            connection.add_address(index, ip.address).context(|| format!("give {} to {ifname}", ip.address))?;
         }
         for route in &result.routes {
-            let whole = route_of(route, &result.ips, link.index);
+            let whole = route_of(route, &result.ips, index);
             connection.replace_route(&whole).context(|| format!("add the route to {}", route.dst))?;
         }
         Ok(())

@@ -104,8 +104,8 @@ pub struct Pair<'a> {
     pub mtu: u32,
 }
 
-/// Makes the veth pair with the container's end in `netns`.
-pub fn create_pair(connection: &mut Connection, pair: &Pair<'_>, netns: BorrowedFd<'_>) -> Result<()> {
+/// Makes the veth pair with the container's end in `netns`. Returns the host's end.
+pub fn create_pair(connection: &mut Connection, pair: &Pair<'_>, netns: BorrowedFd<'_>) -> Result<Link> {
     let whole = VethPair {
         name: pair.veth,
         master: Some(pair.bridge),
@@ -116,13 +116,17 @@ pub fn create_pair(connection: &mut Connection, pair: &Pair<'_>, netns: Borrowed
         mtu: pair.mtu,
     };
     let failed = || format!("create {} and {} of the container", pair.veth, pair.call.ifname);
-    match connection.create_veth(&whole) {
+    let made = match connection.create_veth(&whole) {
         // The container does not have its end, so this is what an earlier namespace of the container left.
         Err(error) if error.is_exists() => {
             connection.delete_link_by_name(pair.veth).context(failed)?;
-            connection.create_veth(&whole).context(failed)
+            connection.create_veth(&whole)
         }
-        other => other.context(failed),
+        other => other,
+    };
+    match made.context(failed)? {
+        Some(link) => Ok(link),
+        None => connection.require_link(pair.veth).context(|| format!("find {}", pair.veth)),
     }
 }
 

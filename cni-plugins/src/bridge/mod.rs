@@ -97,13 +97,12 @@ impl Attach<'_> {
         let veth = own_veth(call);
         // Before the container can send anything.
         self.lay(&result.ips, mac)?;
-        host::create_pair(
+        let port = host::create_pair(
             connection,
             &host::Pair { veth: &veth, bridge: bridge.index, call, mac, mtu },
             inside.netns(),
         )?;
-        inside.configure(&call.ifname, &result, !config.disable_container_interface)?;
-        let port = connection.require_link(&veth).context(|| format!("find {veth}"))?;
+        inside.configure(&call.ifname, port.peer, &result, !config.disable_container_interface)?;
         if config.hairpin_mode || config.port_isolation {
             connection
                 .set_bridge_port(port.index, config.hairpin_mode, config.port_isolation)

@@ -81,7 +81,7 @@ impl State {
         State::lock(&directory_of(state_dir, kernel)?, FlockArg::LockExclusive)
     }
 
-    /// Removes every record of the network namespace, for whoever takes the table away for good.
+    /// Removes every record of the network namespace, for whoever takes the tables away for good.
     pub fn remove(state_dir: &Path, kernel: &Netlink) -> Result<()> {
         match State::open_alone(state_dir, kernel)? {
             Some(state) => {

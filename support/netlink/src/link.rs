@@ -158,9 +158,12 @@ const PROMISCUOUS: u32 = libc::IFF_PROMISC as u32;
 const ALL_MULTICAST: u32 = libc::IFF_ALLMULTI as u32;
 
 impl Connection {
-    /// Makes a veth pair. The near end is up at once, the far end is not.
-    pub fn create_veth(&mut self, pair: &VethPair<'_>) -> Result<()> {
-        self.request("create a veth pair", NEW_LINK, flags::CREATE | flags::EXCL, |w| {
+    /// Makes a veth pair. The near end is up at once, the far end is not. Returns the near end as it is before it is put into
+    /// its bridge, where the kernel tells it (Linux 6.2): two questions less.
+    pub fn create_veth(&mut self, pair: &VethPair<'_>) -> Result<Option<Link>> {
+        let mut made = None;
+        let flags = flags::CREATE | flags::EXCL | flags::ECHO;
+        let body = |w: &mut Writer| {
             link_header(w, 0, 0, UP, UP);
             w.string(IFLA_IFNAME, pair.name);
             common_attributes(w, pair.mac, pair.mtu);
@@ -179,7 +182,10 @@ impl Connection {
                     });
                 });
             });
-        })
+        };
+        let told = |message: Received<'_>| made = parse(&message).or(made.take());
+        self.query("create a veth pair", NEW_LINK, flags, body, told)?;
+        Ok(made.filter(|link| link.name == pair.name && link.peer.is_some()))
     }
 
     /// Makes a bridge, not yet up.

@@ -8,6 +8,8 @@ pub mod flags {
     pub const REQUEST: u16 = 1;
     pub const MULTI: u16 = 2;
     pub const ACK: u16 = 4;
+    /// The kernel tells what it made.
+    pub const ECHO: u16 = 8;
     pub const DUMP: u16 = 0x300;
     pub const REPLACE: u16 = 0x100;
     pub const EXCL: u16 = 0x200;

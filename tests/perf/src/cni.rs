@@ -25,16 +25,47 @@ pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     for chained in [None, Some("portmap")] {
         compare(plan, chained)?;
     }
+    beside_many_addresses(plan)
+}
+
+/// How many addresses of other containers `host-local` has on record in the last table.
+const ADDRESSES: usize = 4000;
+
+/// The same with thousands of addresses given out: what is on record for others costs nothing.
+fn beside_many_addresses(plan: Plan) -> anyhow::Result<()> {
+    let directory = tempfile::Builder::new().prefix("oarlock-perf-").tempdir()?;
+    let own = directory.path().join("bin");
+    install(&own)?;
+    let mut rows = Vec::new();
+    for (name, addresses) in [("no others", 0), ("others", ADDRESSES)] {
+        let state = directory.path().join(name);
+        let network = state.join("ipam").join("oarlock-bridge");
+        std::fs::create_dir_all(network.join("attachments"))?;
+        for number in 0..addresses {
+            let address = std::net::Ipv4Addr::from(u32::from(std::net::Ipv4Addr::new(10, 42, 0, 2)) + number as u32);
+            std::fs::write(network.join(address.to_string()), format!("other-{number}\r\neth0"))?;
+            std::fs::write(network.join(format!("attachments/other-{number}@eth0")), format!("{address}\n"))?;
+            std::fs::write(network.join("last_reserved_ip.0"), address.to_string())?;
+        }
+        let measured = measure(&state, "oarlock", &own, plan, None)?;
+        rows.extend(measured.into_iter().map(|row| Row { name: format!("{name}: {}", row.name), ..row }));
+    }
+    table::print(&format!("CNI bridge with masquerade, {ADDRESSES} addresses of others in host-local"), &rows);
+    Ok(())
+}
+
+fn install(own: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir(own)?;
+    for plugin in ["bridge", "host-local", "portmap", "loopback"] {
+        std::os::unix::fs::symlink(binary("oarlock-cni-plugins"), own.join(plugin))?;
+    }
     Ok(())
 }
 
 fn compare(plan: Plan, chained: Option<&str>) -> anyhow::Result<()> {
     let directory = tempfile::Builder::new().prefix("oarlock-perf-").tempdir()?;
     let own = directory.path().join("bin");
-    std::fs::create_dir(&own)?;
-    for plugin in ["bridge", "host-local", "portmap", "loopback"] {
-        std::os::unix::fs::symlink(binary("oarlock-cni-plugins"), own.join(plugin))?;
-    }
+    install(&own)?;
     let mut rows = measure(&directory.path().join("own"), "oarlock", &own, plan, chained)?;
     if Path::new(REFERENCE).join("bridge").exists() {
         rows.extend(measure(&directory.path().join("reference"), "reference", Path::new(REFERENCE), plan, chained)?);

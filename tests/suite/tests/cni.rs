@@ -362,7 +362,9 @@ fn a_plugin_killed_at_any_moment_leaves_nothing_that_del_does_not_free(mode: Mod
     }
     let leaked = before.leaked(&Snapshot::take("no-process-has-this"));
     let stays = ["interface br0", "nft table ip oarlock-cni", "nft table ip6 oarlock-cni"];
-    assert!(leaked.iter().all(|line| stays.contains(&line.as_str())), "{leaked:?}");
+    // Control groups are the machine's, where other tests have theirs; plugins make none.
+    let mut leaked = leaked.iter().filter(|line| !line.starts_with("cgroup "));
+    assert_eq!(leaked.find(|line| !stays.contains(&line.as_str())), None);
     let records = fs::read_dir(oarlock_cni_table::STATE_DIR).unwrap().flatten();
     let left = records.flat_map(|entry| fs::read_dir(entry.path()).unwrap().flatten()).map(|entry| entry.file_name());
     assert_eq!(left.collect::<Vec<_>>(), ["lock"], "records");

@@ -205,7 +205,7 @@ fn check_finds_what_somebody_changed_at_the_bridge(mode: Mode) {
 fn arrives(name: &str, to: IpAddr, bytes: usize) -> bool {
     let bind = || {
         let server = UdpSocket::bind(("::", 0)).unwrap();
-        server.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         server
     };
     let server = run_in(&netns(name), bind).unwrap();

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use cni_caller::{
     Caller, Mode, addresses, asked, gateway, neighbour, neighbour_addresses, netns, nft, serve, tell_who_asks, transfer,
 };
-use oarlock_cni_table::{Restorer, STATE_DIR, restore};
+use oarlock_cni_table::{Restorer, STATE_DIR, State, restore};
 use oarlock_netns::create_pinned;
 use oarlock_testkit::in_fresh_namespaces;
 use serde_json::{Value, json};
@@ -169,6 +169,8 @@ fn what_was_deleted_or_refused_stays_away(mode: Mode) {
         world.caller.call("DEL", "a", config, None).unwrap();
     }
     assert!(records().is_empty());
+    world.attach("c", 8083).unwrap();
+    State::remove(Path::new(STATE_DIR), &oarlock_nft::Netlink::open().unwrap()).unwrap();
     nft("flush ruleset");
     assert_eq!(restore(Path::new(STATE_DIR)).unwrap(), 0);
     assert_eq!(nft("list ruleset"), "");
