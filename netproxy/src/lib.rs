@@ -19,6 +19,8 @@ mod conntrack;
 mod dns;
 mod dns_service;
 mod element;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod health;
 mod host;
 mod hub;

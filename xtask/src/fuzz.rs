@@ -1,4 +1,5 @@
-//! `cargo xtask fuzz`: libFuzzer, coverage-guided, on the unpacking of image layers, with the stable compiler.
+//! `cargo xtask fuzz`: libFuzzer, coverage-guided, with the stable compiler, on what others send: image layers, messages to
+//! cluster DNS, answers of the kernel, CNI configurations.
 //!
 //! The crate in `fuzz/` is no member of the workspace: all of it is built with instrumented code, and libFuzzer itself is C++.
 
@@ -10,13 +11,16 @@ use crate::{packages, root, step, target_dir};
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares";
-const TARGET: &str = "unpack_layer";
+const TARGETS: [&str; 4] = ["unpack_layer", "dns_message", "netlink_answers", "cni_config"];
 
 #[derive(clap::Args)]
 pub(crate) struct FuzzFlags {
-    /// How long
+    /// How long, each
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+    /// What to look at; everything by default
+    #[arg(value_parser = TARGETS)]
+    targets: Vec<String>,
 }
 
 pub(crate) fn run(flags: &FuzzFlags) -> anyhow::Result<()> {
@@ -34,16 +38,20 @@ pub(crate) fn run(flags: &FuzzFlags) -> anyhow::Result<()> {
             .arg(&target)
             .env("RUSTFLAGS", FLAGS),
     )?;
-    let corpus = target.join("corpus").join(TARGET);
-    fs::create_dir_all(&corpus)?;
-    // What it finds lies in the working directory.
-    let mut fuzzer = std::process::Command::new(target.join(machine).join("release").join(TARGET));
-    step::run(
-        "fuzz",
-        fuzzer.current_dir(&target).arg(&corpus).arg(format!("-max_total_time={}", flags.seconds)).args([
-            "-max_len=4096",
-            "-timeout=20",
-            "-print_final_stats=1",
-        ]),
-    )
+    let chosen = |name: &&&str| flags.targets.is_empty() || flags.targets.iter().any(|chosen| chosen == **name);
+    for name in TARGETS.iter().filter(chosen) {
+        let corpus = target.join("corpus").join(name);
+        fs::create_dir_all(&corpus)?;
+        // What it finds lies in the working directory.
+        let mut fuzzer = std::process::Command::new(target.join(machine).join("release").join(name));
+        step::run(
+            &format!("fuzz {name}"),
+            fuzzer.current_dir(&target).arg(&corpus).arg(format!("-max_total_time={}", flags.seconds)).args([
+                "-max_len=4096",
+                "-timeout=20",
+                "-print_final_stats=1",
+            ]),
+        )?;
+    }
+    Ok(())
 }

@@ -25,5 +25,7 @@ mod upstream;
 
 pub use answer::Zone;
 pub use loops::watch as watch_loops;
+#[cfg(any(test, feature = "fuzzing"))]
+pub use server::exchange;
 pub use server::{Counts, DnsServer};
 pub use upstream::{StubDomains, Upstream};

@@ -347,6 +347,18 @@ fn encode(message: &Message, limit: u16) -> Result<Vec<u8>, ProtoError> {
     Ok(bytes)
 }
 
+/// For a fuzzer: what is sent for a question of any bytes, where upstream's answer is any bytes too. None where there is no
+/// question, or nothing can be sent.
+#[cfg(any(test, feature = "fuzzing"))]
+pub fn exchange(server: &DnsServer, question: &[u8], answer: &[u8], limit: u16) -> Option<(Message, Vec<u8>)> {
+    let request = parse(question)?;
+    let response = match server.immediate(&request, limit) {
+        Immediate::Message(response) => response,
+        Immediate::Forward { response, .. } => merge(*response, Message::from_vec(answer).ok()?),
+    };
+    fit(&response, limit).ok().map(|bytes| (request, bytes))
+}
+
 /// The message in no more bytes than the asker takes. Additional records are left out first, without which an answer is
 /// whole; then as many answers stay as there is room for, and the asker is told to ask by TCP for all. Some askers never
 /// do, and use what they got.

@@ -97,7 +97,7 @@ impl Connection {
     }
 }
 
-fn parse(message: &Received<'_>) -> Option<Address> {
+pub(crate) fn parse(message: &Received<'_>) -> Option<Address> {
     if message.kind != NEW_ADDRESS {
         return None;
     }

@@ -49,7 +49,7 @@ impl Connection {
     }
 }
 
-fn parse(message: &Received<'_>) -> Option<Bridge> {
+pub(crate) fn parse(message: &Received<'_>) -> Option<Bridge> {
     let (header, rest) = message.payload.split_at_checked(LINK_HEADER_BYTES)?;
     let information = attribute(rest, IFLA_LINKINFO)?;
     let kind = attribute(information, IFLA_INFO_KIND).map(read_string);

@@ -102,7 +102,7 @@ fn write(w: &mut Writer, tuple: &Tuple) {
     });
 }
 
-fn parse(tuple: &[u8]) -> Option<Tuple> {
+pub(crate) fn parse(tuple: &[u8]) -> Option<Tuple> {
     let ip = attribute(tuple, TUPLE_IP)?;
     let proto = attribute(tuple, TUPLE_PROTO)?;
     let address = |v4, v6| -> Option<IpAddr> { read_address(attribute(ip, v4).or_else(|| attribute(ip, v6))?) };

@@ -12,6 +12,8 @@ mod bridge;
 mod connection;
 pub mod conntrack;
 mod error;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod link;
 mod neighbour;
 mod qdisc;

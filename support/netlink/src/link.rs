@@ -354,7 +354,7 @@ fn common_attributes(writer: &mut Writer, mac: Option<Mac>, mtu: u32) {
     }
 }
 
-fn parse(message: &Received<'_>) -> Option<Link> {
+pub(crate) fn parse(message: &Received<'_>) -> Option<Link> {
     if message.kind != NEW_LINK {
         return None;
     }

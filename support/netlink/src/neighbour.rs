@@ -113,7 +113,7 @@ impl Connection {
     }
 }
 
-fn parse(message: &Received<'_>) -> Option<Neighbour> {
+pub(crate) fn parse(message: &Received<'_>) -> Option<Neighbour> {
     if message.kind != NEW_NEIGHBOUR {
         return None;
     }

@@ -184,7 +184,7 @@ impl Connection {
     }
 }
 
-fn parse(message: &Received<'_>, wanted: u8) -> Option<Route> {
+pub(crate) fn parse(message: &Received<'_>, wanted: u8) -> Option<Route> {
     if message.kind != NEW_ROUTE {
         return None;
     }

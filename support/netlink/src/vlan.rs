@@ -63,7 +63,7 @@ impl Connection {
     }
 }
 
-fn parse(message: &Received<'_>, link: u32) -> Option<Vec<PortVlan>> {
+pub(crate) fn parse(message: &Received<'_>, link: u32) -> Option<Vec<PortVlan>> {
     let (header, rest) = message.payload.split_at_checked(LINK_HEADER_BYTES)?;
     if message.kind != NEW_LINK || read_u32(&header[4..])? != link {
         return None;
