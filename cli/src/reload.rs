@@ -1,6 +1,8 @@
 //! The configuration while a daemon runs: read again when its files change.
 //!
-//! A file that is wrong changes nothing: the daemon goes on with what it has, and the log says what is wrong, once.
+//! A file that is wrong changes nothing: the daemon goes on with what it has, and the log says what is wrong, once. So does one
+//! that is gone or empty, which at a start would mean that all is as by default: nobody takes a running cluster's settings back
+//! by moving a file.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -33,17 +35,25 @@ where
 {
     let (told, receiver) = watch::channel(part(settings));
     let file = flags.config.clone().unwrap_or_else(|| DEFAULT_FILE.into());
-    let files = [file, settings.layout.joined_file()];
+    let files: [PathBuf; 2] = [file, settings.layout.joined_file()];
     let task = async move {
         let mut last_problem = String::new();
+        let mut known: Option<Contents> = None;
         loop {
             // Watched before it is read, so that nothing is missed in between.
             let mut events = watch_around(&files);
             let (flags, part) = (flags.clone(), part.clone());
-            let read = move || -> Result<T, ConfigError> { Settings::load(&flags).map(|settings| part(&settings)) };
+            let (paths, before) = (files.clone(), known.clone());
+            let read = move || read_whole(&paths, before.as_ref(), || Settings::load(&flags).map(|all| part(&all)));
             match tokio::task::spawn_blocking(read).await {
-                Ok(Ok(now)) => {
+                Ok(Ok(None)) => {
+                    // It is being written.
+                    sleep(SETTLE).await;
+                    continue;
+                }
+                Ok(Ok(Some((now, contents)))) => {
                     last_problem.clear();
+                    known = Some(contents);
                     told.send_if_modified(|known| {
                         let changed = *known != now;
                         *known = now;
@@ -51,8 +61,7 @@ where
                     });
                 }
                 Ok(Err(error)) => {
-                    let problem = anyhow::Error::new(error);
-                    let text = format!("{problem:#}");
+                    let text = format!("{error:#}");
                     if text != last_problem {
                         tracing::error!(problem = text, "the changed configuration is not used");
                         last_problem = text;
@@ -73,6 +82,33 @@ where
         }
     });
     receiver
+}
+
+/// What is in each of the files; nothing of one that is not there.
+type Contents = [Option<String>; 2];
+
+fn contents(files: &[PathBuf; 2]) -> Contents {
+    files.each_ref().map(|file| std::fs::read_to_string(file).ok())
+}
+
+/// What `load` makes of the files, with what was in them; None where they changed meanwhile. One that had something in it
+/// `before` and has nothing now is an error.
+fn read_whole<T>(
+    files: &[PathBuf; 2],
+    before: Option<&Contents>,
+    load: impl FnOnce() -> Result<T, ConfigError>,
+) -> anyhow::Result<Option<(T, Contents)>> {
+    let is_blank = |text: &Option<String>| text.as_ref().is_none_or(|text| text.trim().is_empty());
+    let now = contents(files);
+    for (index, file) in files.iter().enumerate() {
+        let had = before.is_some_and(|before| !is_blank(&before[index]));
+        anyhow::ensure!(!had || !is_blank(&now[index]), "{} is gone or empty", file.display());
+    }
+    let loaded = load();
+    if contents(files) != now {
+        return Ok(None);
+    }
+    Ok(Some((loaded?, now)))
 }
 
 /// Events of the files' directories: a file that is replaced, or reached by a link, has none of its own.
@@ -143,6 +179,30 @@ mod tests {
     async fn until(receiver: &mut watch::Receiver<u32>, wanted: u32) {
         let waited = tokio::time::timeout(Duration::from_secs(20), receiver.wait_for(|pods| *pods == wanted));
         waited.await.expect("the change to be told in time").expect("the follower to be there");
+    }
+
+    #[test]
+    fn what_is_gone_empty_or_half_written_is_not_gone_by() {
+        let directory = tempfile::tempdir().expect("tempdir");
+        let files = [directory.path().join("config.yaml"), directory.path().join("joined.yaml")];
+        let write = |text: &str| fs::write(&files[0], text).expect("write");
+        let read = |before: Option<&Contents>| read_whole(&files, before, || Ok(7));
+        assert_eq!(read(None).expect("no file is fine").map(|(loaded, _)| loaded), Some(7));
+        write("maxPods: 7\n");
+        let (_, known) = read(None).expect("readable").expect("whole");
+        write("# nothing\nmaxPods: 8\n");
+        assert!(read(Some(&known)).expect("readable").is_some());
+        write(" \n");
+        let problem = read(Some(&known)).expect_err("it had something in it").to_string();
+        assert!(problem.contains("config.yaml is gone or empty"), "{problem}");
+        fs::remove_file(&files[0]).expect("remove");
+        read(Some(&known)).expect_err("it was there");
+        write("maxPods: 9\n");
+        let while_written = || {
+            write("maxPods: 90\n");
+            Ok(7)
+        };
+        assert!(read_whole(&files, Some(&known), while_written).expect("readable").is_none());
     }
 
     #[tokio::test]

@@ -169,7 +169,7 @@ impl Hub {
                     }
                     // A full queue means that the worker is busy, and the next tick is soon.
                     let _ = self.jobs.try_send(Job::Audit);
-                    conflist_pending
+                    conflist_pending || self.lacks_conflist()
                 }
                 _ = host_audit.tick() => {
                     self.check_host().await;
@@ -383,6 +383,8 @@ impl Hub {
             let own = own.filter(|own| !own.pod_cidrs.is_empty() && enforced.as_ref() == Some(&own.pod_cidrs));
             let written = match (&config.cni_conf_dir, own) {
                 (Some(directory), _) if config.tunnel == Tunnel::None => node::remove_conflist(directory),
+                // How large packets may be is not known now; who wrote it knew.
+                (Some(directory), Some(_)) if !complete && directory.join(node::CONFLIST).exists() => Ok(()),
                 (Some(directory), Some(own)) => {
                     let content = node::conflist(&own.pod_cidrs, &cluster, &config.cni_state_dir, mtu);
                     node::write_conflist(directory, &content).map(|written| {
@@ -435,7 +437,18 @@ impl Hub {
         info!(out_of_sight = unseen.contains(&true), "whether bridged packets are seen has changed");
         self.unseen = unseen;
         self.jobs.send(Job::Configure(proxy::grounds(&self.config, &self.unseen))).await?;
+        // Before the first Services the commit is theirs: nothing is to be taken away that has not been heard of yet.
+        if self.status.queued_at.load(Ordering::Relaxed) == 0 {
+            return Ok(());
+        }
         self.jobs.send(Job::Apply(Vec::new())).await
+    }
+
+    /// Whether somebody took the CNI configuration away, so that no pod can start.
+    fn lacks_conflist(&self) -> bool {
+        let has = |directory: &std::path::PathBuf| directory.join(node::CONFLIST).exists();
+        let wanted = self.config.cni_conf_dir.as_ref().filter(|_| self.config.tunnel != Tunnel::None);
+        self.enforced.borrow().is_some() && wanted.is_some_and(|directory| !has(directory))
     }
 
     /// What others may have taken from the host meanwhile.

@@ -128,7 +128,10 @@ impl<K: Kernel> Proxier<K> {
             }
             Err(error) => {
                 warn!(error = &error as &dyn std::error::Error, "nftables refused a change; comparing with the kernel");
-                self.repair()?;
+                if let Err(error) = self.repair() {
+                    self.staged = staged;
+                    return Err(error);
+                }
                 Ok(Committed { connectionless_changed: true, endpoints_removed: true, ..committed })
             }
         }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -29,12 +30,16 @@ pub fn client(config: kube::Config) -> Result<kube::Client, kube::Error> {
     let mut connector = HttpConnector::new();
     connector.enforce_http(false);
     connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(config.connect_timeout.unwrap_or(CONNECT)));
     connector.set_keepalive(Some(QUIET));
     connector.set_keepalive_interval(Some(ASK_AGAIN));
     connector.set_keepalive_retries(Some(QUESTIONS));
     connector.set_tcp_user_timeout(Some(UNACKNOWLEDGED));
-    let connector = config.rustls_https_connector_with_connector(connector)?;
+    // Over all of it, the greeting of TLS too: whoever accepts and says nothing is not waited for.
+    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(connector)?);
+    connector.set_connect_timeout(Some(config.connect_timeout.unwrap_or(CONNECT)));
+    connector.set_read_timeout(config.read_timeout);
+    connector.set_write_timeout(config.write_timeout);
+    connector.set_reset_reader_on_write(config.reset_reader_on_write);
     let requests: Client<_, Body> = Client::builder(TokioExecutor::new()).build(connector);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())

@@ -11,7 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::{Api, Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
 use oarlock_pki::Pin;
 use serde_json::{Value, json};
@@ -26,7 +26,8 @@ use crate::pki;
 const CALL: Duration = Duration::from_secs(15);
 const NODE_CONFIGURATION: &str = "oarlock-node-configuration";
 const KEY: &str = "config.yaml";
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LOOK: Duration = Duration::from_secs(30);
+const RETRY: Duration = Duration::from_secs(1);
 
 /// What is known of a cluster.
 pub(crate) struct Cluster {
@@ -80,39 +81,65 @@ pub(crate) async fn follow(client: kube::Client, layout: Layout, flags: ConfigFl
 fn keep(text: &str, layout: &Layout, flags: &ConfigFlags) -> anyhow::Result<bool> {
     let cluster: ClusterFile = serde_yaml_ng::from_str(text).context("what nodes are told is of another version")?;
     let Some(joined) = Joined::read(layout)?.filter(|joined| joined.cluster != cluster) else { return Ok(false) };
+    let (cluster, later) = joined.cluster.with_changes_of(&cluster);
+    if !later.is_empty() {
+        tracing::warn!(
+            settings = later.join(", "),
+            "the cluster has other settings than when this machine joined: join again"
+        );
+    }
+    if cluster == joined.cluster {
+        return Ok(false);
+    }
     let joined = Joined { cluster, ..joined };
     Settings::load_as(flags, &joined).context("this machine cannot have what nodes are told")?;
     joined.write(layout)?;
     Ok(true)
 }
 
-/// Tells the nodes, and does not rest until that is written.
+/// Tells the nodes, and goes on looking whether they are still told that: what they are told is the server's to say alone.
 pub(crate) async fn tell_nodes(client: kube::Client, mut settings: watch::Receiver<ClusterFile>) {
     let api: Api<ConfigMap> = Api::namespaced(client, "kube-system");
-    while settings.changed().await.is_ok() {
-        let mut pause = FIRST_PAUSE;
-        loop {
-            let now = settings.borrow_and_update().clone();
-            let written = async {
-                let patch = Patch::Merge(json!({"data": {KEY: serde_yaml_ng::to_string(&now)?}}));
-                let parameters = PatchParams::default();
-                let request = api.patch(NODE_CONFIGURATION, &parameters, &patch);
-                tokio::time::timeout(CALL, request).await.context("no answer in time")??;
-                anyhow::Ok(())
-            };
-            match written.await {
-                Ok(()) => break,
-                Err(error) => {
-                    tracing::warn!(
-                        problem = format!("{error:#}"),
-                        "nodes cannot be told of changed settings; trying again"
-                    );
-                }
+    let mut pause = LOOK;
+    loop {
+        tokio::select! {
+            changed = settings.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(pause) => {}
+        }
+        let now = settings.borrow_and_update().clone();
+        match tokio::time::timeout(CALL, ensure_told(&api, &now)).await.context("no answer in time").flatten() {
+            Ok(true) => {
+                tracing::info!("nodes are told of the cluster's settings");
+                pause = LOOK;
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(CALL);
+            Ok(false) => pause = LOOK,
+            Err(error) => {
+                let problem = format!("{error:#}");
+                tracing::warn!(problem, "nodes cannot be told of the cluster's settings; trying again");
+                pause = RETRY;
+            }
         }
     }
+}
+
+/// Says whether they had been told something else.
+async fn ensure_told(api: &Api<ConfigMap>, settings: &ClusterFile) -> anyhow::Result<bool> {
+    let text = serde_yaml_ng::to_string(settings)?;
+    let found = api.get_opt(NODE_CONFIGURATION).await?;
+    if let Some(data) = found.as_ref().and_then(|map| map.data.as_ref())
+        && data.get(KEY) == Some(&text)
+    {
+        return Ok(false);
+    }
+    let map = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": NODE_CONFIGURATION}, "data": {KEY: text},
+    });
+    if found.is_some() {
+        api.patch(NODE_CONFIGURATION, &PatchParams::default(), &Patch::Merge(map)).await?;
+    } else {
+        api.create(&PostParams::default(), &serde_json::from_value(map)?).await?;
+    }
+    Ok(true)
 }
 
 /// Reads a ConfigMap's key.

@@ -310,6 +310,9 @@ fn remove_bridge() -> anyhow::Result<()> {
 
 /// Deletes our nftables tables, and only those.
 fn remove_tables() -> anyhow::Result<()> {
+    // What is on record is what a proxy would lay again.
+    let kernel = oarlock_nft::Netlink::open()?;
+    oarlock_cni_table::State::remove(Path::new(oarlock_cni_table::STATE_DIR), &kernel)?;
     let Ok(listed) = Command::new("nft").args(["list", "tables"]).output() else { return Ok(()) };
     for line in String::from_utf8_lossy(&listed.stdout).lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -320,8 +323,7 @@ fn remove_tables() -> anyhow::Result<()> {
             anyhow::ensure!(status.success(), "nft could not delete the table {family} {name}");
         }
     }
-    let kernel = oarlock_nft::Netlink::open()?;
-    Ok(oarlock_cni_table::State::remove(Path::new(oarlock_cni_table::STATE_DIR), &kernel)?)
+    Ok(())
 }
 
 /// Takes the runtime's profile for containers out of the kernel.

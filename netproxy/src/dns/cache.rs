@@ -10,6 +10,7 @@ const MAX_ENTRIES: usize = 10_000;
 const MAX_TTL: Duration = Duration::from_secs(3600);
 /// How long after its time an answer is still given when no resolver can be asked (RFC 8767), and what time it then gets.
 const MAX_STALE: Duration = Duration::from_secs(24 * 3600);
+const MAX_STALE_DENIAL: Duration = Duration::from_secs(60);
 const STALE_TTL_SECONDS: u32 = 30;
 /// How long nobody is asked again after all resolvers failed, as long as there is an answer from before (RFC 8767).
 const RECHECK: Duration = Duration::from_secs(30);
@@ -68,9 +69,14 @@ impl Cache {
         }
     }
 
-    /// The answer as it was, although its time is over: better than none.
+    /// The answer as it was, although its time is over: better than none. That there is nothing of the name is no such answer for
+    /// long, since there may be something by now.
     pub fn stale(&self, question: &Question, now: Instant) -> Option<Message> {
-        let entry = self.entries.get(question).filter(|entry| now < entry.until + MAX_STALE)?;
+        let entry = self.entries.get(question)?;
+        let bound = if entry.answer.answers.is_empty() { MAX_STALE_DENIAL } else { MAX_STALE };
+        if now >= entry.until + bound {
+            return None;
+        }
         let mut answer = entry.answer.clone();
         for records in [&mut answer.answers, &mut answer.authorities, &mut answer.additionals] {
             records.iter_mut().for_each(|record| record.ttl = record.ttl.min(STALE_TTL_SECONDS));
@@ -153,6 +159,10 @@ mod tests {
         assert!(cache.get(&question, later).is_none());
         assert_eq!(cache.stale(&question, later).unwrap().answers[0].ttl, STALE_TTL_SECONDS);
         assert!(cache.stale(&question, later + MAX_STALE).is_none());
+        // There may be something of the name by now.
+        cache.entries.get_mut(&question).unwrap().answer.answers.clear();
+        assert!(cache.stale(&question, now + Duration::from_secs(60) + MAX_STALE_DENIAL / 2).is_some());
+        assert!(cache.stale(&question, later).is_none());
     }
 
     #[test]

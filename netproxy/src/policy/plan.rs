@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use oarlock_nft::{
     Bytes, Chain, ChainKind, Command, CtKey, Element, Expr, Field, HookPoint, Key, MetaKey, Reg, Rule, Set, Verdict,
 };
+use sha2::{Digest, Sha256};
 
 use super::index::Touched;
 use super::objects::{Group, Name, Peer, Policy, PortMatch, Rule as PolicyRule};
@@ -153,11 +154,9 @@ pub fn map_element(pod: &Bytes, chain: &str) -> Element {
 
 /// A short name for anything, the same at every start.
 fn short_hash(parts: &impl std::fmt::Debug) -> String {
-    let text = format!("{parts:?}");
-    let hash = text
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
-    format!("{hash:016x}")
+    // Users choose these names, and none of them is to find one that stands for another's.
+    let hash = Sha256::digest(format!("{parts:?}"));
+    hash.iter().take(16).fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 /// The set of the addresses of a group of pods, of all nodes.

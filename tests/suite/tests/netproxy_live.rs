@@ -8,6 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, port, read_answer};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use oarlock_machinery::fake::Refused;
 use oarlock_netproxy::Config;
 use oarlock_testkit::wait_for;
 use serde_json::json;
@@ -20,6 +22,7 @@ in_each_mode! {
     settings_change_without_a_restart
     bridged_packets_come_back_into_sight
     a_taken_health_port_keeps_nothing_else_away
+    what_is_not_known_yet_is_not_taken_away
 }
 
 fn external(family: Family) -> IpAddr {
@@ -100,6 +103,35 @@ fn bridged_packets_come_back_into_sight(world: &mut World, family: Family) {
         (std::fs::read_to_string(&setting).unwrap().trim() == "1").then_some(())
     });
     assert_eq!(ask_until(Some("client"), (service, 80)).1, family.pod(13));
+}
+
+/// The kernel shows bridged packets only when the proxy has been running for a while, and the API says nothing yet.
+fn what_is_not_known_yet_is_not_taken_away(world: &mut World, family: Family) {
+    const SETTINGS: &str = "/proc/sys/net/bridge";
+    let service = web(world, family);
+    ask_until(Some("client"), (service, 80));
+    world.stop_proxy();
+    world.api.refuse("GET", "services", usize::MAX, Refused::new(503, "ServiceUnavailable", "not yet"));
+    let none: Option<&str> = None;
+    mount(Some("tmpfs"), SETTINGS, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    let config = world.config();
+    let ready = world.launch_proxy(config);
+    wait_for("the proxy to be there", TIMEOUT, || get(family.node(), HEALTH, "/livez"));
+    umount2(SETTINGS, MntFlags::MNT_DETACH).unwrap();
+    let name = if family == Family::V4 { "bridge-nf-call-iptables" } else { "bridge-nf-call-ip6tables" };
+    let setting = std::path::Path::new(SETTINGS).join(name);
+    for _ in 0..2 {
+        // Two looks, so that what the first one led to is over.
+        std::fs::write(&setting, "0").unwrap();
+        wait_for("the setting to be put right", TIMEOUT, || {
+            (std::fs::read_to_string(&setting).unwrap().trim() == "1").then_some(())
+        });
+    }
+    assert_eq!(ask(Some("client"), (service, 80)).unwrap().0, "a", "the rules of before stay");
+    assert!(!*ready.borrow(), "nothing is known yet");
+    world.api.allow("GET", "services");
+    wait_for("the proxy to be ready", TIMEOUT, || ready.borrow().then_some(()));
+    assert_eq!(ask_until(Some("client"), (service, 80)).0, "a");
 }
 
 fn a_taken_health_port_keeps_nothing_else_away(world: &mut World, family: Family) {
