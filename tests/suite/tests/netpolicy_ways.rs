@@ -39,9 +39,10 @@ fn run(program: &str, line: &str) {
     assert!(output.status.success(), "{program} {line}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The answer of the health port: its status and the rest.
+/// What is answered at the port that tells it: the status and the rest.
 fn http(path: &str) -> String {
-    let url = format!("http://127.0.0.1:10256{path}");
+    let port = if path == "/metrics" { 10_249 } else { 10_256 };
+    let url = format!("http://127.0.0.1:{port}{path}");
     let output = Command::new("curl").args(["-sS", "-i", "-m", "3", &url]).output().unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
