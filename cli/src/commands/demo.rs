@@ -19,6 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::images;
 use super::machine::Stages;
+use super::reasons;
 use crate::config::Settings;
 
 /// The demo as ordinary YAML.
@@ -69,9 +70,13 @@ pub(crate) async fn show(
     let count = apply(&client).await?;
     stages.done(&format!("demo applied ({count} objects)"));
     let timeout = Duration::from_secs(flags.timeout);
-    tokio::time::timeout(timeout, pods_ready(&client)).await.map_err(|_| {
-        anyhow::anyhow!("the demo's pods are not Ready after {} s: see `kubectl -n demo describe pods`", flags.timeout)
-    })??;
+    match tokio::time::timeout(timeout, pods_ready(&client)).await {
+        Ok(ready) => ready?,
+        Err(_) => {
+            let reasons = reasons::of_pods(&client, NAMESPACE).await;
+            anyhow::bail!("the demo's pods are not Ready after {} s{reasons}", flags.timeout);
+        }
+    }
     stages.done(&format!("{REPLICAS} demo pods Ready"));
 
     let cluster: Service = Api::namespaced(client.clone(), NAMESPACE).get("page").await?;

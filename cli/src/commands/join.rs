@@ -149,10 +149,7 @@ async fn start(children: &mut Children<'_>, stages: &mut Stages) -> anyhow::Resu
         stages.done(&up::waits_for_network(settings));
     } else {
         let client = netproxy::client(&settings.layout.component_kubeconfig("agent")).await?;
-        let ready = tokio::time::timeout(patience, machine::node_ready(client, &settings.node_name)).await;
-        ready.map_err(|_| {
-            anyhow::anyhow!("node {} is not Ready after {} s", settings.node_name, patience.as_secs())
-        })??;
+        machine::node_ready(&client, &settings.node_name, patience).await?;
         stages.done(&format!("node {} Ready", settings.node_name));
     }
     let _ = fs::remove_file(bootstrap);

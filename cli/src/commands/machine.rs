@@ -17,6 +17,7 @@ use kube::api::Api;
 use kube::runtime::{WatchStreamExt, watcher};
 use oarlock_supervise::NotifySocket;
 
+use super::reasons;
 use crate::config::{ConfigFlags, Settings};
 use crate::host;
 
@@ -107,9 +108,19 @@ pub(crate) fn install_plugins(settings: &Settings) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until the node is Ready.
-pub(crate) async fn node_ready(client: kube::Client, name: &str) -> anyhow::Result<()> {
-    let api: Api<Node> = Api::all(client);
+/// Waits until the node is Ready; the error says what keeps it.
+pub(crate) async fn node_ready(client: &kube::Client, name: &str, patience: Duration) -> anyhow::Result<()> {
+    match tokio::time::timeout(patience, watch_for_ready(client, name)).await {
+        Ok(ready) => ready,
+        Err(_) => {
+            let reasons = reasons::of_nodes(client, Some(name)).await;
+            anyhow::bail!("node {name} is not Ready after {} s{reasons}", patience.as_secs());
+        }
+    }
+}
+
+async fn watch_for_ready(client: &kube::Client, name: &str) -> anyhow::Result<()> {
+    let api: Api<Node> = Api::all(client.clone());
     let fields = format!("metadata.name={name}");
     let events = watcher(api, watcher::Config::default().fields(&fields)).default_backoff().applied_objects();
     let mut events = std::pin::pin!(events);

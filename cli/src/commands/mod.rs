@@ -13,6 +13,7 @@ mod machine;
 pub(crate) mod netproxy;
 mod node_identity;
 mod progress;
+mod reasons;
 pub(crate) mod reset;
 pub(crate) mod runtime;
 pub(crate) mod server;

@@ -106,9 +106,7 @@ async fn start(children: &mut Children<'_>, flags: &UpFlags, stages: &mut Stages
         stages.done(&waits_for_network(settings));
         return Ok(());
     }
-    tokio::time::timeout(READY_TIMEOUT, machine::node_ready(client.clone(), &settings.node_name)).await.map_err(
-        |_| anyhow::anyhow!("node {} is not Ready after {} s", settings.node_name, READY_TIMEOUT.as_secs()),
-    )??;
+    machine::node_ready(&client, &settings.node_name, READY_TIMEOUT).await?;
     stages.done(&format!("node {} Ready", settings.node_name));
     if flags.demo {
         demo::show(settings, client, &flags.demo_flags, stages).await?;

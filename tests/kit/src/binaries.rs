@@ -25,6 +25,9 @@ pub fn is_lab() -> bool {
     std::env::var_os("OARLOCK_LAB").is_some()
 }
 
+/// Kubelet settings, in YAML's flow style without braces, of a node whose pods stay whatever else fills the machine's disk.
+pub const ON_ANY_DISK: &str = "evictionHard: {memory.available: 50Mi}, imageGCHighThresholdPercent: 100";
+
 /// The packed test image, an OCI layout archive with the reference `oarlock.local/testimage:1`.
 pub fn image_archive() -> PathBuf {
     binary("testimage.tar")

@@ -6,7 +6,7 @@ mod namespaces;
 mod snapshot;
 mod wait;
 
-pub use binaries::{bin_dir, binary, image_archive, is_lab};
+pub use binaries::{ON_ANY_DISK, bin_dir, binary, image_archive, is_lab};
 pub use namespaces::{NODE_ADDRESS, become_node, in_fresh_namespaces, require_root};
 pub use snapshot::Snapshot;
 pub use wait::wait_for;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use oarlock_testkit::{NODE_ADDRESS, Snapshot, binary, image_archive, is_lab, wait_for};
+use oarlock_testkit::{NODE_ADDRESS, ON_ANY_DISK, Snapshot, binary, image_archive, is_lab, wait_for};
 use serde_json::Value;
 
 use super::containerd::Containerd;
@@ -22,8 +22,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// What the cluster is told beside its directory and its networks.
 const CONFIG: &str = "cgroupDriver: auto\n";
 /// In the guest, whose login1 may be told, the machine waits for pods; and pods share its swap.
-const LAB_CONFIG: &str = "kubelet: {shutdownGracePeriod: 30s, shutdownGracePeriodCriticalPods: 10s, failSwapOn: false, \
-    memorySwap: {swapBehavior: LimitedSwap}}\n";
+const LAB_KUBELET: &str = ", shutdownGracePeriod: 30s, shutdownGracePeriodCriticalPods: 10s, failSwapOn: false, \
+    memorySwap: {swapBehavior: LimitedSwap}";
 /// What that leaves in the configuration of login1.
 pub(crate) const LOGIN_DROP_IN: &str = "/etc/systemd/logind.conf.d/99-kubelet.conf";
 
@@ -115,7 +115,7 @@ impl Cluster {
         let directory = tempfile::Builder::new().prefix("oarlock-e2e-").tempdir().expect("tempdir");
         let before = Snapshot::take(&directory.path().to_string_lossy());
         let kubectl = std::env::var_os("KUBECTL").unwrap_or_else(|| "kubectl".into());
-        let mut text = mode.config();
+        let (mut text, mut kubelet) = (mode.config(), ON_ANY_DISK.to_owned());
         let image = image_archive().to_string_lossy().into_owned();
         let mut arguments = vec!["up", "--detach", "--demo"];
         let own = mode.addresses().join(",");
@@ -128,14 +128,15 @@ impl Cluster {
         match &containerd {
             Some(containerd) => {
                 let (socket, networks) = (containerd.socket(), containerd.network_directory());
-                let endpoint = format!("kubelet: {{containerRuntimeEndpoint: \"unix://{}\"}}", socket.display());
-                writeln!(text, "{endpoint}\ncni: {{confDir: {}}}", networks.display()).expect("a string");
+                write!(kubelet, ", containerRuntimeEndpoint: \"unix://{}\"", socket.display()).expect("a string");
+                writeln!(text, "cni: {{confDir: {}}}", networks.display()).expect("a string");
             }
             None => {
-                text.push_str(if is_lab() { LAB_CONFIG } else { "" });
+                kubelet.push_str(if is_lab() { LAB_KUBELET } else { "" });
                 arguments.extend(["--image", &image]);
             }
         }
+        writeln!(text, "kubelet: {{{kubelet}}}").expect("a string");
         let mut config = tempfile::NamedTempFile::new().expect("a file");
         config.write_all(text.as_bytes()).expect("write the configuration");
         let containerd = containerd.map(RefCell::new);

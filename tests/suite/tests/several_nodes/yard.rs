@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
-use oarlock_testkit::binary;
+use oarlock_testkit::{ON_ANY_DISK, binary};
 
 /// What joins the machines.
 const BRIDGE: &str = "yard";
@@ -112,12 +112,12 @@ impl Mode {
         }
     }
 
-    /// The configuration file of the machine with the control plane.
+    /// What the configuration file of the machine with the control plane says of networks.
     fn config(self) -> &'static str {
         match self {
-            Mode::Ipv4 => "{}",
-            Mode::Ipv6 => "{clusterCIDR: 'fd2a::/48', serviceCIDR: 'fd2b::/112'}",
-            Mode::Dual => "{clusterCIDR: '10.42.0.0/16,fd2a::/48', serviceCIDR: '10.43.0.0/16,fd2b::/112'}",
+            Mode::Ipv4 => "",
+            Mode::Ipv6 => "clusterCIDR: 'fd2a::/48'\nserviceCIDR: 'fd2b::/112'\n",
+            Mode::Dual => "clusterCIDR: '10.42.0.0/16,fd2a::/48'\nserviceCIDR: '10.43.0.0/16,fd2b::/112'\n",
         }
     }
 }
@@ -158,9 +158,8 @@ impl Machine {
         run("ip", &format!("link set to-{name} master {BRIDGE} up"));
         let addresses = mode.prefixes().iter().map(|prefix| format!("{prefix}{number}")).collect();
         let machine = Self { name, addresses, directory, groups, holder };
-        if name == "a" {
-            std::fs::write(machine.config_file(), mode.config()).expect("write");
-        }
+        let networks = if name == "a" { mode.config() } else { "" };
+        std::fs::write(machine.config_file(), format!("{networks}kubelet: {{{ON_ANY_DISK}}}\n")).expect("write");
         machine.ip("link set eth0 up");
         for (prefix, address) in mode.prefixes().iter().zip(&machine.addresses) {
             let (length, more) = if address.contains(':') { (64, " nodad") } else { (24, "") };
@@ -197,14 +196,12 @@ impl Machine {
         self.command(program).args(arguments).output().expect("nsenter")
     }
 
-    /// Runs `oarlock` with this machine's directory, name and addresses, and its configuration file if it has one.
+    /// Runs `oarlock` with this machine's directory, name, addresses and configuration file.
     pub fn try_oarlock(&self, line: &str) -> Output {
         let mut command = self.command(binary("oarlock"));
         command.arg("--data-dir").arg(self.data_dir());
         command.args(["--node-name", self.name, "--node-ip", &self.addresses.join(",")]);
-        if self.config_file().exists() {
-            command.arg("--config").arg(self.config_file());
-        }
+        command.arg("--config").arg(self.config_file());
         command.args(line.split(' ')).output().expect("nsenter")
     }
 
