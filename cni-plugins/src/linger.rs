@@ -6,18 +6,19 @@
 //! deletes a link waits likewise, and leaves that to a child too.
 #![allow(unsafe_code, reason = "fork in a process of one thread; the child does nothing but wait and end")]
 
+use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{ForkResult, fork};
-use oarlock_netlink::Connection;
+use nix::unistd::{ForkResult, Pid, fork};
+use oarlock_netlink::{Connection, NetlinkError};
 use oarlock_nft::Netlink;
 
 /// The unlisting of a link takes a millisecond; this only bounds what should never happen.
 const UNLIST_TIMEOUT: Duration = Duration::from_secs(10);
-const LOOK_INTERVAL: Duration = Duration::from_micros(100);
+const LOOK_INTERVAL: Duration = Duration::from_micros(50);
 
 static KEPT: AtomicBool = AtomicBool::new(false);
 
@@ -27,11 +28,17 @@ pub fn keep_open(kernel: Netlink) {
     KEPT.store(true, Ordering::Relaxed);
 }
 
-/// Deletes a link and returns as soon as nobody can find it any more. A child waits for the rest, in which the kernel makes
-/// sure that nobody uses it: 10 ms and more. `sockets` are two in the link's namespace: the child works with the first
-/// while this process looks with the second.
-pub fn delete_link(sockets: &mut [Connection; 2], index: u32) -> oarlock_netlink::Result<()> {
-    let [worker, looker] = sockets;
+/// A link that a child is deleting.
+pub struct Deletion {
+    /// None where no child could be made and the link is deleted already.
+    child: Option<Pid>,
+    connection: Connection,
+    index: u32,
+}
+
+/// Begins to delete a link. A child asks the kernel, which first makes sure that nobody uses the link (a millisecond) and
+/// then frees it (10 ms and more). `connection` is in the link's namespace; until the child has ended, only it reads there.
+pub fn begin_deletion(mut connection: Connection, index: u32) -> oarlock_netlink::Result<Deletion> {
     // SAFETY: this process has one thread, and the child does one request and ends.
     let child = match unsafe { fork() } {
         Ok(ForkResult::Child) => {
@@ -39,23 +46,37 @@ pub fn delete_link(sockets: &mut [Connection; 2], index: u32) -> oarlock_netlink
                 // SAFETY: the numbers are this child's own; nothing uses them after this.
                 unsafe { libc::close(number) };
             }
-            let deleted = worker.delete_link(index);
+            let deleted = connection.delete_link(index);
             // SAFETY: ends the child at once, without running what belongs to the parent's end.
             unsafe { libc::_exit(i32::from(deleted.is_err())) }
         }
-        Ok(ForkResult::Parent { child }) => child,
-        Err(_) => return looker.delete_link(index),
-    };
-    let begin = Instant::now();
-    while looker.link_by_index(index)?.is_some() {
-        let has_ended = !matches!(waitpid(child, Some(WaitPidFlag::WNOHANG)), Ok(WaitStatus::StillAlive));
-        if has_ended || begin.elapsed() > UNLIST_TIMEOUT {
-            // Said by the kernel to this process, so that its reason is told.
-            return looker.delete_link(index);
+        Ok(ForkResult::Parent { child }) => Some(child),
+        Err(_) => {
+            connection.delete_link(index)?;
+            None
         }
-        std::thread::sleep(LOOK_INTERVAL);
+    };
+    Ok(Deletion { child, connection, index })
+}
+
+impl Deletion {
+    /// Returns as soon as nobody can find the link any more; the child waits for the rest. Whoever changes links after this
+    /// waits for it too, in the kernel.
+    pub fn finish(mut self) -> oarlock_netlink::Result<()> {
+        let Some(child) = self.child else { return Ok(()) };
+        let begin = Instant::now();
+        while self.connection.has_link(self.index)? {
+            if !matches!(waitpid(child, Some(WaitPidFlag::WNOHANG)), Ok(WaitStatus::StillAlive)) {
+                // Said by the kernel to this process, so that its reason is told.
+                return self.connection.delete_link(self.index);
+            }
+            if begin.elapsed() > UNLIST_TIMEOUT {
+                return Err(NetlinkError::Receive { operation: "delete a link", source: ErrorKind::TimedOut.into() });
+            }
+            std::thread::sleep(LOOK_INTERVAL);
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Lets a child close the sockets that were kept. To be called last, with the answer written.

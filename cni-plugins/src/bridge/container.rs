@@ -11,7 +11,8 @@ use oarlock_netlink::{Connection, NetlinkError, Protocol, Route};
 use oarlock_netns::{NetnsError, visit_network};
 
 use crate::error::{Context, PluginError, Result};
-use crate::{linger, sysctl};
+use crate::linger::{self, Deletion};
+use crate::sysctl;
 
 /// The container's namespace, with a connection that works inside it.
 pub struct Inside {
@@ -98,23 +99,41 @@ fn route_of(route: &CniRoute, ips: &[IpConfig], link: u32) -> Route {
     }
 }
 
-/// DEL: deletes the container's link, and with it the pair. A namespace or link that is gone is fine.
-pub fn remove_link(netns: &Path, ifname: &str) -> Result<()> {
-    let failed = || format!("delete {ifname} of the container");
-    let open = || Ok([Connection::open(Protocol::Route)?, Connection::open(Protocol::Route)?]);
+/// The container's link on its way out.
+pub struct Removal<'a> {
+    ifname: &'a str,
+    deletion: Option<Deletion>,
+}
+
+/// DEL: begins to delete the container's link, and with it the pair. A namespace or link that is gone is fine.
+pub fn begin_removal<'a>(netns: &Path, ifname: &'a str) -> Result<Removal<'a>> {
+    let failed = || deletion_of(ifname);
+    let open = || Connection::open(Protocol::Route);
     let visited = match File::open(netns) {
         Ok(file) => visit_network(file.as_fd(), open),
         Err(source) => Err(NetnsError::Open { path: netns.to_owned(), source }),
     };
-    let mut sockets = match visited {
-        Ok(sockets) => sockets.context(failed)?,
+    let mut connection = match visited {
+        Ok(connection) => connection.context(failed)?,
         // The runtime took it away between the look and the visit, or the path is no namespace any more.
-        Err(_) if !oarlock_netns::is_pinned(netns) => return Ok(()),
+        Err(_) if !oarlock_netns::is_pinned(netns) => return Ok(Removal { ifname, deletion: None }),
         Err(error) => return Err(NetlinkError::Namespace(error)).context(failed),
     };
-    match sockets[0].link(ifname).context(failed)? {
-        Some(link) => linger::delete_link(&mut sockets, link.index).context(failed),
-        None => Ok(()),
+    let deletion = match connection.link(ifname).context(failed)? {
+        Some(link) => Some(linger::begin_deletion(connection, link.index).context(failed)?),
+        None => None,
+    };
+    Ok(Removal { ifname, deletion })
+}
+
+fn deletion_of(ifname: &str) -> String {
+    format!("delete {ifname} of the container")
+}
+
+impl Removal<'_> {
+    /// Returns when nobody can find the link any more.
+    pub fn finish(self) -> Result<()> {
+        self.deletion.map_or(Ok(()), Deletion::finish).context(|| deletion_of(self.ifname))
     }
 }
 

@@ -175,7 +175,10 @@ fn address_of(ips: &[IpConfig]) -> Mac {
 fn del(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
     let addresses = own_addresses(call, &config);
-    // Every step is taken, and the first failure is told.
+    // Every step is taken, and the first failure is told. The link goes while the rest is done. Without the namespace the pair
+    // is gone with it, or will be as soon as the kernel gets to it.
+    let netns = call.netns.as_deref().filter(|path| path.exists());
+    let unlinking = netns.map(|netns| container::begin_removal(netns, &call.ifname)).transpose();
     let released = config.ipam_type().map_or(Ok(()), |kind| delegate::del(kind, call));
     let place = |address: &IpAddr| Place {
         table: oarlock_cni_table::table(address.is_ipv4()),
@@ -185,11 +188,7 @@ fn del(call: &Call) -> Result<()> {
     let places: Vec<Place> = addresses.iter().map(place).collect();
     let places = Some(places.as_slice()).filter(|places| !places.is_empty() && !config.mac_spoof_check);
     let removed = if config.has_rules() { table::remove(call, PLUGIN.name, &SETS, places) } else { Ok(()) };
-    // Without the namespace the pair is gone with it, or will be as soon as the kernel gets to it.
-    let unlinked = match call.netns.as_deref().filter(|path| path.exists()) {
-        Some(netns) => container::remove_link(netns, &call.ifname),
-        None => Ok(()),
-    };
+    let unlinked = unlinking.and_then(|removal| removal.map_or(Ok(()), container::Removal::finish));
     released.and(removed).and(unlinked)
 }
 

@@ -2,10 +2,12 @@
 //!
 //! In `<data dir>/<network>/`:
 //! - `<address>`: container id and interface of the holder, in the reference plugin's form. It appears with its content in
-//!   one step (a hard link of a finished file), and only if nobody has the address.
+//!   one step (a finished file gets its name), and only if nobody has the address.
 //! - `last_reserved_ip.<set>`: where to go on, so that an address is not given again soon.
 //! - `attachments/<container>@<interface>`: the addresses that the holder has or was about to take, written first. It makes
 //!   DEL independent of how many addresses are given; without it (files of the reference plugin) every file is read.
+//! - `.new` and `.new-list`: files that are not an address's or a holder's yet, or not any more. They are used again, for
+//!   making and removing files is what costs most here: ext4 looks past every file that was removed seconds ago.
 //! - `lock`: held exclusively by every call.
 
 use std::collections::HashSet;
@@ -22,6 +24,7 @@ use crate::error::{PluginError, Result};
 const LOCK: &str = "lock";
 const ATTACHMENTS: &str = "attachments";
 const NEW: &str = ".new";
+const NEW_LIST: &str = ".new-list";
 
 /// An interface of a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,15 +153,10 @@ impl Store {
         let mut listed = self.recorded(owner)?.unwrap_or_default();
         listed.push(address);
         self.write_attachment(owner, &listed)?;
+        // Under the lock nobody can have taken it since.
         let new = self.directory.join(NEW);
-        fs::write(&new, owner.content()).map_err(failed("write", &new))?;
-        let linked = fs::hard_link(&new, &path);
-        fs::remove_file(&new).map_err(failed("remove", &new))?;
-        match linked {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
-            Err(error) => return Err(failed("create", &path)(error)),
-        }
+        overwrite(&new, &owner.content()).map_err(failed("write", &new))?;
+        fs::rename(&new, &path).map_err(failed("create", &path))?;
         let last = self.last_path(set);
         overwrite(&last, &address.to_string()).map_err(failed("write", &last))?;
         Ok(true)
@@ -166,13 +164,9 @@ impl Store {
 
     fn write_attachment(&self, owner: &Owner<'_>, addresses: &[IpAddr]) -> Result<()> {
         let path = self.attachment_path(owner);
-        let new = self.directory.join(NEW);
-        let write = || -> io::Result<()> {
-            let mut file = File::create(&new)?;
-            file.write_all(addresses.iter().map(|address| format!("{address}\n")).collect::<String>().as_bytes())?;
-            fs::rename(&new, &path)
-        };
-        write().map_err(failed("write", &path))
+        let list: String = addresses.iter().map(|address| format!("{address}\n")).collect();
+        let new = self.directory.join(NEW_LIST);
+        overwrite(&new, &list).and_then(|()| fs::rename(&new, &path)).map_err(failed("write", &path))
     }
 
     fn last_path(&self, set: usize) -> PathBuf {
@@ -187,23 +181,26 @@ impl Store {
     /// Gives one address back.
     pub fn release(&self, owner: &Owner<'_>, address: IpAddr) -> Result<()> {
         if self.is_held_by(address, owner) {
-            let path = self.address_path(address);
-            absent_is_fine(fs::remove_file(&path)).map_err(failed("remove", &path))?;
+            self.set_free(address)?;
         }
         let rest = self.recorded(owner)?.unwrap_or_default();
         if rest.is_empty() { self.forget(owner) } else { self.write_attachment(owner, &rest) }
     }
 
+    fn set_free(&self, address: IpAddr) -> Result<()> {
+        let path = self.address_path(address);
+        absent_is_fine(fs::rename(&path, self.directory.join(NEW))).map_err(failed("remove", &path))
+    }
+
     fn forget(&self, owner: &Owner<'_>) -> Result<()> {
         let path = self.attachment_path(owner);
-        absent_is_fine(fs::remove_file(&path)).map_err(failed("remove", &path))
+        absent_is_fine(fs::rename(&path, self.directory.join(NEW_LIST))).map_err(failed("remove", &path))
     }
 
     /// Gives back all that `owner` has; nothing is fine too.
     pub fn release_all(&self, owner: &Owner<'_>) -> Result<()> {
         for address in self.addresses_of(owner)? {
-            let path = self.address_path(address);
-            absent_is_fine(fs::remove_file(&path)).map_err(failed("remove", &path))?;
+            self.set_free(address)?;
         }
         self.forget(owner)
     }
@@ -254,6 +251,26 @@ mod tests {
         store.release_all(&A).unwrap();
         assert!(store.take(&B, 0, ip("10.0.0.2")).unwrap());
         assert_eq!(store.last_reserved(0), Some(ip("10.0.0.2")));
+    }
+
+    #[test]
+    fn files_are_used_again_and_hold_nothing_of_the_holder_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path(), "net").unwrap();
+        let long = Owner { container_id: "a-long-name-of-a-container", ifname: "eth0" };
+        let mut inodes = Vec::new();
+        for (owner, address) in [(&long, "10.0.0.200"), (&A, "10.0.0.3"), (&B, "10.0.0.44")] {
+            assert!(store.take(owner, 0, ip(address)).unwrap());
+            let path = directory.path().join("net").join(address);
+            assert_eq!(fs::read_to_string(&path).unwrap(), format!("{}\r\neth0", owner.container_id));
+            assert_eq!(store.recorded(owner).unwrap(), Some(vec![ip(address)]));
+            inodes.push(std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap()));
+            store.release_all(owner).unwrap();
+            assert_eq!(store.recorded(owner).unwrap(), None);
+            assert!(store.all().unwrap().is_empty());
+        }
+        inodes.dedup();
+        assert_eq!(inodes.len(), 1, "one file serves all");
     }
 
     #[test]

@@ -72,15 +72,34 @@ impl Entry {
     }
 }
 
+/// Longer records are not written over: a block of a file system is written whole or not at all.
+const WHOLE_BYTES: usize = 4096;
+
+/// Puts a record in the place of a shorter one by one call, which no signal cuts in two and which needs no more room on
+/// the disk. This spares the file system a new file: what ADD gave follows what it was asked for in every pod's start. False
+/// where there is no shorter record.
+fn write_over(path: &Path, text: &[u8]) -> io::Result<bool> {
+    let mut file = match fs::File::options().write(true).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        other => other?,
+    };
+    if text.len() > WHOLE_BYTES || file.metadata()?.len() > text.len() as u64 {
+        return Ok(false);
+    }
+    Ok(file.write(text)? == text.len())
+}
+
 /// The directory of records.
 #[derive(Debug, Clone)]
 pub(crate) struct Cache {
     directory: PathBuf,
+    /// A record's file that nobody needs, out of sight of others who read records.
+    spare: PathBuf,
 }
 
 impl Cache {
     pub fn new(cache_dir: &Path) -> Cache {
-        Cache { directory: cache_dir.join("results") }
+        Cache { directory: cache_dir.join("results"), spare: cache_dir.join("spare") }
     }
 
     fn path(&self, network: &str, container_id: &str, ifname: &str) -> PathBuf {
@@ -91,25 +110,32 @@ impl Cache {
     pub fn store(&self, entry: &Entry) -> Result<(), CniError> {
         let path = self.path(&entry.network_name, &entry.container_id, &entry.if_name);
         let write = || -> io::Result<()> {
+            let text = serde_json::to_vec(entry)?;
+            if write_over(&path, &text)? {
+                return Ok(());
+            }
             fs::create_dir_all(&self.directory)?;
             let temporary = self.partial(&entry.container_id, &entry.if_name);
-            fs::File::create(&temporary)?.write_all(&serde_json::to_vec(entry)?)?;
+            // Of several at once one gets it, and the others make files.
+            let _ = fs::rename(&self.spare, &temporary);
+            let mut file = fs::File::options().create(true).truncate(false).write(true).open(&temporary)?;
+            file.write_all(&text)?;
+            file.set_len(text.len() as u64)?;
             fs::rename(&temporary, &path)
         };
         write().map_err(|source| CniError::Cache { path: path.clone(), source })
     }
 
-    /// Removes the record, and what a writer that died left of one.
+    /// Removes the record, and what a writer that died left of one. The file is used again: making and removing files is
+    /// what costs most here, for ext4 looks past every file that was removed seconds ago.
     pub fn remove(&self, network: &str, container_id: &str, ifname: &str) -> Result<(), CniError> {
-        for path in [self.partial(container_id, ifname), self.path(network, container_id, ifname)] {
-            match fs::remove_file(&path) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(CniError::Cache { path, source });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        let (partial, path) = (self.partial(container_id, ifname), self.path(network, container_id, ifname));
+        let absent_is_fine = |path: PathBuf, result: io::Result<()>| match result {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(CniError::Cache { path, source }),
+            _ => Ok(()),
+        };
+        let (removed, renamed) = (fs::remove_file(&partial), fs::rename(&path, &self.spare));
+        absent_is_fine(partial, removed).and(absent_is_fine(path, renamed))
     }
 
     fn partial(&self, container_id: &str, ifname: &str) -> PathBuf {
@@ -132,7 +158,7 @@ impl Cache {
         self.entries(|_| true)
     }
 
-    /// Reads only the files whose names are wanted.
+    /// Reads only the files whose names are wanted, and none that is no record (any more).
     fn entries(&self, is_wanted: impl Fn(&str) -> bool) -> Result<Vec<Entry>, CniError> {
         let failed = |source| CniError::Cache { path: self.directory.clone(), source };
         let entries = match fs::read_dir(&self.directory) {
@@ -143,7 +169,7 @@ impl Cache {
         let mut found = Vec::new();
         for entry in entries {
             let entry = entry.map_err(failed)?;
-            if entry.file_name().to_str().is_some_and(&is_wanted) {
+            if entry.file_name().to_str().is_some_and(|name| !name.starts_with('.') && is_wanted(name)) {
                 found.extend(read(&entry.path()));
             }
         }
@@ -179,5 +205,29 @@ mod tests {
         cache.remove("net", "one", "eth0").unwrap();
         assert!(cache.find("one", "eth0").unwrap().is_none() && !cache.partial("one", "eth0").exists());
         assert_eq!(cache.all().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_file_that_is_used_again_holds_nothing_of_the_record_before() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::new(directory.path());
+        let source = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
+        let network = NetworkList::parse(source).unwrap();
+        let attachment = |id: &str| Attachment::for_pod(id, Path::new("/run/netns/a"), "default", "p", "u");
+        let result = serde_json::json!({"ips": [{"address": "10.42.0.2/24"}]});
+        let mut inodes = Vec::new();
+        for id in ["long-name-of-a-container", "b", "container-c"] {
+            let path = cache.path("net", id, "eth0");
+            for result in [None, Some(result.clone())] {
+                cache.store(&Entry::new(&network, &attachment(id), result.clone())).unwrap();
+                let [entry] = cache.all().unwrap().try_into().expect("one record");
+                assert_eq!((entry.container_id.as_str(), entry.result), (id, result));
+                inodes.push(std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap()));
+            }
+            cache.remove("net", id, "eth0").unwrap();
+            assert!(cache.all().unwrap().is_empty());
+        }
+        inodes.dedup();
+        assert_eq!(inodes.len(), 1, "one file serves all");
     }
 }

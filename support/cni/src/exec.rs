@@ -1,12 +1,14 @@
 //! Running one plugin once: environment, standard input, output limit, timeout and the reading of its answer.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::{Map, Value};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 
 use crate::error::CniError;
@@ -55,15 +57,8 @@ fn find(plugin: &str, directories: &[PathBuf]) -> Result<PathBuf, CniError> {
 async fn run_to_end(path: &Path, invocation: &Invocation<'_>) -> Result<Vec<u8>, CniError> {
     let exec = |source| CniError::Exec { plugin: path.to_owned(), source };
     let mut child = spawn(path, invocation).await.map_err(exec)?;
-    let input = serde_json::to_vec(&invocation.config).map_err(|error| exec(error.into()))?;
-    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let write = async move {
-        if let Some(mut stdin) = stdin {
-            // A plugin that ends without reading its input has its own error to tell.
-            let _ = stdin.write_all(&input).await;
-        }
-    };
-    let ((), stdout, stderr, status) = tokio::join!(write, read(stdout), read(stderr), child.wait());
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let (stdout, stderr, status) = tokio::join!(read(stdout), read(stderr), child.wait());
     let (stdout, stderr, status) = (stdout.map_err(exec)?, stderr.map_err(exec)?, status.map_err(exec)?);
     let too_large = CniError::OutputTooLarge { plugin: invocation.plugin.to_owned(), limit_bytes: MAX_OUTPUT_BYTES };
     match (status.success(), stdout) {
@@ -75,14 +70,23 @@ async fn run_to_end(path: &Path, invocation: &Invocation<'_>) -> Result<Vec<u8>,
     }
 }
 
+/// The plugin's standard input: a file in memory, whole before the plugin starts, so that it never waits for this process.
+fn input(invocation: &Invocation<'_>) -> io::Result<File> {
+    let mut file = File::from(memfd_create("cni-input", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(&invocation.config)?)?;
+    file.rewind()?;
+    Ok(file)
+}
+
 async fn spawn(path: &Path, invocation: &Invocation<'_>) -> io::Result<tokio::process::Child> {
     let cni_path = std::env::join_paths(invocation.bin_dirs).map_err(io::Error::other)?;
+    let input = input(invocation)?;
     let mut command = Command::new(path);
     command
         .env("CNI_COMMAND", invocation.command)
         .env("CNI_PATH", cni_path)
         .envs(invocation.environment.iter().map(|(name, value)| (*name, value)))
-        .stdin(Stdio::piped())
+        .stdin(input)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);

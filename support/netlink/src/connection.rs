@@ -65,6 +65,12 @@ impl Connection {
         options::namespace_number(self.socket.as_fd()).ok()
     }
 
+    /// Whether there is a link of an index, told without waiting for whoever is changing links.
+    pub fn has_link(&self, index: u32) -> Result<bool> {
+        let failed = |source| NetlinkError::Receive { operation: "look for a link", source };
+        options::has_link(self.socket.as_fd(), index).map_err(failed)
+    }
+
     /// A sequence number that this connection has not used.
     pub fn next_sequence(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1).max(1);

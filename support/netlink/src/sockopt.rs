@@ -1,5 +1,8 @@
-//! Netlink socket options that the nix crate does not know.
-#![allow(unsafe_code, reason = "options at level SOL_NETLINK and the number of a namespace have no safe wrapper")]
+//! What the nix crate does not know of netlink sockets: options and one ioctl.
+#![allow(
+    unsafe_code,
+    reason = "options at level SOL_NETLINK, the number of a namespace and SIOCGIFNAME have no safe wrapper"
+)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -41,4 +44,21 @@ pub(crate) fn namespace_number(socket: BorrowedFd<'_>) -> io::Result<u64> {
         )
     };
     if status < 0 { Err(io::Error::last_os_error()) } else { Ok(number) }
+}
+
+/// Whether the socket's network namespace has a link of an index. Asked by SIOCGIFNAME, which, unlike questions by netlink,
+/// does not wait for whoever is changing links.
+pub(crate) fn has_link(socket: BorrowedFd<'_>, index: u32) -> io::Result<bool> {
+    // SAFETY: an all-zero ifreq is a valid value of a plain C struct.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let Ok(index) = index.try_into() else { return Ok(false) };
+    request.ifr_ifru.ifru_ifindex = index;
+    // SAFETY: the descriptor is borrowed for the call, and the kernel reads and writes one ifreq, which outlives it.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFNAME as _, &mut request) } == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        error if error.raw_os_error() == Some(libc::ENODEV) => Ok(false),
+        error => Err(error),
+    }
 }

@@ -1,6 +1,7 @@
 //! `bench cni`: ADD and DEL of the CNI plugins by exec, ours beside the distribution's reference plugins where installed.
 
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use oarlock_cni::{Attachment, CniClient};
@@ -22,10 +23,26 @@ pub(crate) struct Plan {
 
 pub(crate) fn run(plan: Plan) -> anyhow::Result<()> {
     oarlock_netns::bring_loopback_up()?;
+    start_of_a_program(plan)?;
     for chained in [None, Some("portmap")] {
         compare(plan, chained)?;
     }
     beside_many_addresses(plan)
+}
+
+/// The floor: a plugin that is started, says its versions and ends.
+fn start_of_a_program(plan: Plan) -> anyhow::Result<()> {
+    let mut row = Row { name: "oarlock VERSION".to_owned(), samples: Vec::new() };
+    for _ in 0..2 * plan.rounds {
+        let mut program = std::process::Command::new(binary("oarlock-cni-plugins"));
+        program.arg("loopback").env("CNI_COMMAND", "VERSION").stdin(Stdio::null()).stdout(Stdio::null());
+        std::thread::sleep(plan.pause);
+        let begin = Instant::now();
+        anyhow::ensure!(program.status()?.success(), "the plugin does not say its versions");
+        row.samples.push(begin.elapsed().as_secs_f64() * 1000.0);
+    }
+    table::print("a plugin that does nothing", &[row]);
+    Ok(())
 }
 
 /// How many addresses of other containers `host-local` has on record in the last table.
