@@ -327,9 +327,10 @@ impl Hub {
         if announced_changed {
             self.note_world();
         }
-        if balancers_changed {
+        if balancers_changed || self.balancers.borrow().networks != self.config.node_port_addresses {
             let by_port = |(name, (port, count)): (&ServiceName, &(u16, usize))| (*port, (name.clone(), *count));
-            self.balancers.send_replace(Arc::new(self.health_ports.iter().map(by_port).collect()));
+            let ports = self.health_ports.iter().map(by_port).collect();
+            self.balancers.send_replace(Arc::new(Wanted { ports, networks: self.config.node_port_addresses.clone() }));
         }
         self.status.queued();
         self.jobs.send(Job::Apply(planned)).await?;

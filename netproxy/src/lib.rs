@@ -11,6 +11,7 @@
 //!
 //! These tables are ours, and nothing else of the host's is touched.
 
+mod addresses;
 mod announce;
 mod balancer_health;
 mod cluster;
