@@ -13,6 +13,7 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use jiff::Timestamp;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -20,13 +21,30 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::dns::{Counts, DnsServer};
+use crate::histogram::Histogram;
 
 /// A change that waits longer than this for its commit makes the proxy unhealthy.
 const MAX_DELAY: Duration = Duration::from_secs(120);
 const MAX_CONNECTIONS: usize = 64;
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-const BUCKETS_MICROSECONDS: [u64; 9] = [250, 1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000, 4_000_000, 16_000_000];
+const COMMIT_MICROSECONDS: [u64; 9] = [250, 1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000, 4_000_000, 16_000_000];
+
+/// How long things take.
+#[derive(Debug)]
+struct Durations {
+    commit: Histogram,
+    /// From a change of a pod or a Service to its rules.
+    programming: Histogram,
+}
+
+impl Default for Durations {
+    fn default() -> Durations {
+        let whole = (1..60).chain((60..120).step_by(5)).chain((120..=300).step_by(30));
+        let programming = [250_000, 500_000].into_iter().chain(whole.map(|seconds: u64| seconds * 1_000_000));
+        Durations { commit: Histogram::new(COMMIT_MICROSECONDS), programming: Histogram::new(programming) }
+    }
+}
 
 /// What the proxy is doing, written by its parts and read by the health port. Times are milliseconds since 1970.
 #[derive(Debug, Default)]
@@ -41,7 +59,6 @@ pub struct Status {
     has_policies: AtomicBool,
     pub queued_at: AtomicU64,
     pub synced_at: AtomicU64,
-    pub commits: AtomicU64,
     pub failures: AtomicU64,
     pub repairs: AtomicU64,
     pub flows_removed: AtomicU64,
@@ -51,8 +68,7 @@ pub struct Status {
     pub announced: AtomicU64,
     /// Bridges of pods whose packets come by no network policy.
     pub unseen_bridges: AtomicU64,
-    commit_microseconds: AtomicU64,
-    buckets: [AtomicU64; BUCKETS_MICROSECONDS.len()],
+    durations: Durations,
 }
 
 /// Milliseconds since 1970.
@@ -78,14 +94,13 @@ impl Status {
         *self.pending.lock() = None;
         self.has_services.store(true, Ordering::SeqCst);
         self.note_ready();
-        self.commits.fetch_add(1, Ordering::Relaxed);
-        let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.commit_microseconds.fetch_add(microseconds, Ordering::Relaxed);
-        for (bound, bucket) in BUCKETS_MICROSECONDS.iter().zip(&self.buckets) {
-            if microseconds <= *bound {
-                bucket.fetch_add(1, Ordering::Relaxed);
-            }
-        }
+        self.durations.commit.observe(took);
+    }
+
+    /// The rules go by a change of this time.
+    pub fn programmed(&self, change: Timestamp, now: Timestamp) {
+        // Another machine's clock may be ahead.
+        self.durations.programming.observe(now.duration_since(change).try_into().unwrap_or_default());
     }
 
     /// Network policies as they are now are in the kernel.
@@ -204,15 +219,10 @@ fn health(status: &Status, now: u64) -> String {
 fn metrics(status: &Status, dns: Counts) -> String {
     let mut text = String::new();
     let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    let name = "kubeproxy_sync_proxy_rules_duration_seconds";
-    let _ = writeln!(text, "# HELP {name} Time from a change to its commit.\n# TYPE {name} histogram");
-    for (bound, bucket) in BUCKETS_MICROSECONDS.iter().zip(&status.buckets) {
-        let _ = writeln!(text, "{name}_bucket{{le=\"{}\"}} {}", *bound as f64 / 1e6, read(bucket));
-    }
-    let commits = read(&status.commits);
-    let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {commits}");
-    let _ = writeln!(text, "{name}_sum {}", read(&status.commit_microseconds) as f64 / 1e6);
-    let _ = writeln!(text, "{name}_count {commits}");
+    let Durations { commit, programming } = &status.durations;
+    commit.tell(&mut text, "kubeproxy_sync_proxy_rules_duration_seconds", "Time from a change to its commit.");
+    let help = "Time from a change of a pod or a Service, as its EndpointSlice says, to its commit.";
+    programming.tell(&mut text, "kubeproxy_network_programming_duration_seconds", help);
     let rows = [
         ("kubeproxy_sync_proxy_rules_last_timestamp_seconds", "gauge", "Last commit.", read(&status.synced_at) / 1000),
         (
@@ -258,6 +268,26 @@ fn metrics(status: &Status, dns: Counts) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_to_program_the_network_has_the_buckets_of_upstream() {
+        let status = Status::default();
+        let now = Timestamp::from_second(1000).unwrap();
+        for milliseconds in [400, 59_500, 119_000, 299_000, 301_000] {
+            status.programmed(now - Duration::from_millis(milliseconds), now);
+        }
+        status.programmed(now + Duration::from_secs(5), now);
+        let text = metrics(&status, Counts::default());
+        let prefix = "kubeproxy_network_programming_duration_seconds_bucket";
+        let buckets: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix(prefix)).collect();
+        assert_eq!(buckets.len(), 2 + 59 + 12 + 7 + 1);
+        let counts = [(0.25, 1), (0.5, 2), (59.0, 2), (60.0, 3), (115.0, 3), (120.0, 4), (270.0, 4), (300.0, 5)];
+        for (bound, count) in counts {
+            let line = format!("{{le=\"{bound}\"}} {count}");
+            assert!(buckets.contains(&line.as_str()), "{line} in {buckets:?}");
+        }
+        assert_eq!(buckets.last(), Some(&"{le=\"+Inf\"} 6"));
+    }
 
     #[test]
     fn a_change_that_waits_too_long_makes_the_proxy_unhealthy() {

@@ -23,6 +23,7 @@ mod element;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod health;
+mod histogram;
 mod host;
 mod hub;
 mod ledger;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use oarlock_nft::{Kernel, NftError};
 use tokio::sync::mpsc::Receiver;
 use tracing::{debug, error, warn};
@@ -24,14 +25,25 @@ const LARGE: usize = 1000;
 /// when it has come through: that can be after the first look for such things, but not after one that is so much later.
 const IN_FLIGHT: Duration = Duration::from_secs(1);
 
+/// More changes that wait for their commit are not timed.
+pub const MAX_TRIGGERS: usize = 10_000;
+
 /// The elements of a Service, for each family in turn.
 pub type Planned = (ServiceName, Vec<Vec<Entry>>);
+
+/// Services whose elements are to be replaced.
+#[derive(Debug, Default)]
+pub struct Change {
+    pub services: Vec<Planned>,
+    /// When that came about which these are for, as far as it is known.
+    pub triggers: Vec<Timestamp>,
+}
 
 /// What the thread is asked to do.
 #[derive(Debug)]
 pub enum Job {
-    /// Replace the elements of these Services.
-    Apply(Vec<Planned>),
+    /// Carry this out.
+    Apply(Change),
     /// Go by this from now on, for each family in turn; the next `Apply` has every Service.
     Configure(Vec<Ground>),
     /// Look whether all is well, and try again what failed.
@@ -107,16 +119,18 @@ impl Look {
 /// Works until the sender is gone.
 pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jobs: Receiver<Job>) {
     let mut unreturned = 0;
+    let mut triggers = Vec::new();
     while let Some(job) = jobs.blocking_recv() {
         let started = Instant::now();
         let (mut apply, mut audit) = (false, false);
         // Everything that waits becomes one transaction.
         for job in std::iter::once(job).chain(std::iter::from_fn(|| jobs.try_recv().ok())) {
             match job {
-                Job::Apply(services) => {
+                Job::Apply(change) => {
                     apply = true;
-                    unreturned += services.len();
-                    services.iter().for_each(|planned| stage(&mut families, planned));
+                    unreturned += change.services.len();
+                    change.services.iter().for_each(|planned| stage(&mut families, planned));
+                    triggers.extend(change.triggers.into_iter().take(MAX_TRIGGERS - triggers.len()));
                 }
                 Job::Configure(grounds) => configure(&mut families, grounds),
                 Job::Audit => audit = true,
@@ -129,6 +143,8 @@ pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jo
         }
         if committed && families.iter().all(|family| !family.failed) {
             note_commit(&families, status, started.elapsed());
+            let now = Timestamp::now();
+            triggers.drain(..).for_each(|trigger| status.programmed(trigger, now));
         }
         if unreturned >= LARGE {
             memory::give_back();

@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, port, read_answer};
+use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, endpoint_list, port, read_answer};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oarlock_machinery::fake::Refused;
 use oarlock_netlink::{Connection, Protocol};
@@ -22,6 +22,7 @@ const METRICS: u16 = 10_249;
 in_each_mode! {
     settings_change_without_a_restart
     health_checks_are_answered_where_node_ports_are_served
+    how_long_changes_take_is_told
     bridged_packets_come_back_into_sight
     a_taken_health_port_keeps_nothing_else_away
     what_is_not_known_yet_is_not_taken_away
@@ -144,6 +145,38 @@ fn get(address: IpAddr, port: u16, path: &str) -> Option<String> {
     let mut text = String::new();
     stream.read_to_string(&mut text).ok()?;
     Some(text)
+}
+
+/// By the time in the EndpointSlice, once for each change of it while the proxy runs.
+fn how_long_changes_take_is_told(world: &mut World, family: Family) {
+    let service = (web(world, family), 80);
+    ask_until(Some("client"), service);
+    let slice = format!("web-{}-1", family.table());
+    let change = |trigger: &str, endpoint: IpAddr| {
+        world.api.edit("endpointslices", "default", &slice, |slice| {
+            slice["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": trigger});
+            slice["endpoints"] = endpoint_list(&[endpoint]);
+        });
+    };
+    let counted = |suffix: &str| -> f64 {
+        let text = get(Ipv4Addr::LOCALHOST.into(), METRICS, "/metrics").unwrap();
+        let line = format!("kubeproxy_network_programming_duration_seconds_{suffix} ");
+        text.lines().find_map(|found| found.strip_prefix(&line)).expect("the metric").parse().unwrap()
+    };
+    let until_answered_by = |name: &str| {
+        wait_for(name, TIMEOUT, || ask(Some("client"), service).is_ok_and(|answer| answer.0 == name).then_some(()));
+    };
+    let before = (counted("count"), counted("sum"));
+    change("2020-01-01T00:00:00Z", family.pod(12));
+    until_answered_by("b");
+    let now = || jiff::Timestamp::now().to_string();
+    change(&now(), family.pod(12));
+    change(&now(), family.pod(11));
+    until_answered_by("a");
+    wait_for("the change to be counted", TIMEOUT, || (counted("count") > before.0).then_some(()));
+    assert!(counted("count") - before.0 == 1.0, "one from before the proxy, one that changed nothing, and one");
+    let took = counted("sum") - before.1;
+    assert!((0.0..TIMEOUT.as_secs_f64()).contains(&took), "{took} seconds");
 }
 
 fn bridged_packets_come_back_into_sight(world: &mut World, family: Family) {
