@@ -1,6 +1,7 @@
 //! The health port, for balancers: `/healthz` and `/livez`. On loopback alone also `/metrics`, with upstream's names where there
 //! is one, and `/proxyMode`.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -25,6 +26,8 @@ use crate::histogram::Histogram;
 
 /// A change that waits longer than this for its commit makes the proxy unhealthy.
 const MAX_DELAY: Duration = Duration::from_secs(120);
+/// Changes whose waiting is told apart.
+const MAX_WAITING: usize = 64;
 const MAX_CONNECTIONS: usize = 64;
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -46,13 +49,40 @@ impl Default for Durations {
     }
 }
 
+/// Changes that wait for their commit.
+#[derive(Debug, Default)]
+struct Pending {
+    /// How many there have been.
+    asked: u64,
+    /// The oldest first: since when, and the number of the last change that this stands for.
+    waiting: VecDeque<(Instant, u64)>,
+}
+
+impl Pending {
+    fn ask(&mut self) -> u64 {
+        self.asked += 1;
+        if self.waiting.len() < MAX_WAITING {
+            self.waiting.push_back((Instant::now(), self.asked));
+        } else if let Some(last) = self.waiting.back_mut() {
+            // Those that came after many others wait as long as they do, as far as it matters here.
+            last.1 = self.asked;
+        }
+        self.asked
+    }
+
+    fn done(&mut self, number: u64) {
+        while self.waiting.front().is_some_and(|(_, last)| *last <= number) {
+            self.waiting.pop_front();
+        }
+    }
+}
+
 /// What the proxy is doing, written by its parts and read by the health port. Times are milliseconds since 1970.
 #[derive(Debug, Default)]
 pub struct Status {
     /// True once Services and network policies have been written.
     pub ready: watch::Sender<bool>,
-    /// The oldest change that is not committed yet.
-    pending: Mutex<Option<Instant>>,
+    pending: Mutex<Pending>,
     /// The Node says that it is going, so balancers had better send elsewhere.
     pub leaving: AtomicBool,
     has_services: AtomicBool,
@@ -77,21 +107,26 @@ pub fn now_milliseconds() -> u64 {
 }
 
 impl Status {
-    pub fn queued(&self) {
+    /// A change is asked for; the number by which its commit is told.
+    pub fn queued(&self) -> u64 {
         self.queued_at.store(now_milliseconds(), Ordering::Relaxed);
-        self.pending.lock().get_or_insert_with(Instant::now);
+        self.pending.lock().ask()
     }
 
     /// A commit that did not go through, and is tried again.
     pub fn failed(&self) {
         self.failures.fetch_add(1, Ordering::Relaxed);
-        self.pending.lock().get_or_insert_with(Instant::now);
+        let mut pending = self.pending.lock();
+        let last = pending.asked;
+        if pending.waiting.is_empty() {
+            pending.waiting.push_back((Instant::now(), last));
+        }
     }
 
-    /// A commit that went through after `took`.
-    pub fn synced(&self, took: Duration) {
+    /// A commit of all changes up to this one went through after `took`.
+    pub fn synced(&self, number: u64, took: Duration) {
         self.synced_at.store(now_milliseconds(), Ordering::Relaxed);
-        *self.pending.lock() = None;
+        self.pending.lock().done(number);
         self.has_services.store(true, Ordering::SeqCst);
         self.note_ready();
         self.durations.commit.observe(took);
@@ -119,7 +154,8 @@ impl Status {
     }
 
     fn is_healthy(&self, now: Instant) -> bool {
-        let late = self.pending.lock().is_some_and(|since| now.saturating_duration_since(since) >= MAX_DELAY);
+        let oldest = self.pending.lock().waiting.front().map(|(since, _)| *since);
+        let late = oldest.is_some_and(|since| now.saturating_duration_since(since) >= MAX_DELAY);
         *self.ready.borrow() && !late
     }
 }
@@ -294,20 +330,33 @@ mod tests {
         let status = Status::default();
         let now = Instant::now();
         assert!(!status.is_healthy(now), "before the first commit");
-        status.synced(Duration::from_millis(1));
+        let sync = |number| status.synced(number, Duration::from_millis(1));
+        sync(0);
         assert!(!*status.ready.borrow() && !status.is_healthy(now), "before the first network policies");
         status.policies_enforced();
         assert!(*status.ready.borrow() && status.is_healthy(now));
         assert!(status.is_healthy(now + 2 * MAX_DELAY));
-        status.queued();
+        let first = status.queued();
         assert!(status.is_healthy(now + MAX_DELAY / 2));
         assert!(!status.is_healthy(now + 2 * MAX_DELAY));
         // Changes that come later do not make the first one younger.
-        *status.pending.lock() = now.checked_sub(MAX_DELAY);
-        status.queued();
+        status.pending.lock().waiting[0].0 = now.checked_sub(MAX_DELAY).unwrap();
+        let second = status.queued();
         assert!(!status.is_healthy(now));
-        status.synced(Duration::from_millis(1));
+        sync(first);
+        assert!(status.is_healthy(now), "the second has not waited for long");
+        assert!(!status.is_healthy(now + 2 * MAX_DELAY), "but it waits, although there was a commit since");
+        sync(second);
+        assert!(status.is_healthy(now + 2 * MAX_DELAY));
+        let many: Vec<u64> = (0..10 * MAX_WAITING).map(|_| status.queued()).collect();
+        assert_eq!(status.pending.lock().waiting.len(), MAX_WAITING);
+        sync(many[many.len() - 2]);
+        assert!(!status.is_healthy(now + 2 * MAX_DELAY), "the last of many waits");
+        sync(many[many.len() - 1]);
+        assert!(status.is_healthy(now + 2 * MAX_DELAY));
         status.failed();
         assert!(!status.is_healthy(now + 2 * MAX_DELAY), "a change whose commit fails waits");
+        sync(many[many.len() - 1]);
+        assert!(status.is_healthy(now + 2 * MAX_DELAY), "and is in when it went through");
     }
 }

@@ -343,9 +343,8 @@ impl Hub {
             let ports = self.health_ports.iter().map(by_port).collect();
             self.balancers.send_replace(Arc::new(Wanted { ports, networks: self.config.node_port_addresses.clone() }));
         }
-        self.status.queued();
-        let triggers = std::mem::take(&mut self.triggers);
-        self.jobs.send(Job::Apply(Change { services: planned, triggers })).await?;
+        let (number, triggers) = (self.status.queued(), std::mem::take(&mut self.triggers));
+        self.jobs.send(Job::Apply(Change { services: planned, number, triggers })).await?;
         Ok(())
     }
 
@@ -454,7 +453,7 @@ impl Hub {
         if self.status.queued_at.load(Ordering::Relaxed) == 0 {
             return Ok(());
         }
-        self.jobs.send(Job::Apply(Change::default())).await
+        self.jobs.send(Job::Apply(Change { number: self.status.queued(), ..Change::default() })).await
     }
 
     /// Whether somebody took the CNI configuration away, so that no pod can start.

@@ -35,6 +35,8 @@ pub type Planned = (ServiceName, Vec<Vec<Entry>>);
 #[derive(Debug, Default)]
 pub struct Change {
     pub services: Vec<Planned>,
+    /// Of [`Status::queued`].
+    pub number: u64,
     /// When that came about which these are for, as far as it is known.
     pub triggers: Vec<Timestamp>,
 }
@@ -120,6 +122,7 @@ impl Look {
 pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jobs: Receiver<Job>) {
     let mut unreturned = 0;
     let mut triggers = Vec::new();
+    let mut last = 0;
     while let Some(job) = jobs.blocking_recv() {
         let started = Instant::now();
         let (mut apply, mut audit) = (false, false);
@@ -127,7 +130,7 @@ pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jo
         for job in std::iter::once(job).chain(std::iter::from_fn(|| jobs.try_recv().ok())) {
             match job {
                 Job::Apply(change) => {
-                    apply = true;
+                    (apply, last) = (true, change.number);
                     unreturned += change.services.len();
                     change.services.iter().for_each(|planned| stage(&mut families, planned));
                     triggers.extend(change.triggers.into_iter().take(MAX_TRIGGERS - triggers.len()));
@@ -142,7 +145,7 @@ pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jo
             commit(family, Instant::now(), status);
         }
         if committed && families.iter().all(|family| !family.failed) {
-            note_commit(&families, status, started.elapsed());
+            note_commit(&families, status, last, started.elapsed());
             let now = Timestamp::now();
             triggers.drain(..).for_each(|trigger| status.programmed(trigger, now));
         }
@@ -203,10 +206,10 @@ fn commit<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
     }
 }
 
-fn note_commit<K: Kernel>(families: &[Family<K>], status: &Status, took: Duration) {
+fn note_commit<K: Kernel>(families: &[Family<K>], status: &Status, last: u64, took: Duration) {
     let elements = families.iter().map(|family| family.proxier.ledger().element_count()).sum::<usize>();
     status.elements.store(elements as u64, Ordering::Relaxed);
-    status.synced(took);
+    status.synced(last, took);
     debug!(took = ?took, elements, "rules written");
 }
 
