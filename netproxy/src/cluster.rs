@@ -53,15 +53,15 @@ impl Cluster {
         true
     }
 
-    /// Takes a slice in, or out, and adds the Services that it changes to `changed`.
-    pub fn set_slice(&mut self, name: &SliceName, slice: Option<Slice>, changed: &mut HashSet<ServiceName>) {
+    /// Takes a slice in, or out, and adds the Services that it changes to `changed`. Says whether it is another than before.
+    pub fn set_slice(&mut self, name: &SliceName, slice: Option<Slice>, changed: &mut HashSet<ServiceName>) -> bool {
         let old_owner = self.owners.get(name).cloned();
         let new_owner = slice.as_ref().map(|slice| slice.service.clone());
         if let (Some(old), Some(new), Some(slice)) = (&old_owner, &new_owner, &slice)
             && old == new
             && self.slices(old).any(|known| known == slice)
         {
-            return;
+            return false;
         }
         for owner in old_owner.iter().chain(new_owner.iter()) {
             self.unindex(owner);
@@ -87,10 +87,12 @@ impl Cluster {
         }
         let mut touched: Vec<ServiceName> = old_owner.into_iter().chain(new_owner).collect();
         touched.dedup();
+        let is_other = !touched.is_empty();
         for owner in touched {
             self.index(&owner);
             changed.insert(owner);
         }
+        is_other
     }
 
     /// All Services and slices that exist have been taken in: what is not here is nowhere.

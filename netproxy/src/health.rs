@@ -1,6 +1,7 @@
 //! The health port, for balancers: `/healthz` and `/livez`. On loopback alone also `/metrics`, with upstream's names where there
 //! is one, and `/proxyMode`.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -13,6 +14,7 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use jiff::Timestamp;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -20,28 +22,73 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::dns::{Counts, DnsServer};
+use crate::histogram::Histogram;
 
 /// A change that waits longer than this for its commit makes the proxy unhealthy.
 const MAX_DELAY: Duration = Duration::from_secs(120);
+/// Changes whose waiting is told apart.
+const MAX_WAITING: usize = 64;
 const MAX_CONNECTIONS: usize = 64;
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-const BUCKETS_MICROSECONDS: [u64; 9] = [250, 1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000, 4_000_000, 16_000_000];
+const COMMIT_MICROSECONDS: [u64; 9] = [250, 1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000, 4_000_000, 16_000_000];
+
+/// How long things take.
+#[derive(Debug)]
+struct Durations {
+    commit: Histogram,
+    /// From a change of a pod or a Service to its rules.
+    programming: Histogram,
+}
+
+impl Default for Durations {
+    fn default() -> Durations {
+        let whole = (1..60).chain((60..120).step_by(5)).chain((120..=300).step_by(30));
+        let programming = [250_000, 500_000].into_iter().chain(whole.map(|seconds: u64| seconds * 1_000_000));
+        Durations { commit: Histogram::new(COMMIT_MICROSECONDS), programming: Histogram::new(programming) }
+    }
+}
+
+/// Changes that wait for their commit.
+#[derive(Debug, Default)]
+struct Pending {
+    /// How many there have been.
+    asked: u64,
+    /// The oldest first: since when, and the number of the last change that this stands for.
+    waiting: VecDeque<(Instant, u64)>,
+}
+
+impl Pending {
+    fn ask(&mut self) -> u64 {
+        self.asked += 1;
+        if self.waiting.len() < MAX_WAITING {
+            self.waiting.push_back((Instant::now(), self.asked));
+        } else if let Some(last) = self.waiting.back_mut() {
+            // Those that came after many others wait as long as they do, as far as it matters here.
+            last.1 = self.asked;
+        }
+        self.asked
+    }
+
+    fn done(&mut self, number: u64) {
+        while self.waiting.front().is_some_and(|(_, last)| *last <= number) {
+            self.waiting.pop_front();
+        }
+    }
+}
 
 /// What the proxy is doing, written by its parts and read by the health port. Times are milliseconds since 1970.
 #[derive(Debug, Default)]
 pub struct Status {
     /// True once Services and network policies have been written.
     pub ready: watch::Sender<bool>,
-    /// The oldest change that is not committed yet.
-    pending: Mutex<Option<Instant>>,
+    pending: Mutex<Pending>,
     /// The Node says that it is going, so balancers had better send elsewhere.
     pub leaving: AtomicBool,
     has_services: AtomicBool,
     has_policies: AtomicBool,
     pub queued_at: AtomicU64,
     pub synced_at: AtomicU64,
-    pub commits: AtomicU64,
     pub failures: AtomicU64,
     pub repairs: AtomicU64,
     pub flows_removed: AtomicU64,
@@ -51,8 +98,7 @@ pub struct Status {
     pub announced: AtomicU64,
     /// Bridges of pods whose packets come by no network policy.
     pub unseen_bridges: AtomicU64,
-    commit_microseconds: AtomicU64,
-    buckets: [AtomicU64; BUCKETS_MICROSECONDS.len()],
+    durations: Durations,
 }
 
 /// Milliseconds since 1970.
@@ -61,31 +107,35 @@ pub fn now_milliseconds() -> u64 {
 }
 
 impl Status {
-    pub fn queued(&self) {
+    /// A change is asked for; the number by which its commit is told.
+    pub fn queued(&self) -> u64 {
         self.queued_at.store(now_milliseconds(), Ordering::Relaxed);
-        self.pending.lock().get_or_insert_with(Instant::now);
+        self.pending.lock().ask()
     }
 
     /// A commit that did not go through, and is tried again.
     pub fn failed(&self) {
         self.failures.fetch_add(1, Ordering::Relaxed);
-        self.pending.lock().get_or_insert_with(Instant::now);
+        let mut pending = self.pending.lock();
+        let last = pending.asked;
+        if pending.waiting.is_empty() {
+            pending.waiting.push_back((Instant::now(), last));
+        }
     }
 
-    /// A commit that went through after `took`.
-    pub fn synced(&self, took: Duration) {
+    /// A commit of all changes up to this one went through after `took`.
+    pub fn synced(&self, number: u64, took: Duration) {
         self.synced_at.store(now_milliseconds(), Ordering::Relaxed);
-        *self.pending.lock() = None;
+        self.pending.lock().done(number);
         self.has_services.store(true, Ordering::SeqCst);
         self.note_ready();
-        self.commits.fetch_add(1, Ordering::Relaxed);
-        let microseconds = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-        self.commit_microseconds.fetch_add(microseconds, Ordering::Relaxed);
-        for (bound, bucket) in BUCKETS_MICROSECONDS.iter().zip(&self.buckets) {
-            if microseconds <= *bound {
-                bucket.fetch_add(1, Ordering::Relaxed);
-            }
-        }
+        self.durations.commit.observe(took);
+    }
+
+    /// The rules go by a change of this time.
+    pub fn programmed(&self, change: Timestamp, now: Timestamp) {
+        // Another machine's clock may be ahead.
+        self.durations.programming.observe(now.duration_since(change).try_into().unwrap_or_default());
     }
 
     /// Network policies as they are now are in the kernel.
@@ -104,7 +154,8 @@ impl Status {
     }
 
     fn is_healthy(&self, now: Instant) -> bool {
-        let late = self.pending.lock().is_some_and(|since| now.saturating_duration_since(since) >= MAX_DELAY);
+        let oldest = self.pending.lock().waiting.front().map(|(since, _)| *since);
+        let late = oldest.is_some_and(|since| now.saturating_duration_since(since) >= MAX_DELAY);
         *self.ready.borrow() && !late
     }
 }
@@ -204,15 +255,10 @@ fn health(status: &Status, now: u64) -> String {
 fn metrics(status: &Status, dns: Counts) -> String {
     let mut text = String::new();
     let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-    let name = "kubeproxy_sync_proxy_rules_duration_seconds";
-    let _ = writeln!(text, "# HELP {name} Time from a change to its commit.\n# TYPE {name} histogram");
-    for (bound, bucket) in BUCKETS_MICROSECONDS.iter().zip(&status.buckets) {
-        let _ = writeln!(text, "{name}_bucket{{le=\"{}\"}} {}", *bound as f64 / 1e6, read(bucket));
-    }
-    let commits = read(&status.commits);
-    let _ = writeln!(text, "{name}_bucket{{le=\"+Inf\"}} {commits}");
-    let _ = writeln!(text, "{name}_sum {}", read(&status.commit_microseconds) as f64 / 1e6);
-    let _ = writeln!(text, "{name}_count {commits}");
+    let Durations { commit, programming } = &status.durations;
+    commit.tell(&mut text, "kubeproxy_sync_proxy_rules_duration_seconds", "Time from a change to its commit.");
+    let help = "Time from a change of a pod or a Service, as its EndpointSlice says, to its commit.";
+    programming.tell(&mut text, "kubeproxy_network_programming_duration_seconds", help);
     let rows = [
         ("kubeproxy_sync_proxy_rules_last_timestamp_seconds", "gauge", "Last commit.", read(&status.synced_at) / 1000),
         (
@@ -260,24 +306,57 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_time_to_program_the_network_has_the_buckets_of_upstream() {
+        let status = Status::default();
+        let now = Timestamp::from_second(1000).unwrap();
+        for milliseconds in [400, 59_500, 119_000, 299_000, 301_000] {
+            status.programmed(now - Duration::from_millis(milliseconds), now);
+        }
+        status.programmed(now + Duration::from_secs(5), now);
+        let text = metrics(&status, Counts::default());
+        let prefix = "kubeproxy_network_programming_duration_seconds_bucket";
+        let buckets: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix(prefix)).collect();
+        assert_eq!(buckets.len(), 2 + 59 + 12 + 7 + 1);
+        let counts = [(0.25, 1), (0.5, 2), (59.0, 2), (60.0, 3), (115.0, 3), (120.0, 4), (270.0, 4), (300.0, 5)];
+        for (bound, count) in counts {
+            let line = format!("{{le=\"{bound}\"}} {count}");
+            assert!(buckets.contains(&line.as_str()), "{line} in {buckets:?}");
+        }
+        assert_eq!(buckets.last(), Some(&"{le=\"+Inf\"} 6"));
+    }
+
+    #[test]
     fn a_change_that_waits_too_long_makes_the_proxy_unhealthy() {
         let status = Status::default();
         let now = Instant::now();
         assert!(!status.is_healthy(now), "before the first commit");
-        status.synced(Duration::from_millis(1));
+        let sync = |number| status.synced(number, Duration::from_millis(1));
+        sync(0);
         assert!(!*status.ready.borrow() && !status.is_healthy(now), "before the first network policies");
         status.policies_enforced();
         assert!(*status.ready.borrow() && status.is_healthy(now));
         assert!(status.is_healthy(now + 2 * MAX_DELAY));
-        status.queued();
+        let first = status.queued();
         assert!(status.is_healthy(now + MAX_DELAY / 2));
         assert!(!status.is_healthy(now + 2 * MAX_DELAY));
         // Changes that come later do not make the first one younger.
-        *status.pending.lock() = now.checked_sub(MAX_DELAY);
-        status.queued();
+        status.pending.lock().waiting[0].0 = now.checked_sub(MAX_DELAY).unwrap();
+        let second = status.queued();
         assert!(!status.is_healthy(now));
-        status.synced(Duration::from_millis(1));
+        sync(first);
+        assert!(status.is_healthy(now), "the second has not waited for long");
+        assert!(!status.is_healthy(now + 2 * MAX_DELAY), "but it waits, although there was a commit since");
+        sync(second);
+        assert!(status.is_healthy(now + 2 * MAX_DELAY));
+        let many: Vec<u64> = (0..10 * MAX_WAITING).map(|_| status.queued()).collect();
+        assert_eq!(status.pending.lock().waiting.len(), MAX_WAITING);
+        sync(many[many.len() - 2]);
+        assert!(!status.is_healthy(now + 2 * MAX_DELAY), "the last of many waits");
+        sync(many[many.len() - 1]);
+        assert!(status.is_healthy(now + 2 * MAX_DELAY));
         status.failed();
         assert!(!status.is_healthy(now + 2 * MAX_DELAY), "a change whose commit fails waits");
+        sync(many[many.len() - 1]);
+        assert!(status.is_healthy(now + 2 * MAX_DELAY), "and is in when it went through");
     }
 }

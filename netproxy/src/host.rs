@@ -33,6 +33,17 @@ pub fn addresses() -> Vec<IpAddr> {
     }
 }
 
+/// Lets this process have as many files open as it may: each port that is listened on is one, and what a service manager
+/// gives without being asked is little.
+pub fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
+    if let Err(error) = raised {
+        warn!(error = &error as &dyn std::error::Error, "number of open files stays as low as it is");
+    }
+}
+
 /// Lets the node forward.
 pub fn enable_forwarding(is_ipv4: bool, record: Option<&Path>) -> Result<(), SysctlError> {
     if is_ipv4 {

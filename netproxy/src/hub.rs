@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use oarlock_netlink::{Connection, Protocol as NetlinkProtocol, WireguardKey};
 use parking_lot::RwLock;
@@ -28,7 +29,7 @@ use crate::proxy;
 use crate::service::{Service, ServiceName, Slice};
 use crate::watch::{Event, Kind};
 use crate::wireguard;
-use crate::worker::Job;
+use crate::worker::{Change, Job, MAX_TRIGGERS};
 
 const EVENT_BATCH: usize = 4096;
 const AUDIT_INTERVAL: Duration = Duration::from_secs(3);
@@ -55,6 +56,9 @@ pub struct Hub {
     nodes: HashMap<Arc<str>, Node>,
     listed: HashSet<Kind>,
     dirty: HashSet<ServiceName>,
+    started: Timestamp,
+    /// When the changes came about that have made something dirty.
+    triggers: Vec<Timestamp>,
     /// What balancers are told, by Service.
     health_ports: BTreeMap<ServiceName, (u16, usize)>,
     /// Balancer addresses of ours, by Service, with the nodes that have endpoints where only those may announce them.
@@ -106,6 +110,8 @@ impl Hub {
             nodes: HashMap::new(),
             listed: HashSet::new(),
             dirty: HashSet::new(),
+            started: Timestamp::now(),
+            triggers: Vec::new(),
             health_ports: BTreeMap::new(),
             announced: BTreeMap::new(),
             world: outputs.world,
@@ -220,7 +226,12 @@ impl Hub {
                         self.dirty.insert(name);
                     }
                 }
-                Event::Slice(name, slice) => cluster.set_slice(&name, slice, &mut self.dirty),
+                Event::Slice(name, slice, trigger) => {
+                    let is_other = cluster.set_slice(&name, slice, &mut self.dirty);
+                    // What was there before this proxy did not wait for it.
+                    let new = trigger.filter(|time| is_other && *time > self.started);
+                    self.triggers.extend(new.filter(|_| self.triggers.len() < MAX_TRIGGERS));
+                }
                 Event::Node(name, node) => {
                     nodes_changed |= match node {
                         Some(node) => self.nodes.insert(name, node.clone()) != Some(node),
@@ -327,12 +338,13 @@ impl Hub {
         if announced_changed {
             self.note_world();
         }
-        if balancers_changed {
+        if balancers_changed || self.balancers.borrow().networks != self.config.node_port_addresses {
             let by_port = |(name, (port, count)): (&ServiceName, &(u16, usize))| (*port, (name.clone(), *count));
-            self.balancers.send_replace(Arc::new(self.health_ports.iter().map(by_port).collect()));
+            let ports = self.health_ports.iter().map(by_port).collect();
+            self.balancers.send_replace(Arc::new(Wanted { ports, networks: self.config.node_port_addresses.clone() }));
         }
-        self.status.queued();
-        self.jobs.send(Job::Apply(planned)).await?;
+        let (number, triggers) = (self.status.queued(), std::mem::take(&mut self.triggers));
+        self.jobs.send(Job::Apply(Change { services: planned, number, triggers })).await?;
         Ok(())
     }
 
@@ -441,7 +453,7 @@ impl Hub {
         if self.status.queued_at.load(Ordering::Relaxed) == 0 {
             return Ok(());
         }
-        self.jobs.send(Job::Apply(Vec::new())).await
+        self.jobs.send(Job::Apply(Change { number: self.status.queued(), ..Change::default() })).await
     }
 
     /// Whether somebody took the CNI configuration away, so that no pod can start.

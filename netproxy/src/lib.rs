@@ -11,6 +11,7 @@
 //!
 //! These tables are ours, and nothing else of the host's is touched.
 
+mod addresses;
 mod announce;
 mod balancer_health;
 mod cluster;
@@ -22,6 +23,7 @@ mod element;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 mod health;
+mod histogram;
 mod host;
 mod hub;
 mod ledger;

@@ -14,6 +14,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(3);
 /// Looks until shutdown.
 pub async fn keep(shutdown: CancellationToken) {
     let mut restorer = Restorer::new(Path::new(STATE_DIR));
+    let mut told: Vec<String> = Vec::new();
     let mut look = tokio::time::interval(LOOK_INTERVAL);
     loop {
         tokio::select! {
@@ -26,6 +27,14 @@ pub async fn keep(shutdown: CancellationToken) {
         });
         let Ok((kept, restored)) = restored.await else { return };
         restorer = kept;
+        // Once for each, although it is tried again with every look.
+        for refusal in restorer.refused().iter().filter(|refusal| !told.contains(&refusal.to_string())) {
+            warn!(
+                error = refusal as &dyn std::error::Error,
+                "kernel refuses a rule of a pod, the others are back; trying again"
+            );
+        }
+        told = restorer.refused().iter().map(ToString::to_string).collect();
         match restored {
             Ok(0) => {}
             Ok(count) => info!(count, "rules of pods' host ports and masquerading were gone and are back"),

@@ -91,6 +91,7 @@ impl Netproxy {
             [one, other] if one.is_ipv4() != other.is_ipv4() => {}
             _ => return Err(Error::Networks),
         }
+        host::raise_open_files();
         if let Err(error) = crate::withdraw_stale_configuration(&config) {
             warn!(error = &error as &dyn std::error::Error, "CNI configuration of before the boot may be used");
         }

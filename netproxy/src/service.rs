@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 
@@ -13,6 +14,7 @@ use crate::announce::{NodeId, node_id};
 /// Labels of Services whose packets are none of this proxy's business: another's, or nobody's.
 const OTHER_PROXY_LABELS: [&str; 2] = ["service.kubernetes.io/service-proxy-name", "service.kubernetes.io/headless"];
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+const TRIGGER_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 
 /// A Service by namespace and name.
@@ -251,6 +253,15 @@ impl Slice {
             ports: object.ports.iter().flatten().filter_map(port).collect(),
             endpoints: endpoints.collect(),
         })
+    }
+
+    /// When that came about which the slice was written for, where it says so and its packets are this proxy's business.
+    pub fn trigger(object: &discovery::EndpointSlice) -> Option<Timestamp> {
+        let labels = object.metadata.labels.as_ref();
+        if labels.is_some_and(|labels| OTHER_PROXY_LABELS.iter().any(|label| labels.contains_key(*label))) {
+            return None;
+        }
+        object.metadata.annotations.as_ref()?.get(TRIGGER_ANNOTATION)?.parse().ok()
     }
 
     /// The number of the port of a name and protocol.

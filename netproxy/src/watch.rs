@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::runtime::watcher::{self, Event as WatcherEvent, watcher};
@@ -28,7 +29,8 @@ const LAST_BACKOFF: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone)]
 pub enum Event {
     Service(ServiceName, Option<Box<Service>>),
-    Slice(SliceName, Option<Slice>),
+    /// With the time of the change that it was written for.
+    Slice(SliceName, Option<Slice>, Option<Timestamp>),
     Node(Arc<str>, Option<Node>),
     /// One of the watches has told everything that exists.
     Listed(Kind),
@@ -60,7 +62,8 @@ pub async fn slices(client: Client, own_node: String, events: Sender<Event>, shu
         Some((text(&object.metadata.namespace)?, text(&object.metadata.name)?))
     };
     let event = move |name: SliceName, object: Option<EndpointSlice>| {
-        Event::Slice(name, object.and_then(|object| Slice::read(&object, &own_node)))
+        let trigger = object.as_ref().and_then(Slice::trigger);
+        Event::Slice(name, object.and_then(|object| Slice::read(&object, &own_node)), trigger)
     };
     run(Api::all(client), Event::Listed(Kind::Slices), name, event, events, shutdown).await;
 }

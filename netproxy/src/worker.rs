@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use oarlock_nft::{Kernel, NftError};
 use tokio::sync::mpsc::Receiver;
 use tracing::{debug, error, warn};
@@ -24,14 +25,27 @@ const LARGE: usize = 1000;
 /// when it has come through: that can be after the first look for such things, but not after one that is so much later.
 const IN_FLIGHT: Duration = Duration::from_secs(1);
 
+/// More changes that wait for their commit are not timed.
+pub const MAX_TRIGGERS: usize = 10_000;
+
 /// The elements of a Service, for each family in turn.
 pub type Planned = (ServiceName, Vec<Vec<Entry>>);
+
+/// Services whose elements are to be replaced.
+#[derive(Debug, Default)]
+pub struct Change {
+    pub services: Vec<Planned>,
+    /// Of [`Status::queued`].
+    pub number: u64,
+    /// When that came about which these are for, as far as it is known.
+    pub triggers: Vec<Timestamp>,
+}
 
 /// What the thread is asked to do.
 #[derive(Debug)]
 pub enum Job {
-    /// Replace the elements of these Services.
-    Apply(Vec<Planned>),
+    /// Carry this out.
+    Apply(Change),
     /// Go by this from now on, for each family in turn; the next `Apply` has every Service.
     Configure(Vec<Ground>),
     /// Look whether all is well, and try again what failed.
@@ -107,16 +121,19 @@ impl Look {
 /// Works until the sender is gone.
 pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jobs: Receiver<Job>) {
     let mut unreturned = 0;
+    let mut triggers = Vec::new();
+    let mut last = 0;
     while let Some(job) = jobs.blocking_recv() {
         let started = Instant::now();
         let (mut apply, mut audit) = (false, false);
         // Everything that waits becomes one transaction.
         for job in std::iter::once(job).chain(std::iter::from_fn(|| jobs.try_recv().ok())) {
             match job {
-                Job::Apply(services) => {
-                    apply = true;
-                    unreturned += services.len();
-                    services.iter().for_each(|planned| stage(&mut families, planned));
+                Job::Apply(change) => {
+                    (apply, last) = (true, change.number);
+                    unreturned += change.services.len();
+                    change.services.iter().for_each(|planned| stage(&mut families, planned));
+                    triggers.extend(change.triggers.into_iter().take(MAX_TRIGGERS - triggers.len()));
                 }
                 Job::Configure(grounds) => configure(&mut families, grounds),
                 Job::Audit => audit = true,
@@ -128,7 +145,9 @@ pub fn run<K: Kernel>(mut families: Vec<Family<K>>, status: &Arc<Status>, mut jo
             commit(family, Instant::now(), status);
         }
         if committed && families.iter().all(|family| !family.failed) {
-            note_commit(&families, status, started.elapsed());
+            note_commit(&families, status, last, started.elapsed());
+            let now = Timestamp::now();
+            triggers.drain(..).for_each(|trigger| status.programmed(trigger, now));
         }
         if unreturned >= LARGE {
             memory::give_back();
@@ -187,10 +206,10 @@ fn commit<K: Kernel>(family: &mut Family<K>, now: Instant, status: &Status) {
     }
 }
 
-fn note_commit<K: Kernel>(families: &[Family<K>], status: &Status, took: Duration) {
+fn note_commit<K: Kernel>(families: &[Family<K>], status: &Status, last: u64, took: Duration) {
     let elements = families.iter().map(|family| family.proxier.ledger().element_count()).sum::<usize>();
     status.elements.store(elements as u64, Ordering::Relaxed);
-    status.synced(took);
+    status.synced(last, took);
     debug!(took = ?took, elements, "rules written");
 }
 

@@ -379,6 +379,16 @@ async fn a_service_gets_slices_and_endpoints_that_follow_its_pods() {
             endpoints["subsets"][0]["addresses"].as_array().is_some_and(|list| list.len() == 3)
         })
         .await;
+    let (changed_at, pod) = ("2026-01-02T03:04:05Z", cluster.list("pods")[0].clone());
+    cluster.edit("pods", "default", text(&pod, "/metadata/name"), |pod| {
+        pod["status"]["conditions"] = json!([{"type": "Ready", "status": "False", "lastTransitionTime": changed_at}]);
+    });
+    cluster
+        .until_true("the slice to say which change it was written for", |api| {
+            let annotations = &api.list("endpointslices")[0]["metadata"]["annotations"];
+            ready(api) == 2 && annotations["endpoints.kubernetes.io/last-change-trigger-time"] == changed_at
+        })
+        .await;
     cluster.edit("deployments", "default", "web", |web| web["spec"]["replicas"] = json!(1));
     cluster.until_true("one endpoint", |api| ready(api) == 1).await;
     cluster.delete("services", "default", "web", json!({}));

@@ -1,4 +1,4 @@
-//! Answers of the upstream resolvers, kept for as long as they say, bounded in number.
+//! Answers of the upstream resolvers, kept for as long as they say, bounded in number and in what they take.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -7,6 +7,8 @@ use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{RData, Record, RecordType};
 
 const MAX_ENTRIES: usize = 10_000;
+/// All entries together, about as they are in memory: large answers are kept in smaller numbers.
+const MAX_BYTES: usize = 16 << 20;
 const MAX_TTL: Duration = Duration::from_secs(3600);
 /// How long after its time an answer is still given when no resolver can be asked (RFC 8767), and what time it then gets.
 const MAX_STALE: Duration = Duration::from_secs(24 * 3600);
@@ -36,12 +38,14 @@ struct Entry {
     until: Instant,
     /// When resolvers were last asked in vain for a newer one.
     failed: Option<Instant>,
+    size_bytes: usize,
 }
 
 /// The cache.
 #[derive(Debug, Default)]
 pub struct Cache {
     entries: HashMap<Question, Entry>,
+    size_bytes: usize,
 }
 
 impl Cache {
@@ -86,20 +90,46 @@ impl Cache {
 
     pub fn put(&mut self, question: Question, answer: &Message, now: Instant) {
         let Some(seconds) = lifetime_seconds(answer, question.kind).filter(|seconds| *seconds > 0) else { return };
-        // What is over goes first, and of the rest whatever comes: room is made for many at once, so that it is cheap.
-        if self.entries.len() >= MAX_ENTRIES {
-            self.entries.retain(|_, entry| now < entry.until);
+        let Some(size_bytes) = size_bytes(&question, answer) else { return };
+        if let Some(former) = self.entries.remove(&question) {
+            self.size_bytes -= former.size_bytes;
         }
-        if self.entries.len() >= MAX_ENTRIES {
-            let mut kept = 0;
-            self.entries.retain(|_, _| {
-                kept += 1;
-                kept <= MAX_ENTRIES / 2
-            });
+        // What is over goes first, and of the rest whatever comes: room is made for many at once, so that it is cheap.
+        if !self.has_room(size_bytes) {
+            self.retain(|entry, _, _| now < entry.until);
+        }
+        if !self.has_room(size_bytes) {
+            self.retain(|_, count, bytes| count <= MAX_ENTRIES / 2 && bytes <= MAX_BYTES / 2);
         }
         let until = now + Duration::from_secs(u64::from(seconds)).min(MAX_TTL);
-        self.entries.insert(question, Entry { answer: answer.clone(), since: now, until, failed: None });
+        self.size_bytes += size_bytes;
+        self.entries.insert(question, Entry { answer: answer.clone(), since: now, until, failed: None, size_bytes });
     }
+
+    fn has_room(&self, size_bytes: usize) -> bool {
+        self.entries.len() < MAX_ENTRIES && self.size_bytes + size_bytes <= MAX_BYTES
+    }
+
+    /// Keeps entries of which `keeps` says yes, told how many and how many bytes are kept with this one.
+    fn retain(&mut self, keeps: impl Fn(&Entry, usize, usize) -> bool) {
+        let (mut count, mut bytes) = (0, 0);
+        self.entries.retain(|_, entry| {
+            let kept = keeps(entry, count + 1, bytes + entry.size_bytes);
+            if kept {
+                (count, bytes) = (count + 1, bytes + entry.size_bytes);
+            }
+            kept
+        });
+        self.size_bytes = bytes;
+    }
+}
+
+/// What an entry takes: what its answer is on the wire, and what each record is beside that. Nothing for what cannot be
+/// written.
+fn size_bytes(question: &Question, answer: &Message) -> Option<usize> {
+    let records = answer.answers.len() + answer.authorities.len() + answer.additionals.len();
+    let fixed = size_of::<Question>() + size_of::<Entry>() + records * size_of::<Record>();
+    Some(fixed + question.name.len() + answer.to_vec().ok()?.len())
 }
 
 /// How long an answer may be kept; not at all when it is a failure or incomplete, or when it denies something and does not say
@@ -148,6 +178,27 @@ mod tests {
         cache.put(question.clone(), &message, now);
         assert_eq!(cache.get(&question, now + Duration::from_secs(4)).unwrap().answers[0].ttl, 6);
         assert!(cache.get(&question, now + Duration::from_secs(10)).is_none());
+    }
+
+    #[test]
+    fn large_answers_are_kept_in_smaller_numbers() {
+        let (mut cache, now) = (Cache::default(), Instant::now());
+        let (_, mut large) = answer(600);
+        let record = large.answers[0].clone();
+        large.add_answers(std::iter::repeat_n(record, 1500));
+        let question = |number: usize| {
+            let name = Name::from_ascii(format!("n{number}.example.org.")).unwrap();
+            Question::new(&Query::query(name, RecordType::A), false)
+        };
+        let each = size_bytes(&question(1000), &large).unwrap();
+        for number in 1000..1000 + 2 * MAX_BYTES / each {
+            cache.put(question(number), &large, now);
+            cache.put(question(number), &large, now);
+            assert!(cache.get(&question(number), now).is_some(), "the newest is there");
+            let sum: usize = cache.entries.values().map(|entry| entry.size_bytes).sum();
+            assert_eq!((cache.size_bytes, sum <= MAX_BYTES), (sum, true));
+        }
+        assert!(cache.entries.len() > MAX_BYTES / each / 3, "not more goes than has to");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -272,8 +272,10 @@ impl Upstream {
             servers.checked = Some(now);
             let modified = fs::metadata(&self.path).and_then(|metadata| metadata.modified()).ok();
             if modified != servers.modified || servers.modified.is_none() {
-                servers.modified = modified;
-                servers.addresses = parse(&fs::read_to_string(&self.path).unwrap_or_default(), &self.own);
+                let text = fs::read_to_string(&self.path).unwrap_or_default();
+                servers.addresses = parse(&text, &self.own, link_index);
+                // Links that zones name come and go, and the file does not change with them.
+                servers.modified = modified.filter(|_| !has_zones(&text));
             }
         }
         servers.addresses.clone()
@@ -286,16 +288,34 @@ fn sorted(mut stubs: StubDomains) -> StubDomains {
     stubs
 }
 
-fn parse(resolv_conf: &str, own: &[IpAddr]) -> Vec<SocketAddr> {
-    let addresses = resolv_conf.lines().filter_map(|line| {
+/// The words after `nameserver`.
+fn name_servers(resolv_conf: &str) -> impl Iterator<Item = &str> {
+    resolv_conf.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
-        (words.next() == Some("nameserver")).then(|| words.next()?.parse::<IpAddr>().ok()).flatten()
-    });
-    addresses
-        .filter(|address| !own.contains(address))
+        (words.next() == Some("nameserver")).then(|| words.next()).flatten()
+    })
+}
+
+fn has_zones(resolv_conf: &str) -> bool {
+    name_servers(resolv_conf).any(|server| server.contains('%'))
+}
+
+/// An address of a link names it by its zone, as `fe80::1%eth0`; `index_of` finds the link.
+fn parse(resolv_conf: &str, own: &[IpAddr], index_of: impl Fn(&str) -> Option<u32>) -> Vec<SocketAddr> {
+    let server = |text: &str| match text.split_once('%') {
+        Some((address, zone)) => Some(SocketAddrV6::new(address.parse().ok()?, PORT, 0, index_of(zone)?).into()),
+        None => Some(SocketAddr::new(text.parse().ok()?, PORT)),
+    };
+    name_servers(resolv_conf)
+        .filter_map(server)
+        .filter(|server| !own.contains(&server.ip()))
         .take(MAX_SERVERS)
-        .map(|address| SocketAddr::new(address, PORT))
         .collect()
+}
+
+/// The number of a link by name, or by itself.
+fn link_index(zone: &str) -> Option<u32> {
+    nix::net::if_::if_nametoindex(zone).ok().or_else(|| zone.parse().ok().filter(|index| *index != 0))
 }
 
 #[cfg(test)]
@@ -320,9 +340,29 @@ mod tests {
     }
 
     #[test]
+    fn a_resolver_on_a_link_is_asked_on_that_link() {
+        let text =
+            "nameserver fe80::1%eth0\nnameserver fe80::1%gone\nnameserver 192.0.2.1%eth0\nnameserver fe80::2%7\n";
+        let index = |zone: &str| if zone == "eth0" { Some(3) } else { zone.parse().ok() };
+        let server = |address: &str, link| SocketAddrV6::new(address.parse().unwrap(), PORT, 0, link).into();
+        assert_eq!(parse(text, &[], index), [server("fe80::1", 3), server("fe80::2", 7)]);
+        assert_eq!(
+            (link_index("lo"), link_index("7"), link_index("no-such-link"), link_index("0")),
+            (Some(1), Some(7), None, None)
+        );
+        // The link may come later, although the file stays as it is.
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("resolv.conf");
+        fs::write(&path, "nameserver fe80::1%lo\n").unwrap();
+        let upstream = Upstream::new(&path, Vec::new(), StubDomains::new());
+        assert_eq!(upstream.all_servers(), [server("fe80::1", 1)]);
+        assert_eq!(upstream.servers.lock().modified, None, "it is read again");
+    }
+
+    #[test]
     fn the_own_address_is_never_an_upstream() {
         let text = "# comment\nnameserver 10.43.0.10\nnameserver 192.0.2.1\nsearch x\nnameserver nonsense\nnameserver 2001:db8::1\n";
-        let found = parse(text, &["10.43.0.10".parse().unwrap()]);
+        let found = parse(text, &["10.43.0.10".parse().unwrap()], |_| None);
         assert_eq!(found, ["192.0.2.1:53".parse().unwrap(), "[2001:db8::1]:53".parse().unwrap()]);
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Whoever flushes the node's ruleset (`nft flush ruleset`, which some distributions do when their nftables service starts)
 //! takes masquerading, host ports and firewalls of all containers away. The plugins keep small records of what they
-//! wrote ([`State`]), and [`restore`] compares them with the kernel and puts back what is missing, in one transaction a table.
+//! wrote ([`State`]), and [`restore`] compares them with the kernel and puts back what is missing, in one transaction a table,
+//! or record by record where the kernel refuses that.
 //! [`Restorer`] does so only when somebody changed nftables since it last looked.
 //!
 //! A [`Part`] is what one plugin has in the table for one attachment. It knows its [`Foundation`] (the sets, chains and
@@ -27,7 +28,7 @@ pub use error::TableError;
 pub use foundation::{Foundation, TABLE, address_field, table};
 pub use owner::{Owner, stable_hash};
 pub use part::{Entry, Part};
-pub use restore::{Restorer, restore, restore_with};
+pub use restore::{Refusal, Restorer, restore, restore_with};
 pub use state::{STATE_DIR, State};
 
 /// The result of every operation of this crate.

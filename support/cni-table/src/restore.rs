@@ -1,9 +1,9 @@
 //! Comparing records with the kernel, and putting back what is missing.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
-use oarlock_nft::{Bytes, Command, Element, Kernel, Netlink, Table, Transaction};
+use oarlock_nft::{Bytes, Command, Element, Kernel, Netlink, NftError, Table, Transaction};
 
 use crate::part::{Conflict, Entry, Part};
 use crate::state::{Record, State};
@@ -11,18 +11,45 @@ use crate::{Foundation, Result, TableError};
 
 /// Puts back what is on record below `state_dir` for the calling thread's network namespace and missing in the kernel:
 /// sets, chains and rules, and elements. Returns how many chains and elements were missing; 0 when everything was in place
-/// or nothing is on record. Elements of others are left alone. Blocks, for milliseconds with hundreds of attachments.
+/// or nothing is on record. Elements of others are left alone, and what the kernel refuses keeps nothing else away (see
+/// [`Restorer::refused`]). Blocks, for milliseconds with hundreds of attachments.
 pub fn restore(state_dir: &Path) -> Result<usize> {
     restore_with(&mut open()?, state_dir)
 }
 
 /// As [`restore`] through a socket that is open.
 pub fn restore_with(kernel: &mut Netlink, state_dir: &Path) -> Result<usize> {
+    compare(kernel, state_dir).map(|restored| restored.count)
+}
+
+fn compare(kernel: &mut Netlink, state_dir: &Path) -> Result<Restored> {
     // While this is held no plugin is between its record and the kernel.
     match State::open_alone(state_dir, kernel)? {
         Some(state) => put_back(kernel, &state.records()?),
-        None => Ok(0),
+        None => Ok(Restored::default()),
     }
+}
+
+/// What the kernel would not take back.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot restore {} in table {table} of the CNI plugins", whose(owner.as_deref()))]
+pub struct Refusal {
+    /// Whose elements; nobody's for the rules that all of them need.
+    pub owner: Option<String>,
+    pub table: String,
+    pub source: NftError,
+}
+
+fn whose(owner: Option<&str>) -> String {
+    owner.map_or_else(|| "common rules".to_owned(), |owner| format!("what is on record for {owner}"))
+}
+
+/// What came of a restoration.
+#[derive(Debug, Default)]
+struct Restored {
+    /// Chains and elements.
+    count: usize,
+    refused: Vec<Refusal>,
 }
 
 /// Restores when somebody changed nftables since it last found everything in place.
@@ -30,11 +57,12 @@ pub fn restore_with(kernel: &mut Netlink, state_dir: &Path) -> Result<usize> {
 pub struct Restorer {
     state_dir: PathBuf,
     generation: Option<u32>,
+    refused: Vec<Refusal>,
 }
 
 impl Restorer {
     pub fn new(state_dir: &Path) -> Restorer {
-        Restorer { state_dir: state_dir.to_owned(), generation: None }
+        Restorer { state_dir: state_dir.to_owned(), generation: None, refused: Vec::new() }
     }
 
     /// As [`restore`]; one question to the kernel when nothing was committed since the last call.
@@ -45,11 +73,18 @@ impl Restorer {
             return Ok(0);
         }
         self.generation = None;
-        let put_back = restore_with(&mut kernel, &self.state_dir)?;
-        if put_back == 0 {
+        let restored = compare(&mut kernel, &self.state_dir)?;
+        // What is refused is tried again.
+        if restored.count == 0 && restored.refused.is_empty() {
             self.generation = Some(generation);
         }
-        Ok(put_back)
+        self.refused = restored.refused;
+        Ok(restored.count)
+    }
+
+    /// What the kernel refused when it was last compared.
+    pub fn refused(&self) -> &[Refusal] {
+        &self.refused
     }
 }
 
@@ -73,8 +108,11 @@ pub(crate) fn foundations<'a>(parts: impl IntoIterator<Item = &'a Part>) -> BTre
 /// What records, the oldest first, want in one table.
 #[derive(Default)]
 struct Wanted {
-    entries: BTreeMap<&'static str, HashMap<Bytes, Element>>,
+    entries: Missing,
 }
+
+/// Elements by set and key.
+type Missing = BTreeMap<&'static str, HashMap<Bytes, Element>>;
 
 impl Wanted {
     fn insert(&mut self, entry: Entry) {
@@ -92,8 +130,9 @@ impl Wanted {
     }
 }
 
-/// Puts back what records, the oldest first, want and the kernel does not have. Says how much that was.
-fn put_back(kernel: &mut dyn Kernel, records: &[Record]) -> Result<usize> {
+/// Puts back what records, the oldest first, want and the kernel does not have: each table in one transaction, or record by
+/// record where that is refused.
+fn put_back(kernel: &mut dyn Kernel, records: &[Record]) -> Result<Restored> {
     let failed = TableError::nft("restore the table");
     let mut wanted: BTreeMap<Table, Wanted> = BTreeMap::new();
     for record in records {
@@ -102,27 +141,69 @@ fn put_back(kernel: &mut dyn Kernel, records: &[Record]) -> Result<usize> {
             part.entries(&record.owner).into_iter().for_each(|entry| of_table.insert(entry));
         }
     }
-    let mut count = 0;
-    for (table, foundations) in foundations(records.iter().flat_map(|record| &record.parts)) {
+    let mut restored = Restored::default();
+    for (table, mut foundations) in foundations(records.iter().flat_map(|record| &record.parts)) {
         let rules = kernel.rules(&table).map_err(&failed)?;
-        let mut transaction = Transaction::new(table.clone());
-        for foundation in &foundations {
-            if foundation.broken_chain(&rules).is_some() {
-                transaction.commands.extend(foundation.transaction().commands);
-                count += 1;
-            }
-        }
-        for (set, entries) in wanted.remove(&table).unwrap_or_default().entries {
+        foundations.retain(|foundation| foundation.broken_chain(&rules).is_some());
+        let mut missing = wanted.remove(&table).unwrap_or_default().entries;
+        for (set, entries) in &mut missing {
             let present = kernel.elements(&table, set).map_err(&failed)?.unwrap_or_default();
-            let present: HashSet<Bytes> = present.into_iter().map(|element| element.key).collect();
-            let elements: Vec<Element> =
-                entries.into_values().filter(|element| !present.contains(&element.key)).collect();
-            count += elements.len();
-            if !elements.is_empty() {
-                transaction.push(Command::AddElements { set: set.into(), elements, exclusive: false });
-            }
+            present.iter().for_each(|element| drop(entries.remove(&element.key)));
         }
-        kernel.commit(&transaction).map_err(&failed)?;
+        let mut transaction = Transaction::new(table.clone());
+        transaction.commands.extend(foundations.iter().flat_map(|foundation| foundation.transaction().commands));
+        for (set, entries) in missing.iter().filter(|(_, entries)| !entries.is_empty()) {
+            let elements = entries.values().cloned().collect();
+            transaction.push(Command::AddElements { set: (*set).into(), elements, exclusive: false });
+        }
+        match kernel.commit(&transaction) {
+            Ok(()) => restored.count += foundations.len() + missing.values().map(HashMap::len).sum::<usize>(),
+            Err(NftError::Refused { .. } | NftError::TooLarge { .. }) => {
+                put_back_each(kernel, &foundations, (table, missing), records, &mut restored).map_err(&failed)?;
+            }
+            Err(error) => return Err(failed(error)),
+        }
     }
-    Ok(count)
+    Ok(restored)
+}
+
+/// As [`put_back`] in one table, each foundation and each record in a transaction of its own.
+fn put_back_each(
+    kernel: &mut dyn Kernel,
+    foundations: &[Foundation],
+    (table, mut missing): (Table, Missing),
+    records: &[Record],
+    restored: &mut Restored,
+) -> oarlock_nft::Result<()> {
+    let mut commit =
+        |transaction: &Transaction, owner: Option<&String>, restored: &mut Restored| match kernel.commit(transaction) {
+            Ok(()) => Ok(true),
+            Err(source @ (NftError::Refused { .. } | NftError::TooLarge { .. })) => {
+                restored.refused.push(Refusal { owner: owner.cloned(), table: table.name.clone(), source });
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        };
+    for foundation in foundations {
+        restored.count += usize::from(commit(&foundation.transaction(), None, restored)?);
+    }
+    for record in records {
+        let of_table = record.parts.iter().filter(|part| part.table() == table);
+        let mut entries: Vec<Entry> = of_table.flat_map(|part| part.entries(&record.owner)).collect();
+        // Of records that want the same key one has it, and one that is there by now is not put back again.
+        entries.retain(|entry| {
+            missing.get(entry.set).and_then(|of_set| of_set.get(&entry.element.key)) == Some(&entry.element)
+        });
+        let mut transaction = Transaction::new(table.clone());
+        for Entry { set, element, .. } in &entries {
+            let (set, elements) = ((*set).into(), vec![element.clone()]);
+            transaction.push(Command::AddElements { set, elements, exclusive: false });
+        }
+        if commit(&transaction, Some(&record.owner), restored)? {
+            restored.count += entries.len();
+            let mut forget = |entry: Entry| missing.get_mut(entry.set).and_then(|set| set.remove(&entry.element.key));
+            entries.into_iter().for_each(|entry| drop(forget(entry)));
+        }
+    }
+    Ok(())
 }

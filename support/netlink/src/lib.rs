@@ -8,6 +8,7 @@
 //! What it does not own: namespaces (oarlock-netns), nf_tables (oarlock-nft), and any decision.
 
 mod address;
+mod address_news;
 mod bridge;
 mod connection;
 pub mod conntrack;
@@ -24,6 +25,7 @@ pub mod wire;
 mod wireguard;
 
 pub use address::Address;
+pub use address_news::AddressNews;
 pub use bridge::Bridge;
 pub use connection::{Connection, Protocol, Refusal};
 pub use error::NetlinkError;

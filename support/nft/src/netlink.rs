@@ -75,8 +75,8 @@ impl Netlink {
         }
     }
 
-    fn read_rules(&mut self, table: &Table) -> Result<Vec<(String, String)>> {
-        let mut found = Vec::new();
+    /// Asks for the rules of a table and hands what is said of each to `each`.
+    fn read_rules(&mut self, table: &Table, mut each: impl FnMut(&[u8])) -> Result<()> {
         let mut interrupted = false;
         self.read(
             Reading {
@@ -93,13 +93,11 @@ impl Netlink {
                 let of_table =
                     attribute(body, encode::RULE_TABLE).map(read_string).as_deref() == Some(table.name.as_str());
                 if message.kind == encode::NEW_RULE && of_table {
-                    let chain = attribute(body, encode::RULE_CHAIN).map(read_string).unwrap_or_default();
-                    let comment = attribute(body, encode::RULE_USERDATA).and_then(comment).unwrap_or_default();
-                    found.push((chain, comment));
+                    each(body);
                 }
             },
         )?;
-        if interrupted { Err(NftError::Interrupted) } else { Ok(found) }
+        if interrupted { Err(NftError::Interrupted) } else { Ok(()) }
     }
 
     fn read_elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>> {
@@ -128,6 +126,17 @@ impl Netlink {
         }
         Ok(exists.then_some(found))
     }
+}
+
+/// Reads again when someone committed meanwhile.
+fn uninterrupted<T>(mut read: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 1..READ_ATTEMPTS {
+        match read() {
+            Err(NftError::Interrupted) => {}
+            outcome => return outcome,
+        }
+    }
+    read()
 }
 
 impl Kernel for Netlink {
@@ -190,40 +199,26 @@ impl Kernel for Netlink {
     }
 
     fn rule_count(&mut self, table: &Table) -> Result<usize> {
-        let mut count = 0;
-        self.read(
-            Reading {
-                operation: "list rules",
-                kind: encode::GET_RULE,
-                dump: true,
-                table,
-                attributes: &[(1, &table.name)],
-            },
-            |message| {
-                count += usize::from(message.kind == encode::NEW_RULE);
-            },
-        )?;
-        Ok(count)
+        uninterrupted(|| {
+            let mut count = 0;
+            self.read_rules(table, |_| count += 1).map(|()| count)
+        })
     }
 
     fn rules(&mut self, table: &Table) -> Result<Vec<(String, String)>> {
-        for _ in 1..READ_ATTEMPTS {
-            match self.read_rules(table) {
-                Err(NftError::Interrupted) => {}
-                outcome => return outcome,
-            }
-        }
-        self.read_rules(table)
+        uninterrupted(|| {
+            let mut found = Vec::new();
+            let read = self.read_rules(table, |body| {
+                let chain = attribute(body, encode::RULE_CHAIN).map(read_string).unwrap_or_default();
+                let comment = attribute(body, encode::RULE_USERDATA).and_then(comment).unwrap_or_default();
+                found.push((chain, comment));
+            });
+            read.map(|()| found)
+        })
     }
 
     fn elements(&mut self, table: &Table, set: &str) -> Result<Option<Vec<Element>>> {
-        for _ in 1..READ_ATTEMPTS {
-            match self.read_elements(table, set) {
-                Err(NftError::Interrupted) => {}
-                outcome => return outcome,
-            }
-        }
-        self.read_elements(table, set)
+        uninterrupted(|| self.read_elements(table, set))
     }
 
     fn element(&mut self, table: &Table, set: &str, key: &Bytes) -> Result<Option<Element>> {

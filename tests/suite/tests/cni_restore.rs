@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 in_each_mode! {
     what_was_flushed_works_again
+    a_record_that_is_refused_keeps_no_other_away
     only_what_is_missing_is_put_back
     the_next_add_puts_everything_back
     what_was_deleted_or_refused_stays_away
@@ -98,6 +99,27 @@ fn what_was_flushed_works_again(mode: Mode) {
     for address in &world.addresses {
         assert!(asked(Some("a"), gateway(*address), 8080).is_ok(), "the pod reaches itself by the node's port");
     }
+}
+
+fn a_record_that_is_refused_keeps_no_other_away(mode: Mode) {
+    let world = World::new(mode);
+    let families = world.families();
+    let mut restorer = Restorer::new(Path::new(STATE_DIR));
+    nft("flush ruleset");
+    // Somebody's set in the place of the one that host ports need.
+    for family in &families {
+        nft(&format!("add table {family} oarlock-cni"));
+        nft(&format!("add set {family} oarlock-cni hostports {{ type mark; }}"));
+    }
+    assert!(restorer.restore().unwrap() > 0);
+    assert_eq!(world.works(), vec![(true, false); families.len()]);
+    let refused: Vec<String> = restorer.refused().iter().map(ToString::to_string).collect();
+    assert!(refused.iter().any(|one| one.contains("what is on record for")), "{refused:?}");
+    assert_eq!(restorer.restore().unwrap(), 0, "the rest is in place");
+    assert!(!restorer.refused().is_empty());
+    nft("flush ruleset");
+    assert!(restorer.restore().unwrap() > 0);
+    assert_eq!((world.works(), restorer.refused().len()), (vec![(true, true); families.len()], 0));
 }
 
 fn only_what_is_missing_is_put_back(mode: Mode) {

@@ -7,9 +7,10 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, port, read_answer};
+use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, endpoint_list, port, read_answer};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oarlock_machinery::fake::Refused;
+use oarlock_netlink::{Connection, Protocol};
 use oarlock_netproxy::Config;
 use oarlock_testkit::wait_for;
 use serde_json::json;
@@ -20,6 +21,8 @@ const METRICS: u16 = 10_249;
 
 in_each_mode! {
     settings_change_without_a_restart
+    health_checks_are_answered_where_node_ports_are_served
+    how_long_changes_take_is_told
     bridged_packets_come_back_into_sight
     a_taken_health_port_keeps_nothing_else_away
     what_is_not_known_yet_is_not_taken_away
@@ -82,6 +85,59 @@ fn settings_change_without_a_restart(world: &mut World, family: Family) {
     assert!(echoes(&mut kept), "a connection from before goes on");
 }
 
+/// Health check ports of Services go by `nodePortAddresses`, while it changes and while addresses come and go.
+fn health_checks_are_answered_where_node_ports_are_served(world: &mut World, family: Family) {
+    let v4 = family == Family::V4;
+    let port = if v4 { 31_100 } else { 31_101 };
+    let later: IpAddr = if v4 { [192, 168, 7, 77].into() } else { "fd07::77".parse().unwrap() };
+    let name = format!("balanced-{}", family.table());
+    world.slice(&name, "TCP", &[family.pod(11)]);
+    let service = json!({
+        "clusterIP": family.service(60).to_string(), "type": "LoadBalancer", "externalTrafficPolicy": "Local",
+        "healthCheckNodePort": port, "ports": [{"name": "p", "port": 80}],
+    });
+    world.service(&name, service);
+    let answers = |address| get(address, port, "/").is_some_and(|text| text.starts_with("HTTP/1.1 200"));
+    let until = |what: &str, address, wanted| {
+        wait_for(what, TIMEOUT, || (answers(address) == wanted).then_some(()));
+    };
+    let select =
+        |nets: &[ipnet::IpNet]| world.settings.send_modify(|config| config.node_port_addresses = nets.to_vec());
+    until("an answer on the node's address", family.node(), true);
+    assert!(answers(family.loopback()) && answers(family.gateway()), "every address without networks");
+    select(&[family.node().into(), later.into()]);
+    until("silence on an address that is not selected", family.gateway(), false);
+    assert!(!answers(family.loopback()));
+    until("an answer on the address that is", family.node(), true);
+    assert!(!is_listened_on(later, port));
+    let mut connection = Connection::open(Protocol::Route).unwrap();
+    let link = connection.require_link("to-outside").unwrap().index;
+    connection.add_address(link, later.into()).unwrap();
+    until("an answer on the address that came", later, true);
+    connection.delete_address(link, later.into()).unwrap();
+    wait_for("the listener to be gone with the address", TIMEOUT, || (!is_listened_on(later, port)).then_some(()));
+    connection.add_address(link, later.into()).unwrap();
+    until("an answer on the address that came again", later, true);
+    connection.delete_address(link, later.into()).unwrap();
+    select(&[]);
+    until("an answer on every address again", family.gateway(), true);
+    assert!(answers(family.loopback()) && answers(family.node()));
+}
+
+fn is_listened_on(address: IpAddr, port: u16) -> bool {
+    // Each word of an address is in the order of the machine's memory.
+    let words = |bytes: &[u8]| -> String {
+        let word = |word: &[u8]| format!("{:08X}", u32::from_ne_bytes(word.try_into().unwrap()));
+        bytes.chunks(4).map(word).collect()
+    };
+    let (file, text) = match address {
+        IpAddr::V4(address) => ("/proc/thread-self/net/tcp", words(&address.octets())),
+        IpAddr::V6(address) => ("/proc/thread-self/net/tcp6", words(&address.octets())),
+    };
+    let local = format!(" {text}:{port:04X} ");
+    std::fs::read_to_string(file).unwrap().lines().any(|line| line.contains(&local) && line.contains(" 0A "))
+}
+
 /// What is answered there; nothing where nobody is.
 fn get(address: IpAddr, port: u16, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect((address, port)).ok()?;
@@ -89,6 +145,38 @@ fn get(address: IpAddr, port: u16, path: &str) -> Option<String> {
     let mut text = String::new();
     stream.read_to_string(&mut text).ok()?;
     Some(text)
+}
+
+/// By the time in the EndpointSlice, once for each change of it while the proxy runs.
+fn how_long_changes_take_is_told(world: &mut World, family: Family) {
+    let service = (web(world, family), 80);
+    ask_until(Some("client"), service);
+    let slice = format!("web-{}-1", family.table());
+    let change = |trigger: &str, endpoint: IpAddr| {
+        world.api.edit("endpointslices", "default", &slice, |slice| {
+            slice["metadata"]["annotations"] = json!({"endpoints.kubernetes.io/last-change-trigger-time": trigger});
+            slice["endpoints"] = endpoint_list(&[endpoint]);
+        });
+    };
+    let counted = |suffix: &str| -> f64 {
+        let text = get(Ipv4Addr::LOCALHOST.into(), METRICS, "/metrics").unwrap();
+        let line = format!("kubeproxy_network_programming_duration_seconds_{suffix} ");
+        text.lines().find_map(|found| found.strip_prefix(&line)).expect("the metric").parse().unwrap()
+    };
+    let until_answered_by = |name: &str| {
+        wait_for(name, TIMEOUT, || ask(Some("client"), service).is_ok_and(|answer| answer.0 == name).then_some(()));
+    };
+    let before = (counted("count"), counted("sum"));
+    change("2020-01-01T00:00:00Z", family.pod(12));
+    until_answered_by("b");
+    let now = || jiff::Timestamp::now().to_string();
+    change(&now(), family.pod(12));
+    change(&now(), family.pod(11));
+    until_answered_by("a");
+    wait_for("the change to be counted", TIMEOUT, || (counted("count") > before.0).then_some(()));
+    assert!(counted("count") - before.0 == 1.0, "one from before the proxy, one that changed nothing, and one");
+    let took = counted("sum") - before.1;
+    assert!((0.0..TIMEOUT.as_secs_f64()).contains(&took), "{took} seconds");
 }
 
 fn bridged_packets_come_back_into_sight(world: &mut World, family: Family) {

@@ -19,8 +19,7 @@ const MANAGED_BY: &str = "endpointslicemirroring-controller.k8s.io";
 const SKIP_LABEL: &str = "endpointslice.kubernetes.io/skip-mirror";
 const LEADER_ANNOTATION: &str = "control-plane.alpha.kubernetes.io/leader";
 /// What says something about the object that it is on, and nothing about its copy.
-const OWN_ANNOTATIONS: [&str; 2] =
-    ["endpoints.kubernetes.io/last-change-trigger-time", "kubectl.kubernetes.io/last-applied-configuration"];
+const OWN_ANNOTATIONS: [&str; 2] = [super::trigger::ANNOTATION, "kubectl.kubernetes.io/last-applied-configuration"];
 
 pub(super) fn is_ours(slice: &EndpointSlice) -> bool {
     slice.labels().get(MANAGED_BY_LABEL).is_some_and(|manager| manager == MANAGED_BY)

@@ -1,4 +1,4 @@
-//! Endpoints of Services: EndpointSlices (`slices`), the older Endpoints (`legacy`), and the slices of those that somebody else
+//! Endpoints of Services: EndpointSlices (`slices`, with the time of their cause by `trigger`), the older Endpoints (`legacy`), and the slices of those that somebody else
 //! keeps (`mirror`). Which pods count and how is decided in `backends`; this file reads caches and sends requests.
 
 mod backends;
@@ -8,6 +8,7 @@ pub(crate) mod mirror;
 mod mirrored;
 mod slices;
 mod topology;
+mod trigger;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::shared::{Shared, Task};
 use echo::{ECHO_LIMIT, Echoes};
+use trigger::{Times, Triggers};
 
 pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 const CONCURRENCY: usize = 8;
@@ -31,6 +33,7 @@ struct Controller {
     slices: Arc<WorkQueue<Key>>,
     endpoints: Arc<WorkQueue<Key>>,
     written: Echoes,
+    triggers: Triggers,
     /// Services that were seen to go, whose Endpoints go with them, whoever keeps those.
     gone: Mutex<HashSet<Key>>,
 }
@@ -41,6 +44,7 @@ pub(crate) fn start(shared: &Arc<Shared>, stop: &CancellationToken) -> Task {
         slices: WorkQueue::new(),
         endpoints: WorkQueue::new(),
         written: Echoes::default(),
+        triggers: Triggers::default(),
         gone: Mutex::default(),
     });
     let listener = controller.clone();
@@ -151,6 +155,7 @@ impl Controller {
         existing.retain(|slice| slices::is_ours(slice));
         let api: Api<EndpointSlice> = Api::namespaced(self.shared.client.clone(), &key.namespace);
         let Some(service) = self.shared.services.get_key(&key) else {
+            self.triggers.forget(&key);
             return delete_slices(&api, existing).await.map(|()| Next::Done);
         };
         if service.metadata.deletion_timestamp.is_some() {
@@ -163,7 +168,10 @@ impl Controller {
         }
         let zone_of = |node: &str| self.shared.nodes.get("", node).and_then(|node| backends::zone(&node).cloned());
         let (pods, shares) = (self.backends(&service, &selector), self.shares(&service));
-        let plan = slices::plan(&service, &pods, &existing, zone_of, shares.as_ref());
+        let mut plan = slices::plan(&service, &pods, &existing, zone_of, shares.as_ref());
+        let times = Times::of(&service, &pods);
+        let trigger = self.triggers.since_last(&key, &times);
+        plan.create.iter_mut().chain(&mut plan.update).for_each(|slice| trigger::annotate(slice, trigger));
         for slice in plan.create {
             match call("create endpointslice", api.create(&PostParams::default(), &slice)).await {
                 Ok(created) => self.written.note(&key, &created, &self.shared.endpoint_slices),
@@ -177,6 +185,7 @@ impl Controller {
             self.written.note(&key, &written, &self.shared.endpoint_slices);
         }
         delete_slices(&api, plan.delete).await?;
+        self.triggers.written(key, times);
         Ok(Next::Done)
     }
 
