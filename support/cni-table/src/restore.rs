@@ -20,7 +20,10 @@ pub fn restore(state_dir: &Path) -> Result<usize> {
 pub fn restore_with(kernel: &mut Netlink, state_dir: &Path) -> Result<usize> {
     // While this is held no plugin is between its record and the kernel.
     match State::open_alone(state_dir, kernel)? {
-        Some(state) => put_back(kernel, &state.records()?),
+        Some(state) => {
+            let count = put_back(kernel, &state.records()?)?;
+            state.remove_if_empty().map(|()| count)
+        }
         None => Ok(0),
     }
 }
