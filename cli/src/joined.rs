@@ -76,18 +76,29 @@ pub(crate) struct Joined {
 impl ClusterFile {
     /// These settings with all of `told` that can change while a cluster runs, and the names of what differs beside that.
     pub(crate) fn with_changes_of(&self, told: &ClusterFile) -> (ClusterFile, Vec<&'static str>) {
+        // Every field is named, so that of a new one it is said which of both it is.
+        let ClusterFile {
+            cluster_cidr,
+            service_cidr,
+            cluster_dns,
+            cluster_domain,
+            node_port_range,
+            node_tunnel,
+            external_ips_allowed,
+            load_balancer_pools,
+        } = told;
         let changed = ClusterFile {
-            node_tunnel: told.node_tunnel.clone(),
-            external_ips_allowed: told.external_ips_allowed.clone(),
-            load_balancer_pools: told.load_balancer_pools.clone(),
+            node_tunnel: node_tunnel.clone(),
+            external_ips_allowed: external_ips_allowed.clone(),
+            load_balancer_pools: load_balancer_pools.clone(),
             ..self.clone()
         };
         let differs = [
-            ("clusterCIDR", self.cluster_cidr != told.cluster_cidr),
-            ("serviceCIDR", self.service_cidr != told.service_cidr),
-            ("clusterDNS", self.cluster_dns != told.cluster_dns),
-            ("clusterDomain", self.cluster_domain != told.cluster_domain),
-            ("nodePortRange", self.node_port_range != told.node_port_range),
+            ("clusterCIDR", self.cluster_cidr != *cluster_cidr),
+            ("serviceCIDR", self.service_cidr != *service_cidr),
+            ("clusterDNS", self.cluster_dns != *cluster_dns),
+            ("clusterDomain", self.cluster_domain != *cluster_domain),
+            ("nodePortRange", self.node_port_range != *node_port_range),
         ];
         (changed, differs.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect())
     }
@@ -170,6 +181,20 @@ mod tests {
         assert_eq!(after.secondary.map(|second| second.service_cidr), Some("fd53::/112".parse().expect("network")));
         assert_eq!((after.cluster_domain.as_str(), after.node_tunnel), ("sea.example", server.node_tunnel));
         assert_eq!(after.load_balancer_pools, server.load_balancer_pools);
+    }
+
+    #[test]
+    fn what_changes_is_taken_up_and_what_cannot_is_named() {
+        let directory = tempfile::tempdir().expect("tempdir");
+        let before = ClusterFile::of(&load(directory.path(), "nodeIP: 192.0.2.1\n"));
+        let at_once = "nodeTunnel: vxlan\nexternalIPsAllowed: [198.51.100.0/24]\nloadBalancerPools: [203.0.113.0/29]\n";
+        let wanted = ClusterFile::of(&load(directory.path(), &format!("nodeIP: 192.0.2.1\n{at_once}")));
+        assert_eq!(before.with_changes_of(&wanted), (wanted.clone(), vec![]));
+        let never = "clusterCIDR: 10.52.0.0/16\nserviceCIDR: 10.53.0.0/16\nclusterDNS: 10.53.0.9\n\
+            clusterDomain: sea.example\nnodePortRange: 30000-30100\n";
+        let told = ClusterFile::of(&load(directory.path(), &format!("nodeIP: 192.0.2.1\n{at_once}{never}")));
+        let named = vec!["clusterCIDR", "serviceCIDR", "clusterDNS", "clusterDomain", "nodePortRange"];
+        assert_eq!(before.with_changes_of(&told), (wanted, named));
     }
 
     #[test]

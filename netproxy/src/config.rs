@@ -79,23 +79,45 @@ impl Config {
     /// This configuration with all of `told` that can change while a proxy runs, and the names of what differs beside that:
     /// the networks of a cluster, say, are what its pods have been given addresses of.
     pub(crate) fn with_changes_of(&self, told: &Config) -> (Config, Vec<&'static str>) {
+        // Every field is named, so that of a new one it is said which of these it is. Those that are not looked at follow from
+        // no setting, or from `dataDir` alone.
+        let Config {
+            node_name,
+            networks,
+            cluster_domain,
+            node_port_range,
+            node_port_addresses,
+            external_ips_allowed,
+            balancer_pools,
+            balancer_class: _,
+            health_listen,
+            metrics_listen,
+            cni_conf_dir,
+            cni_state_dir,
+            tunnel,
+            wireguard_key: _,
+            sysctl_record: _,
+            upstream_resolv_conf: _,
+            stub_domains,
+            table_name: _,
+        } = told;
         let changed = Config {
-            node_port_range: told.node_port_range,
-            node_port_addresses: told.node_port_addresses.clone(),
-            external_ips_allowed: told.external_ips_allowed.clone(),
-            balancer_pools: told.balancer_pools.clone(),
-            tunnel: told.tunnel,
-            stub_domains: told.stub_domains.clone(),
+            node_port_range: *node_port_range,
+            node_port_addresses: node_port_addresses.clone(),
+            external_ips_allowed: external_ips_allowed.clone(),
+            balancer_pools: balancer_pools.clone(),
+            tunnel: *tunnel,
+            stub_domains: stub_domains.clone(),
             ..self.clone()
         };
         let differs = [
-            ("nodeName", self.node_name != told.node_name),
-            ("clusterCIDR, serviceCIDR, clusterDNS or nodeIP", self.networks != told.networks),
-            ("clusterDomain", self.cluster_domain != told.cluster_domain),
-            ("proxyHealthPort", self.health_listen != told.health_listen),
-            ("proxyMetricsPort", self.metrics_listen != told.metrics_listen),
-            ("cni.confDir", self.cni_conf_dir != told.cni_conf_dir),
-            ("dataDir", self.cni_state_dir != told.cni_state_dir),
+            ("nodeName", self.node_name != *node_name),
+            ("clusterCIDR, serviceCIDR, clusterDNS or nodeIP", self.networks != *networks),
+            ("clusterDomain", self.cluster_domain != *cluster_domain),
+            ("proxyHealthPort", self.health_listen != *health_listen),
+            ("proxyMetricsPort", self.metrics_listen != *metrics_listen),
+            ("cni.confDir", self.cni_conf_dir != *cni_conf_dir),
+            ("dataDir", self.cni_state_dir != *cni_state_dir),
         ];
         (changed, differs.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect())
     }

@@ -37,21 +37,27 @@ pub struct Place {
 pub fn add(kernel: &mut Netlink, holder: &Holder<'_>, parts: &[Part]) -> Result<bool> {
     let state = State::open(holder.state_dir, kernel)?;
     state.record(holder.owner, holder.plugin, parts)?;
-    let outcome = match add_elements(kernel, holder.owner, parts) {
+    let added = add_elements(kernel, holder.owner, parts);
+    drop(state);
+    let outcome = match added {
         Ok(Added::Afresh) => return Ok(false),
         Ok(Added::InPlace) => return Ok(true),
-        Ok(Added::WithoutRules) => {
-            drop(state);
-            restore_and_add(kernel, holder, parts)
-        }
+        Ok(Added::WithoutRules) => restore_and_add(kernel, holder, parts),
         Err(error) => Err(error),
     };
     if outcome.is_err() {
         // The first error is the one to tell; DEL repeats what fails here.
-        let _ = take_back(kernel, holder.owner, parts);
-        let _ = State::open(holder.state_dir, kernel).and_then(|state| state.forget(holder.owner, holder.plugin));
+        let _ = give_up(kernel, holder, parts);
     }
     outcome.map(|()| true)
+}
+
+fn give_up(kernel: &mut Netlink, holder: &Holder<'_>, parts: &[Part]) -> Result<()> {
+    let state = State::open(holder.state_dir, kernel)?;
+    let taken = take_back(kernel, holder.owner, parts);
+    state.forget(holder.owner, holder.plugin)?;
+    state.close()?;
+    taken
 }
 
 fn restore_and_add(kernel: &mut Netlink, holder: &Holder<'_>, parts: &[Part]) -> Result<()> {
@@ -92,7 +98,9 @@ pub fn remove(
         (None, Some(places)) => places.iter().try_for_each(|place| remove_at(kernel, owner, place))?,
         (None, None) => remove_where(kernel, sets, |found| found == owner.as_str())?,
     }
-    state.map_or(Ok(()), |state| state.forget(owner, plugin))
+    let Some(state) = state else { return Ok(()) };
+    state.forget(owner, plugin)?;
+    state.close()
 }
 
 /// Takes away what the plugin has in `sets` for attachments to `network` that are none of `valid`.
@@ -105,7 +113,9 @@ pub fn keep_only(
 ) -> Result<()> {
     let state = State::open_existing(state_dir, kernel)?;
     remove_where(kernel, sets, |found| Owner::is_stale(found, network, valid))?;
-    state.map_or(Ok(()), |state| state.keep_only(network, valid, plugin))
+    let Some(state) = state else { return Ok(()) };
+    state.keep_only(network, valid, plugin)?;
+    state.close()
 }
 
 fn remove_at(kernel: &mut dyn Kernel, owner: &Owner, place: &Place) -> Result<()> {

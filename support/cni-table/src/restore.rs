@@ -25,7 +25,10 @@ pub fn restore_with(kernel: &mut Netlink, state_dir: &Path) -> Result<usize> {
 fn compare(kernel: &mut Netlink, state_dir: &Path) -> Result<Restored> {
     // While this is held no plugin is between its record and the kernel.
     match State::open_alone(state_dir, kernel)? {
-        Some(state) => put_back(kernel, &state.records()?),
+        Some(state) => {
+            let restored = put_back(kernel, &state.records()?)?;
+            state.remove_if_empty().map(|()| restored)
+        }
         None => Ok(Restored::default()),
     }
 }

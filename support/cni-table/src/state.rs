@@ -3,7 +3,9 @@
 //! In `<directory>/<number of the network namespace>/`, below `/run` and so gone with the machine's next start:
 //! - `<network and attachment>.<plugin>`: the owner and its parts, as JSON. It is there before the kernel is told and goes
 //!   after the kernel has forgotten, so a kill in between leaves a record that DEL or GC takes away.
-//! - `lock`: held by every plugin while it changes both, with others; alone by whoever compares records with the kernel.
+//! - `lock`: held by every plugin while it changes both, with others; alone by whoever compares records with the kernel, or
+//!   removes the directory because nothing is on record. Who waited for it then finds that the file is not in its place any
+//!   more, and begins again.
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -11,6 +13,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use oarlock_nft::Netlink;
 use serde::{Deserialize, Serialize};
@@ -22,12 +25,14 @@ use crate::{Result, TableError};
 /// Where the plugins keep records unless their configuration names another directory (`stateDir`).
 pub const STATE_DIR: &str = "/run/oarlock-cni";
 const LOCK: &str = "lock";
+/// How often somebody else may remove the directory while one waits for it.
+const ATTEMPTS: u32 = 100;
 
 /// The records of one network namespace, locked for as long as this lives.
 #[derive(Debug)]
 pub struct State {
     directory: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 /// What one plugin wrote for one attachment.
@@ -48,6 +53,31 @@ fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
+/// What removing a directory says: it may be in use again, or somebody's mount point.
+fn in_use_is_fine(result: io::Result<()>) -> io::Result<()> {
+    use io::ErrorKind::{DirectoryNotEmpty, ResourceBusy};
+    match result {
+        Err(error) if matches!(error.kind(), DirectoryNotEmpty | ResourceBusy) => Ok(()),
+        other => absent_is_fine(other),
+    }
+}
+
+/// Opens a directory's file of the lock, if there is the directory.
+fn open_lock(path: &Path) -> Result<Option<File>> {
+    match File::options().create(true).truncate(false).write(true).open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(failed("open", path)(error)),
+    }
+}
+
+/// Whether the file is what others find at its path, or was removed while one waited for it.
+fn is_in_place(file: &File, path: &Path) -> bool {
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let found = fs::metadata(path).map(identity);
+    found.is_ok_and(|found| file.metadata().map(identity).is_ok_and(|own| own == found))
+}
+
 /// The directory of the network namespace that `kernel` speaks to.
 fn directory_of(state_dir: &Path, kernel: &Netlink) -> Result<PathBuf> {
     if let Some(number) = kernel.namespace_number() {
@@ -62,16 +92,22 @@ fn directory_of(state_dir: &Path, kernel: &Netlink) -> Result<PathBuf> {
 impl State {
     /// Opens, makes if need be, and locks together with others.
     pub fn open(state_dir: &Path, kernel: &Netlink) -> Result<State> {
-        let directory = directory_of(state_dir, kernel)?;
-        if let Some(state) = State::lock(&directory, FlockArg::LockShared)? {
-            return Ok(state);
-        }
-        DirBuilder::new().recursive(true).mode(0o700).create(&directory).map_err(failed("create", &directory))?;
-        let state = State::lock(&directory, FlockArg::LockShared)?;
-        state.ok_or_else(|| failed("open", &directory)(io::ErrorKind::NotFound.into()))
+        State::open_at(&directory_of(state_dir, kernel)?)
     }
 
-    /// As [`State::open`], or nothing when nothing was ever recorded.
+    fn open_at(directory: &Path) -> Result<State> {
+        for _ in 0..ATTEMPTS {
+            if let Some(state) = State::lock(directory, FlockArg::LockShared)? {
+                return Ok(state);
+            }
+            // Whoever removes what is empty may come in between.
+            let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
+            absent_is_fine(made).map_err(failed("create", directory))?;
+        }
+        Err(failed("open", directory)(io::ErrorKind::NotFound.into()))
+    }
+
+    /// As [`State::open`], or nothing when nothing is recorded.
     pub fn open_existing(state_dir: &Path, kernel: &Netlink) -> Result<Option<State>> {
         State::lock(&directory_of(state_dir, kernel)?, FlockArg::LockShared)
     }
@@ -81,25 +117,94 @@ impl State {
         State::lock(&directory_of(state_dir, kernel)?, FlockArg::LockExclusive)
     }
 
-    /// Removes every record of the network namespace, for whoever takes the tables away for good.
+    /// Removes every record of the network namespace, for whoever takes the tables away for good, and below `state_dir` all
+    /// that is empty, with itself.
     pub fn remove(state_dir: &Path, kernel: &Netlink) -> Result<()> {
-        match State::open_alone(state_dir, kernel)? {
-            Some(state) => {
-                absent_is_fine(fs::remove_dir_all(&state.directory)).map_err(failed("remove", &state.directory))
-            }
-            None => Ok(()),
+        if let Some(state) = State::open_alone(state_dir, kernel)? {
+            state.remove_directory()?;
         }
+        let entries = match fs::read_dir(state_dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(failed("list", state_dir)(error)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed("list", state_dir))?;
+            // Others' namespaces have theirs here. One that is in use is seen to by whoever uses it.
+            if entry.file_type().is_ok_and(|kind| kind.is_dir())
+                && let Some(state) = State::lock_if_free(&entry.path())?
+            {
+                state.remove_if_empty()?;
+            }
+        }
+        in_use_is_fine(fs::remove_dir(state_dir)).map_err(failed("remove", state_dir))
+    }
+
+    /// Unlocks, and removes the directory when nothing is on record and nobody else has it open.
+    pub fn close(self) -> Result<()> {
+        if self.has_records()? {
+            return Ok(());
+        }
+        match self.lock.relock(FlockArg::LockExclusiveNonblock) {
+            Ok(()) => self.remove_if_empty(),
+            // The lock is lost with that: of several the last one is alone.
+            Err(Errno::EWOULDBLOCK) => Ok(()),
+            Err(errno) => Err(failed("lock", &self.directory.join(LOCK))(errno.into())),
+        }
+    }
+
+    /// As [`State::close`], for whoever is alone.
+    pub(crate) fn remove_if_empty(self) -> Result<()> {
+        // While one lock became the other, somebody may have put something on record, or removed everything.
+        if !is_in_place(&self.lock, &self.directory.join(LOCK)) || self.has_records()? {
+            return Ok(());
+        }
+        self.remove_directory()
+    }
+
+    /// For whoever is alone: removes everything.
+    fn remove_directory(self) -> Result<()> {
+        let lock = self.directory.join(LOCK);
+        // The lock comes last: without its file others make another, and the directory is theirs.
+        let files = self.files()?.into_iter().filter(|path| *path != lock);
+        for path in files.chain([lock.clone()]) {
+            absent_is_fine(fs::remove_file(&path)).map_err(failed("remove", &path))?;
+        }
+        in_use_is_fine(fs::remove_dir(&self.directory)).map_err(failed("remove", &self.directory))
+    }
+
+    /// Whether anything is on record, be it in a newer version's words. What is half written is none.
+    fn has_records(&self) -> Result<bool> {
+        for entry in fs::read_dir(&self.directory).map_err(failed("list", &self.directory))? {
+            let name = entry.map_err(failed("list", &self.directory))?.file_name();
+            if name != LOCK && !name.as_encoded_bytes().starts_with(b".") {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn lock(directory: &Path, how: FlockArg) -> Result<Option<State>> {
         let path = directory.join(LOCK);
-        let file = match File::options().create(true).truncate(false).write(true).open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(failed("open", &path)(error)),
-        };
-        let lock = Flock::lock(file, how).map_err(|(_, errno)| failed("lock", &path)(errno.into()))?;
-        Ok(Some(State { directory: directory.to_owned(), _lock: lock }))
+        for _ in 0..ATTEMPTS {
+            let Some(file) = open_lock(&path)? else { return Ok(None) };
+            let lock = Flock::lock(file, how).map_err(|(_, errno)| failed("lock", &path)(errno.into()))?;
+            if is_in_place(&lock, &path) {
+                return Ok(Some(State { directory: directory.to_owned(), lock }));
+            }
+        }
+        Err(failed("lock", &path)(io::ErrorKind::NotFound.into()))
+    }
+
+    /// Alone, if nobody has it open.
+    fn lock_if_free(directory: &Path) -> Result<Option<State>> {
+        let path = directory.join(LOCK);
+        let Some(file) = open_lock(&path)? else { return Ok(None) };
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(State { directory: directory.to_owned(), lock })),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, errno)) => Err(failed("lock", &path)(errno.into())),
+        }
     }
 
     fn path(&self, owner: &Owner, plugin: &str) -> PathBuf {
@@ -166,5 +271,82 @@ impl State {
         }
         found.sort_by(|a, b| (a.0, &a.1).cmp(&(b.0, &b.1)));
         Ok(found.into_iter().map(|(_, _, record)| record).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    fn alone(directory: &Path) -> Option<State> {
+        State::lock(directory, FlockArg::LockExclusive).unwrap()
+    }
+
+    #[test]
+    fn the_last_one_on_record_takes_the_directory_along() {
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = temporary.path().join("state/7");
+        let owners = ["a", "b"].map(|container| Owner::new("net", container, "eth0"));
+        for owner in &owners {
+            State::open_at(&directory).unwrap().record(owner, "bridge", &[]).unwrap();
+        }
+        let forget = |owner| {
+            let state = State::open_at(&directory).unwrap();
+            state.forget(owner, "bridge").unwrap();
+            state.close().unwrap();
+        };
+        forget(&owners[0]);
+        assert!(alone(&directory).is_some_and(|state| state.parts(&owners[1], "bridge").is_some()));
+        // Somebody else is about to write.
+        let other = State::open_at(&directory).unwrap();
+        forget(&owners[1]);
+        other.record(&owners[0], "bridge", &[]).unwrap();
+        drop(other);
+        forget(&owners[0]);
+        assert!(!directory.exists());
+    }
+
+    #[test]
+    fn what_is_not_understood_stays_and_what_is_half_written_does_not() {
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = temporary.path().join("7");
+        drop(State::open_at(&directory).unwrap());
+        fs::write(directory.join("0-0.newer"), "?").unwrap();
+        alone(&directory).unwrap().remove_if_empty().unwrap();
+        assert!(directory.join("0-0.newer").exists());
+        fs::rename(directory.join("0-0.newer"), directory.join(".0-0.newer")).unwrap();
+        alone(&directory).unwrap().remove_if_empty().unwrap();
+        assert!(!directory.exists());
+    }
+
+    #[test]
+    fn no_record_is_lost_while_others_remove_the_directory() {
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = temporary.path().join("7");
+        let is_done = AtomicBool::new(false);
+        let come_and_go = |container: &str| {
+            let owner = Owner::new("net", container, "eth0");
+            for round in 0..500 {
+                State::open_at(&directory).unwrap().record(&owner, "bridge", &[]).unwrap();
+                let state = State::open_at(&directory).unwrap();
+                assert!(state.parts(&owner, "bridge").is_some(), "{container}: {round}");
+                state.forget(&owner, "bridge").unwrap();
+                state.close().unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_done.load(Ordering::Relaxed) {
+                    alone(&directory).into_iter().for_each(|state| state.remove_if_empty().unwrap());
+                }
+            });
+            let threads = ["a", "b", "c"].map(|container| scope.spawn(move || come_and_go(container)));
+            let ended = threads.map(|thread| thread.join());
+            is_done.store(true, Ordering::Relaxed);
+            assert!(ended.iter().all(Result::is_ok));
+        });
+        assert!(!directory.exists());
     }
 }

@@ -81,6 +81,11 @@ fn records() -> Vec<PathBuf> {
     files.filter(|path| path.file_name().is_some_and(|name| name != "lock")).collect()
 }
 
+/// How many network namespaces have records.
+fn directories() -> usize {
+    fs::read_dir(STATE_DIR).unwrap().count()
+}
+
 fn what_was_flushed_works_again(mode: Mode) {
     let world = World::new(mode);
     let families = world.families().len();
@@ -190,9 +195,10 @@ fn what_was_deleted_or_refused_stays_away(mode: Mode) {
     for config in [World::portmap(8080), world.bridge()] {
         world.caller.call("DEL", "a", config, None).unwrap();
     }
-    assert!(records().is_empty());
+    assert_eq!(directories(), 0, "the last DEL takes the namespace's directory along");
     world.attach("c", 8083).unwrap();
     State::remove(Path::new(STATE_DIR), &oarlock_nft::Netlink::open().unwrap()).unwrap();
+    assert_eq!(directories(), 0);
     nft("flush ruleset");
     assert_eq!(restore(Path::new(STATE_DIR)).unwrap(), 0);
     assert_eq!(nft("list ruleset"), "");
@@ -229,6 +235,28 @@ fn nothing_comes_back_while_containers_come_and_go(mode: Mode) {
     let listed = nft("list ruleset");
     assert!(!listed.contains("8081") && !listed.contains("8082"), "{listed}");
     assert_eq!(listed.matches("goto masquerade-").count(), world.families().len(), "{listed}");
+}
+
+/// What `oarlock reset` does, beside records of a network namespace that is another node's.
+#[test]
+fn nothing_empty_is_left_of_the_records() {
+    in_fresh_namespaces(|| {
+        let temporary = tempfile::tempdir().unwrap();
+        let all = temporary.path().join("oarlock-cni");
+        let kernel = oarlock_nft::Netlink::open().unwrap();
+        let remove = || State::remove(&all, &kernel).unwrap();
+        remove();
+        let theirs = all.join("1/00000000-0000000000000000.bridge");
+        drop(State::open(&all, &kernel).unwrap());
+        ["1", "2"].iter().for_each(|other| fs::create_dir(all.join(other)).unwrap());
+        fs::write(&theirs, "{}").unwrap();
+        remove();
+        assert!(theirs.exists());
+        assert_eq!(fs::read_dir(&all).unwrap().count(), 1);
+        fs::remove_file(&theirs).unwrap();
+        remove();
+        assert!(!all.exists());
+    });
 }
 
 /// Records of several networks, a firewall among them; a half-written one and one of another version are passed over.

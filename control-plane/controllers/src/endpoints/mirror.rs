@@ -1,17 +1,18 @@
 //! Endpoints that somebody else keeps, for a Service without selector, shown as EndpointSlices. What they say is decided in
-//! `mirrored`; this file reads caches and sends requests.
+//! `mirrored`; this file reads caches.
 
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Endpoints, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::api::PostParams;
-use kube::{Api, ResourceExt};
-use oarlock_machinery::{ApiError, EventType, Key, Next, Recorder, WorkQueue, call, queue};
+use kube::ResourceExt;
+use oarlock_machinery::{ApiError, EventType, Key, Next, Recorder, WorkQueue, queue};
 use tokio_util::sync::CancellationToken;
 
 use super::echo::{ECHO_LIMIT, Echoes};
-use super::{SERVICE_NAME_LABEL, delete_slices, mirrored};
+use super::mirrored::LeftOut;
+use super::plan::Plan;
+use super::{SERVICE_NAME_LABEL, mirrored};
 use crate::shared::{Shared, Task};
 
 const CONCURRENCY: usize = 5;
@@ -74,41 +75,29 @@ impl Controller {
             // The echo of the write brings us back; the delay is for the echo that never comes.
             return Ok(Next::After(ECHO_LIMIT));
         }
-        let api: Api<EndpointSlice> = Api::namespaced(self.shared.client.clone(), &key.namespace);
         let Some(endpoints) = source else {
-            return delete_slices(&api, existing).await.map(|()| Next::Done);
+            let plan = Plan::without(existing);
+            return plan.carry_out(&self.shared, &key, &self.written).await.map(|()| Next::Done);
         };
-        let plan = mirrored::plan(&endpoints, &existing);
-        self.tell(&endpoints, &plan);
-        if endpoints.metadata.deletion_timestamp.is_none() {
-            for slice in plan.create {
-                match call("create endpointslice", api.create(&PostParams::default(), &slice)).await {
-                    Ok(created) => self.written.note(&key, &created, &self.shared.endpoint_slices),
-                    Err(error) if error.is_namespace_terminating() => {}
-                    Err(error) => return Err(error),
-                }
-            }
+        let (mut plan, left_out) = mirrored::plan(&endpoints, &existing);
+        self.tell(&endpoints, left_out);
+        if endpoints.metadata.deletion_timestamp.is_some() {
+            plan.create.clear();
         }
-        for slice in plan.update {
-            let written =
-                call("replace endpointslice", api.replace(&slice.name_any(), &PostParams::default(), &slice)).await?;
-            self.written.note(&key, &written, &self.shared.endpoint_slices);
-        }
-        delete_slices(&api, plan.delete).await?;
-        Ok(Next::Done)
+        plan.carry_out(&self.shared, &key, &self.written).await.map(|()| Next::Done)
     }
 
-    fn tell(&self, endpoints: &Endpoints, plan: &mirrored::Plan) {
+    fn tell(&self, endpoints: &Endpoints, left_out: LeftOut) {
         let warn = |reason, message| self.recorder.event(endpoints, EventType::Warning, reason, message);
-        if plan.invalid > 0 {
-            let message = format!("Skipped {} invalid IP addresses when mirroring to EndpointSlices", plan.invalid);
+        if left_out.invalid > 0 {
+            let message = format!("Skipped {} invalid IP addresses when mirroring to EndpointSlices", left_out.invalid);
             warn("InvalidIPAddress", message);
         }
-        if plan.skipped > plan.invalid {
+        if left_out.all > left_out.invalid {
             let message = format!(
                 "A max of {} addresses can be mirrored to EndpointSlices per Endpoints subset. {} addresses were skipped",
                 mirrored::MAX_ADDRESSES,
-                plan.skipped
+                left_out.all
             );
             warn("TooManyAddressesToMirror", message);
         }

@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
 
 use super::SERVICE_NAME_LABEL;
+use super::plan::Plan;
 use super::slices::MANAGED_BY_LABEL;
 use crate::owners::controller_reference;
 
@@ -31,22 +32,20 @@ pub(super) fn is_wanted(endpoints: &Endpoints) -> bool {
     !skips && !endpoints.annotations().contains_key(LEADER_ANNOTATION)
 }
 
-#[derive(Debug, Default)]
-pub(super) struct Plan {
-    pub create: Vec<EndpointSlice>,
-    pub update: Vec<EndpointSlice>,
-    pub delete: Vec<Arc<EndpointSlice>>,
-    /// Addresses that are none.
+/// How many addresses the slices do not have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct LeftOut {
+    /// Those that are none.
     pub invalid: usize,
-    /// All addresses that are left out.
-    pub skipped: usize,
+    /// All of them.
+    pub all: usize,
 }
 
 /// Name, protocol, number and application protocol of each port.
 type Ports = BTreeSet<(String, String, i32, Option<String>)>;
 
-pub(super) fn plan(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>]) -> Plan {
-    let mut plan = Plan::default();
+pub(super) fn plan(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>]) -> (Plan, LeftOut) {
+    let (mut plan, mut left_out) = (Plan::default(), LeftOut::default());
     let mut wanted: BTreeMap<(&str, Ports), Vec<Endpoint>> = BTreeMap::new();
     for (ports, addresses) in repacked(endpoints) {
         let (mut count, total) = (0, addresses.len());
@@ -58,14 +57,14 @@ pub(super) fn plan(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>]) -> Pl
                 Ok(IpAddr::V4(_)) => "IPv4",
                 Ok(IpAddr::V6(_)) => "IPv6",
                 Err(_) => {
-                    plan.invalid += 1;
+                    left_out.invalid += 1;
                     continue;
                 }
             };
             count += 1;
             wanted.entry((family, ports.clone())).or_default().push(endpoint(address, is_ready));
         }
-        plan.skipped += total - count;
+        left_out.all += total - count;
     }
     let mut current: BTreeMap<(&str, Ports), Vec<&Arc<EndpointSlice>>> = BTreeMap::new();
     for slice in existing.iter().filter(|slice| slice.metadata.deletion_timestamp.is_none()) {
@@ -94,7 +93,7 @@ pub(super) fn plan(endpoints: &Endpoints, existing: &[Arc<EndpointSlice>]) -> Pl
             None => plan.create.push(new),
         }
     }
-    plan
+    (plan, left_out)
 }
 
 /// An address in an Endpoints object, and whether it is ready.
@@ -227,7 +226,7 @@ mod tests {
 
     /// The slices that a plan leads to.
     fn carried_out(endpoints: &Endpoints) -> Vec<Arc<EndpointSlice>> {
-        let plan = plan(endpoints, &[]);
+        let (plan, _) = plan(endpoints, &[]);
         let named = plan.create.into_iter().enumerate().map(|(number, mut slice)| {
             slice.metadata.name = Some(format!("db-{number}"));
             Arc::new(slice)
@@ -265,7 +264,7 @@ mod tests {
             one("IPv6", &[80], "2001:db8::1", true),
         ]);
         assert_eq!(shown, wanted);
-        assert_eq!((plan(&all, &slices).invalid, plan(&all, &slices).skipped), (1, 1));
+        assert_eq!(plan(&all, &slices).1, LeftOut { invalid: 1, all: 1 });
         let metadata = &slices[0].metadata;
         assert_eq!(metadata.annotations, Some(BTreeMap::from([("note".to_owned(), "n".to_owned())])));
         assert_eq!(metadata.labels.as_ref().unwrap()["team"], "x");
@@ -273,7 +272,7 @@ mod tests {
         assert_eq!((owner.kind.as_str(), owner.uid.as_str(), owner.controller), ("Endpoints", "e", Some(true)));
         let named = slices.iter().flat_map(|slice| slice.endpoints.iter().flatten());
         assert!(named.clone().any(|one| one.hostname.as_deref() == Some("a") && one.node_name.as_deref() == Some("n")));
-        let again = plan(&all, &slices);
+        let (again, _) = plan(&all, &slices);
         assert!(again.create.is_empty() && again.update.is_empty() && again.delete.is_empty(), "{again:?}");
     }
 
@@ -281,24 +280,24 @@ mod tests {
     fn other_ports_change_the_slice_that_is_there() {
         let of = |port: i32| endpoints(json!([{"addresses": [{"ip": "192.0.2.1"}], "ports": [{"port": port}]}]));
         let slices = carried_out(&of(80));
-        let changed = plan(&of(81), &slices);
+        let (changed, _) = plan(&of(81), &slices);
         assert!(changed.create.is_empty() && changed.delete.is_empty(), "{changed:?}");
         assert_eq!(changed.update[0].metadata.name.as_deref(), Some("db-0"));
         assert_eq!(changed.update[0].ports.as_ref().unwrap()[0].port, Some(81));
         // A slice is of one family for ever.
         let other = endpoints(json!([{"addresses": [{"ip": "2001:db8::1"}], "ports": [{"port": 80}]}]));
-        let changed = plan(&other, &slices);
+        let (changed, _) = plan(&other, &slices);
         assert_eq!((changed.create.len(), changed.update.len(), changed.delete.len()), (1, 0, 1));
-        assert_eq!(plan(&endpoints(json!([])), &slices).delete.len(), 1);
+        assert_eq!(plan(&endpoints(json!([])), &slices).0.delete.len(), 1);
     }
 
     #[test]
     fn a_thousand_addresses_are_all() {
         let addresses: Vec<Value> =
             (0..1200).map(|number| json!({"ip": format!("192.0.{}.{}", number / 250, number % 250)})).collect();
-        let planned = plan(&endpoints(json!([{"addresses": addresses, "ports": [{"port": 80}]}])), &[]);
+        let (planned, left_out) = plan(&endpoints(json!([{"addresses": addresses, "ports": [{"port": 80}]}])), &[]);
         assert_eq!(planned.create[0].endpoints.as_ref().unwrap().len(), MAX_ADDRESSES);
-        assert_eq!((planned.create.len(), planned.skipped, planned.invalid), (1, 200, 0));
+        assert_eq!((planned.create.len(), left_out), (1, LeftOut { invalid: 0, all: 200 }));
     }
 
     #[test]

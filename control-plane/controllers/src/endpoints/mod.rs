@@ -1,11 +1,13 @@
-//! Endpoints of Services: EndpointSlices (`slices`, with the time of their cause by `trigger`), the older Endpoints (`legacy`), and the slices of those that somebody else
-//! keeps (`mirror`). Which pods count and how is decided in `backends`; this file reads caches and sends requests.
+//! Endpoints of Services: EndpointSlices (`slices`, with the time of their cause by `trigger`), the older Endpoints
+//! (`legacy`), and the slices of those that somebody else keeps (`mirror`). Which pods count and how is decided in `backends`;
+//! this file reads caches and writes the older Endpoints, `plan` writes slices.
 
 mod backends;
 mod echo;
 mod legacy;
 pub(crate) mod mirror;
 mod mirrored;
+mod plan;
 mod slices;
 mod topology;
 mod trigger;
@@ -23,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::shared::{Shared, Task};
 use echo::{ECHO_LIMIT, Echoes};
+use plan::Plan;
 use trigger::{Times, Triggers};
 
 pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
@@ -153,10 +156,10 @@ impl Controller {
         let index = format!("{}/{}", key.namespace, key.name);
         let mut existing = self.shared.endpoint_slices.indexed(&index);
         existing.retain(|slice| slices::is_ours(slice));
-        let api: Api<EndpointSlice> = Api::namespaced(self.shared.client.clone(), &key.namespace);
         let Some(service) = self.shared.services.get_key(&key) else {
             self.triggers.forget(&key);
-            return delete_slices(&api, existing).await.map(|()| Next::Done);
+            let plan = Plan::without(existing);
+            return plan.carry_out(&self.shared, &key, &self.written).await.map(|()| Next::Done);
         };
         if service.metadata.deletion_timestamp.is_some() {
             return Ok(Next::Done);
@@ -172,19 +175,7 @@ impl Controller {
         let times = Times::of(&service, &pods);
         let trigger = self.triggers.since_last(&key, &times);
         plan.create.iter_mut().chain(&mut plan.update).for_each(|slice| trigger::annotate(slice, trigger));
-        for slice in plan.create {
-            match call("create endpointslice", api.create(&PostParams::default(), &slice)).await {
-                Ok(created) => self.written.note(&key, &created, &self.shared.endpoint_slices),
-                Err(error) if error.is_namespace_terminating() => {}
-                Err(error) => return Err(error),
-            }
-        }
-        for slice in plan.update {
-            let written =
-                call("replace endpointslice", api.replace(&slice.name_any(), &PostParams::default(), &slice)).await?;
-            self.written.note(&key, &written, &self.shared.endpoint_slices);
-        }
-        delete_slices(&api, plan.delete).await?;
+        plan.carry_out(&self.shared, &key, &self.written).await?;
         self.triggers.written(key, times);
         Ok(Next::Done)
     }
@@ -229,18 +220,6 @@ impl Controller {
             result => result.map(|_| Next::Done),
         }
     }
-}
-
-async fn delete_slices(api: &Api<EndpointSlice>, gone: Vec<Arc<EndpointSlice>>) -> Result<(), ApiError> {
-    for slice in gone {
-        let parameters =
-            DeleteParams::default().preconditions(Preconditions { uid: slice.uid(), resource_version: None });
-        match call("delete endpointslice", api.delete(&slice.name_any(), &parameters)).await {
-            Err(error) if error.is_not_found() || error.is_conflict() => {}
-            result => drop(result?),
-        }
-    }
-    Ok(())
 }
 
 /// What a Service selects; `None` for one whose endpoints somebody else keeps.

@@ -11,6 +11,7 @@ use k8s_openapi::api::discovery::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
 
+use super::plan::Plan;
 use super::{SERVICE_NAME_LABEL, backends, families, topology};
 use crate::owners::controller_reference;
 use crate::pods::{is_ready, is_terminal, is_terminating};
@@ -19,13 +20,6 @@ pub(super) const MAX_ENDPOINTS: usize = 100;
 pub(super) const MANAGED_BY_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGED_BY: &str = "endpointslice-controller.k8s.io";
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
-
-#[derive(Debug, Default)]
-pub(super) struct Plan {
-    pub create: Vec<EndpointSlice>,
-    pub update: Vec<EndpointSlice>,
-    pub delete: Vec<Arc<EndpointSlice>>,
-}
 
 pub(super) fn is_ours(slice: &EndpointSlice) -> bool {
     slice.labels().get(MANAGED_BY_LABEL).is_some_and(|manager| manager == MANAGED_BY)

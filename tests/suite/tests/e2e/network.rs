@@ -1,9 +1,11 @@
 //! Names, Services and addresses as pods and the host see them.
 
 use std::net::UdpSocket;
+use std::process::Command;
 use std::time::Duration;
 
 use oarlock_testkit::wait_for;
+use serde_json::json;
 
 use super::Case;
 use super::cluster::{Cluster, PATIENCE, in_url, text};
@@ -15,6 +17,7 @@ pub(crate) const CASES: &[Case] = &[
     ("udp_services_work", udp),
     ("a_service_without_endpoints_is_refused_at_once", reject),
     ("endpoints_follow_readiness", readiness),
+    ("endpoints_that_somebody_keeps_are_mirrored_and_followed", mirroring),
     ("a_balancer_gets_an_address_that_answers", balancer),
 ];
 
@@ -105,8 +108,14 @@ fn udp(cluster: &Cluster) {
 }
 
 fn reject(cluster: &Cluster) {
-    for address in service(cluster, "default", "empty", "  selector: {app: nobody}\n  ports: [{port: 80}]\n") {
-        let target = format!("{}:80", in_url(&address)).parse().expect("address");
+    refused(&service(cluster, "default", "empty", "  selector: {app: nobody}\n  ports: [{port: 80}]\n"));
+    cluster.kubectl("delete service empty");
+}
+
+/// Waits until connections to port 80 of the addresses are refused at once.
+fn refused(addresses: &[String]) {
+    for address in addresses {
+        let target = format!("{}:80", in_url(address)).parse().expect("address");
         wait_for("a refusal", PATIENCE, || {
             match std::net::TcpStream::connect_timeout(&target, Duration::from_secs(2)) {
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => Some(()),
@@ -114,7 +123,6 @@ fn reject(cluster: &Cluster) {
             }
         });
     }
-    cluster.kubectl("delete service empty");
 }
 
 fn balancer(cluster: &Cluster) {
@@ -126,8 +134,7 @@ fn balancer(cluster: &Cluster) {
     let addresses = cluster.wait_for_output(show, "an address of each family", |text| {
         text.split_whitespace().count() == count && text.split_whitespace().all(is_ours)
     });
-    let fetch =
-        |from: &str| std::process::Command::new("curl").args(["-sS", "-g", "-m", "3", from]).output().expect("curl");
+    let fetch = |from: &str| Command::new("curl").args(["-sS", "-g", "-m", "3", from]).output().expect("curl");
     for address in addresses.split_whitespace() {
         wait_for("the page at the balancer's address", PATIENCE, || {
             text(&fetch(&format!("http://{}/", in_url(address))).stdout).contains("Oarlock rows").then_some(())
@@ -153,4 +160,46 @@ fn readiness(cluster: &Cluster) {
     let (again, message) = in_pod(cluster, &format!("-n demo {first}"), "/bin/fetch localhost:8080/set/ready");
     assert!(again, "{message}");
     cluster.wait_for_output(addresses, "three ready endpoints again", ready(3));
+}
+
+/// A Service without selector, whose Endpoints somebody else keeps: first one pod's addresses, then another's.
+fn mirroring(cluster: &Cluster) {
+    const SLICES: &str = "get endpointslices -l kubernetes.io/service-name=kept -o";
+    let addresses_of = |pod: &str| words(cluster, &format!("get pod {pod} -o jsonpath={{.status.podIPs[*].ip}}"));
+    ["first", "second"].iter().for_each(|name| drop(cluster.apply(&pod(name, &["/bin/http", "8080"]))));
+    cluster.kubectl("wait --for=condition=Ready pod/first pod/second --timeout=60s");
+    let services = service(cluster, "default", "kept", "  ports: [{name: web, port: 80, targetPort: 8080}]\n");
+    let subsets = |pod: &str| {
+        let addresses: Vec<_> = addresses_of(pod).into_iter().map(|ip| json!({"ip": ip})).collect();
+        json!([{"addresses": addresses, "ports": [{"name": "web", "port": 8080}]}])
+    };
+    let mirrored = |pod: &str| {
+        let mut wanted = addresses_of(pod);
+        wanted.sort();
+        let shown = format!("{SLICES} jsonpath={{.items[*].endpoints[*].addresses[*]}}");
+        cluster.wait_for_output(&shown, "slices of the addresses", |text| {
+            let mut found: Vec<&str> = text.split_whitespace().collect();
+            found.sort_unstable();
+            found == wanted
+        });
+        for address in &services {
+            let url = format!("http://{}/hostname", in_url(address));
+            wait_for("an answer of the pod", PATIENCE, || {
+                let page = Command::new("curl").args(["-sS", "-g", "-m", "3", &url]).output().expect("curl");
+                (text(&page.stdout).trim() == pod).then_some(())
+            });
+        }
+    };
+    let endpoints =
+        json!({"apiVersion": "v1", "kind": "Endpoints", "metadata": {"name": "kept"}, "subsets": subsets("first")});
+    cluster.apply(&endpoints.to_string());
+    mirrored("first");
+    let families = words(cluster, &format!("{SLICES} jsonpath={{.items[*].addressType}}"));
+    assert_eq!(families.len(), cluster.mode.addresses().len(), "one slice of each family: {families:?}");
+    cluster.kubectl(&format!("patch endpoints kept -p {}", json!({"subsets": subsets("second")})));
+    mirrored("second");
+    cluster.kubectl("delete endpoints kept");
+    cluster.wait_for_output(&format!("{SLICES} name"), "no slices", |text| !text.contains("endpointslice.discovery"));
+    refused(&services);
+    cluster.kubectl("delete pod/first pod/second service/kept --timeout=60s");
 }
