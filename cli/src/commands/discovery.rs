@@ -12,10 +12,12 @@ use base64::engine::general_purpose::STANDARD;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{Api, Patch, PatchParams, PostParams};
+use kube::runtime::watcher::Event;
 use kube::runtime::{WatchStreamExt, watcher};
 use oarlock_pki::Pin;
 use serde_json::{Value, json};
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{ConfigFlags, Settings};
@@ -26,8 +28,8 @@ use crate::pki;
 const CALL: Duration = Duration::from_secs(15);
 const NODE_CONFIGURATION: &str = "oarlock-node-configuration";
 const KEY: &str = "config.yaml";
-const LOOK: Duration = Duration::from_secs(30);
-const RETRY: Duration = Duration::from_secs(1);
+/// How long it is at least from one look at what nodes are told to the next.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// What is known of a cluster.
 pub(crate) struct Cluster {
@@ -45,12 +47,16 @@ fn configuration(server: &str) -> anyhow::Result<kube::Config> {
     Ok(config)
 }
 
+/// What nodes are told, to a watch.
+fn node_configuration() -> watcher::Config {
+    watcher::Config::default().fields(&format!("metadata.name={NODE_CONFIGURATION}"))
+}
+
 /// Keeps what nodes are told as this node's own, until `shutdown`: the daemons of the machine read it as they read their
 /// configuration file.
 pub(crate) async fn follow(client: kube::Client, layout: Layout, flags: ConfigFlags, shutdown: CancellationToken) {
     let api: Api<ConfigMap> = Api::namespaced(client, "kube-system");
-    let config = watcher::Config::default().fields(&format!("metadata.name={NODE_CONFIGURATION}"));
-    let mut told = watcher(api, config).default_backoff().applied_objects().boxed();
+    let mut told = watcher(api, node_configuration()).default_backoff().applied_objects().boxed();
     loop {
         let next = tokio::select! {
             next = told.next() => next,
@@ -97,26 +103,38 @@ fn keep(text: &str, layout: &Layout, flags: &ConfigFlags) -> anyhow::Result<bool
     Ok(true)
 }
 
-/// Tells the nodes, and goes on looking whether they are still told that: what they are told is the server's to say alone.
+/// Tells the nodes whenever the settings change, and again when somebody has edited or deleted what they are told: that is the
+/// server's to say alone.
 pub(crate) async fn tell_nodes(client: kube::Client, mut settings: watch::Receiver<ClusterFile>) {
     let api: Api<ConfigMap> = Api::namespaced(client, "kube-system");
-    let mut pause = LOOK;
+    let mut seen = watcher(api.clone(), node_configuration()).default_backoff().boxed();
+    // Somebody who goes on writing is answered once in a while.
+    let (mut is_due, mut earliest) = (false, Instant::now());
     loop {
         tokio::select! {
-            changed = settings.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(pause) => {}
-        }
-        let now = settings.borrow_and_update().clone();
-        match tokio::time::timeout(CALL, ensure_told(&api, &now)).await.context("no answer in time").flatten() {
-            Ok(true) => {
-                tracing::info!("nodes are told of the cluster's settings");
-                pause = LOOK;
-            }
-            Ok(false) => pause = LOOK,
-            Err(error) => {
-                let problem = format!("{error:#}");
-                tracing::warn!(problem, "nodes cannot be told of the cluster's settings; trying again");
-                pause = RETRY;
+            changed = settings.changed() => match changed {
+                Ok(()) => is_due = true,
+                Err(_) => return,
+            },
+            event = seen.next() => match event {
+                Some(Ok(Event::Apply(_) | Event::Delete(_) | Event::InitDone)) => is_due = true,
+                Some(Ok(Event::Init | Event::InitApply(_))) => {}
+                // Tried again by itself.
+                Some(Err(error)) => tracing::debug!(%error, "what nodes are told cannot be watched"),
+                None => return,
+            },
+            () = tokio::time::sleep_until(earliest), if is_due => {
+                let now = settings.borrow_and_update().clone();
+                let told = tokio::time::timeout(CALL, ensure_told(&api, &now)).await.context("no answer in time").flatten();
+                match &told {
+                    Ok(true) => tracing::info!("nodes are told of the cluster's settings"),
+                    Ok(false) => {}
+                    Err(error) => {
+                        let problem = format!("{error:#}");
+                        tracing::warn!(problem, "nodes cannot be told of the cluster's settings; trying again");
+                    }
+                }
+                (is_due, earliest) = (told.is_err(), Instant::now() + PAUSE);
             }
         }
     }

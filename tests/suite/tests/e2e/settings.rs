@@ -1,13 +1,20 @@
 //! The configuration file changes while the cluster runs.
 
+use std::time::Duration;
+
 use oarlock_testkit::{NODE_ADDRESS, wait_for};
 
 use super::Case;
 use super::cluster::{Cluster, PATIENCE, text};
 use super::kubectl::pod;
 
+const TOLD: &str = "get configmap -n kube-system oarlock-node-configuration -o jsonpath={.data}";
+/// How long the server may take to see and answer what somebody did, on a slow machine.
+const AT_ONCE: Duration = Duration::from_secs(10);
+
 pub(crate) const CASES: &[Case] = &[
     ("the_configuration_changes_while_the_cluster_runs", changes),
+    ("what_nodes_are_told_is_put_right_at_once", put_right),
     ("a_flush_of_all_rules_takes_nothing_away_for_long", flush),
 ];
 
@@ -33,9 +40,27 @@ fn flush(cluster: &Cluster) {
     cluster.kubectl("delete pod moored --timeout=60s");
 }
 
+/// Somebody edits and deletes it, several times, so that no look once in a while would be in time.
+fn put_right(cluster: &Cluster) {
+    let told = || {
+        let output = cluster.try_kubectl(TOLD);
+        output.status.success().then(|| text(&output.stdout))
+    };
+    // The case before may have changed the settings just now.
+    let before = wait_for("nodes to be told", AT_ONCE, || told().filter(|now| now.contains("192.0.2.128/29")));
+    for _ in 0..3 {
+        for line in [
+            r#"patch configmap -n kube-system oarlock-node-configuration -p {"data":{"config.yaml":"nonsense"}}"#,
+            "delete configmap -n kube-system oarlock-node-configuration",
+        ] {
+            cluster.kubectl(line);
+            wait_for("nodes to be told as before", AT_ONCE, || told().filter(|now| *now == before));
+        }
+    }
+}
+
 fn changes(cluster: &Cluster) {
     const ADDRESS: &str = "get service -n demo live -o jsonpath={.status.loadBalancer.ingress[*].ip}";
-    const TOLD: &str = "get configmap -n kube-system oarlock-node-configuration -o jsonpath={.data}";
     cluster.kubectl("expose -n demo deployment page --name=live --type=LoadBalancer --port=80 --target-port=8080");
     cluster.wait_for_output(ADDRESS, "an address of the pool", |text| text.starts_with("192.0.2."));
     let changed = cluster.configure(|text| text.replace("192.0.2.128/29", "198.51.100.16/30"));
