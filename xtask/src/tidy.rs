@@ -72,6 +72,9 @@ pub(crate) fn run() -> anyhow::Result<()> {
     println!("==> tidy");
     let text = step::output(step::cargo().args(["metadata", "--format-version", "1", "--locked"]))?;
     let metadata: Metadata = serde_json::from_str(&text).context("cargo metadata")?;
+    // No member of the workspace, so nobody else notices when its Cargo.lock does not know a new dependency.
+    let fuzz = ["metadata", "--format-version", "1", "--locked", "--manifest-path", "fuzz/Cargo.toml"];
+    step::output(step::cargo().args(fuzz))?;
     let mut problems = Vec::new();
     dependency_law(&metadata, &mut problems);
     dependencies(&metadata, &mut problems);
