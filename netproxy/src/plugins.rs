@@ -31,7 +31,7 @@ pub async fn keep(shutdown: CancellationToken) {
         for refusal in restorer.refused().iter().filter(|refusal| !told.contains(&refusal.to_string())) {
             warn!(
                 error = refusal as &dyn std::error::Error,
-                "kernel refuses a rule of a pod, the others are back; trying again"
+                "kernel refuses rules of pods' host ports or masquerading; trying again"
             );
         }
         told = restorer.refused().iter().map(ToString::to_string).collect();

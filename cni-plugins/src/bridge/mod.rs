@@ -175,16 +175,20 @@ fn address_of(ips: &[IpConfig]) -> Mac {
 fn del(call: &Call) -> Result<()> {
     let config = Config::read(call)?;
     let addresses = own_addresses(call, &config);
-    // Every step is taken, and the first failure is told. The link goes while the rest is done. Without the namespace the pair
-    // is gone with it, or will be as soon as the kernel gets to it.
+    // Without the namespace the pair is gone with it, or will be as soon as the kernel gets to it.
     let netns = call.netns.as_deref().filter(|path| path.exists());
-    let unlinking = netns.map(|netns| container::begin_removal(netns, &call.ifname)).transpose();
+    let begin = || netns.map(|netns| container::begin_removal(netns, &call.ifname)).transpose();
+    // Every step is taken, and the first failure is told. The link goes while the rest is done, unless somebody else's IPAM
+    // plugin may need it still: a DHCP client gives its address back through it.
+    let is_needed = config.ipam_type().is_some_and(|kind| kind != host_local::PLUGIN.name);
+    let early = (!is_needed).then(begin);
     let released = config.ipam_type().map_or(Ok(()), |kind| delegate::del(kind, call));
     let place = |address: &IpAddr| Place {
         table: oarlock_cni_table::table(address.is_ipv4()),
         set: masquerade::MAP,
         key: Key::single(*address),
     };
+    let unlinking = early.unwrap_or_else(begin);
     let places: Vec<Place> = addresses.iter().map(place).collect();
     let places = Some(places.as_slice()).filter(|places| !places.is_empty() && !config.mac_spoof_check);
     let removed = if config.has_rules() { table::remove(call, PLUGIN.name, &SETS, places) } else { Ok(()) };

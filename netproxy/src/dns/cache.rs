@@ -124,11 +124,12 @@ impl Cache {
     }
 }
 
-/// What an entry takes: what its answer is on the wire, and what each record is beside that. Nothing for what cannot be
-/// written.
+/// What an entry takes at most: what its answer is on the wire, and beside that each record with its name, whole, and once
+/// more for one in its data. Nothing for what cannot be written.
 fn size_bytes(question: &Question, answer: &Message) -> Option<usize> {
-    let records = answer.answers.len() + answer.authorities.len() + answer.additionals.len();
-    let fixed = size_of::<Question>() + size_of::<Entry>() + records * size_of::<Record>();
+    let records = answer.answers.iter().chain(&answer.authorities).chain(&answer.additionals);
+    let records: usize = records.map(|record| size_of::<Record>() + 2 * record.name.len()).sum();
+    let fixed = size_of::<Question>() + size_of::<Entry>() + records;
     Some(fixed + question.name.len() + answer.to_vec().ok()?.len())
 }
 

@@ -6,7 +6,7 @@ use oarlock_nft::{Bytes, Command, Kernel, Netlink, Table, Transaction};
 
 use crate::owner::Owner;
 use crate::part::{Conflict, Entry, Part};
-use crate::restore::{foundations, restore_with};
+use crate::restore::{Refusal, compare, foundations};
 use crate::state::State;
 use crate::{Result, TableError};
 
@@ -62,7 +62,14 @@ fn give_up(kernel: &mut Netlink, holder: &Holder<'_>, parts: &[Part]) -> Result<
 
 fn restore_and_add(kernel: &mut Netlink, holder: &Holder<'_>, parts: &[Part]) -> Result<()> {
     for _ in 0..ATTEMPTS {
-        restore_with(kernel, holder.state_dir)?;
+        let refused = compare(kernel, holder.state_dir)?.refused;
+        let mine = |refusal: &Refusal| match &refusal.owner {
+            Some(owner) => owner == holder.owner.as_str(),
+            None => parts.iter().any(|part| part.table() == refusal.table),
+        };
+        if let Some(refusal) = refused.into_iter().find(mine) {
+            return Err(TableError::nft("restore the table")(refusal.source));
+        }
         let _state = State::open(holder.state_dir, kernel)?;
         match add_elements(kernel, holder.owner, parts)? {
             Added::Afresh | Added::InPlace => return Ok(()),

@@ -28,7 +28,7 @@ pub use error::TableError;
 pub use foundation::{Foundation, TABLE, address_field, table};
 pub use owner::{Owner, stable_hash};
 pub use part::{Entry, Part};
-pub use restore::{Refusal, Restorer, restore, restore_with};
+pub use restore::{Refusal, Restorer, restore};
 pub use state::{STATE_DIR, State};
 
 /// The result of every operation of this crate.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use oarlock_nft::{Bytes, Command, Element, Kernel, Netlink, NftError, Table, Transaction};
 
@@ -14,15 +15,11 @@ use crate::{Foundation, Result, TableError};
 /// or nothing is on record. Elements of others are left alone, and what the kernel refuses keeps nothing else away (see
 /// [`Restorer::refused`]). Blocks, for milliseconds with hundreds of attachments.
 pub fn restore(state_dir: &Path) -> Result<usize> {
-    restore_with(&mut open()?, state_dir)
+    compare(&mut open()?, state_dir).map(|restored| restored.count)
 }
 
-/// As [`restore`] through a socket that is open.
-pub fn restore_with(kernel: &mut Netlink, state_dir: &Path) -> Result<usize> {
-    compare(kernel, state_dir).map(|restored| restored.count)
-}
-
-fn compare(kernel: &mut Netlink, state_dir: &Path) -> Result<Restored> {
+/// As [`restore`] through a socket that is open, with what was refused.
+pub(crate) fn compare(kernel: &mut Netlink, state_dir: &Path) -> Result<Restored> {
     // While this is held no plugin is between its record and the kernel.
     match State::open_alone(state_dir, kernel)? {
         Some(state) => {
@@ -35,11 +32,11 @@ fn compare(kernel: &mut Netlink, state_dir: &Path) -> Result<Restored> {
 
 /// What the kernel would not take back.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot restore {} in table {table} of the CNI plugins", whose(owner.as_deref()))]
+#[error("cannot restore {} in table {} of the CNI plugins", whose(owner.as_deref()), table.name)]
 pub struct Refusal {
     /// Whose elements; nobody's for the rules that all of them need.
     pub owner: Option<String>,
-    pub table: String,
+    pub table: Table,
     pub source: NftError,
 }
 
@@ -49,11 +46,14 @@ fn whose(owner: Option<&str>) -> String {
 
 /// What came of a restoration.
 #[derive(Debug, Default)]
-struct Restored {
+pub(crate) struct Restored {
     /// Chains and elements.
-    count: usize,
-    refused: Vec<Refusal>,
+    pub count: usize,
+    pub refused: Vec<Refusal>,
 }
+
+/// What was refused is tried again after so long, even when nobody has changed any rules.
+const RETRY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Restores when somebody changed nftables since it last found everything in place.
 #[derive(Debug)]
@@ -61,24 +61,26 @@ pub struct Restorer {
     state_dir: PathBuf,
     generation: Option<u32>,
     refused: Vec<Refusal>,
+    looked_at: Instant,
 }
 
 impl Restorer {
     pub fn new(state_dir: &Path) -> Restorer {
-        Restorer { state_dir: state_dir.to_owned(), generation: None, refused: Vec::new() }
+        Restorer { state_dir: state_dir.to_owned(), generation: None, refused: Vec::new(), looked_at: Instant::now() }
     }
 
     /// As [`restore`]; one question to the kernel when nothing was committed since the last call.
     pub fn restore(&mut self) -> Result<usize> {
         let mut kernel = open()?;
         let generation = kernel.generation().map_err(TableError::nft("look at the table"))?;
-        if self.generation == Some(generation) {
+        let is_retry = !self.refused.is_empty() && self.looked_at.elapsed() >= RETRY_INTERVAL;
+        if self.generation == Some(generation) && !is_retry {
             return Ok(0);
         }
         self.generation = None;
+        self.looked_at = Instant::now();
         let restored = compare(&mut kernel, &self.state_dir)?;
-        // What is refused is tried again.
-        if restored.count == 0 && restored.refused.is_empty() {
+        if restored.count == 0 {
             self.generation = Some(generation);
         }
         self.refused = restored.refused;
@@ -136,6 +138,10 @@ impl Wanted {
 /// Puts back what records, the oldest first, want and the kernel does not have: each table in one transaction, or record by
 /// record where that is refused.
 fn put_back(kernel: &mut dyn Kernel, records: &[Record]) -> Result<Restored> {
+    put_back_unless_flushed(kernel, records, true)
+}
+
+fn put_back_unless_flushed(kernel: &mut dyn Kernel, records: &[Record], is_first: bool) -> Result<Restored> {
     let failed = TableError::nft("restore the table");
     let mut wanted: BTreeMap<Table, Wanted> = BTreeMap::new();
     for record in records {
@@ -161,6 +167,11 @@ fn put_back(kernel: &mut dyn Kernel, records: &[Record]) -> Result<Restored> {
         }
         match kernel.commit(&transaction) {
             Ok(()) => restored.count += foundations.len() + missing.values().map(HashMap::len).sum::<usize>(),
+            // Somebody took away meanwhile what was in place.
+            Err(error) if is_first && foundations.is_empty() && error.is_not_found() => {
+                let again = put_back_unless_flushed(kernel, records, false)?;
+                return Ok(Restored { count: restored.count + again.count, ..again });
+            }
             Err(NftError::Refused { .. } | NftError::TooLarge { .. }) => {
                 put_back_each(kernel, &foundations, (table, missing), records, &mut restored).map_err(&failed)?;
             }
@@ -170,7 +181,8 @@ fn put_back(kernel: &mut dyn Kernel, records: &[Record]) -> Result<Restored> {
     Ok(restored)
 }
 
-/// As [`put_back`] in one table, each foundation and each record in a transaction of its own.
+/// As [`put_back`] in one table, each foundation and each record in a transaction of its own. Records that need a foundation
+/// which is refused are not tried.
 fn put_back_each(
     kernel: &mut dyn Kernel,
     foundations: &[Foundation],
@@ -182,16 +194,23 @@ fn put_back_each(
         |transaction: &Transaction, owner: Option<&String>, restored: &mut Restored| match kernel.commit(transaction) {
             Ok(()) => Ok(true),
             Err(source @ (NftError::Refused { .. } | NftError::TooLarge { .. })) => {
-                restored.refused.push(Refusal { owner: owner.cloned(), table: table.name.clone(), source });
+                restored.refused.push(Refusal { owner: owner.cloned(), table: table.clone(), source });
                 Ok(false)
             }
             Err(error) => Err(error),
         };
+    let mut lacking = Vec::new();
     for foundation in foundations {
-        restored.count += usize::from(commit(&foundation.transaction(), None, restored)?);
+        match commit(&foundation.transaction(), None, restored)? {
+            true => restored.count += 1,
+            false => lacking.push(foundation),
+        }
     }
     for record in records {
         let of_table = record.parts.iter().filter(|part| part.table() == table);
+        if of_table.clone().any(|part| lacking.contains(&&part.foundation())) {
+            continue;
+        }
         let mut entries: Vec<Entry> = of_table.flat_map(|part| part.entries(&record.owner)).collect();
         // Of records that want the same key one has it, and one that is there by now is not put back again.
         entries.retain(|entry| {

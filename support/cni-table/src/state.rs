@@ -100,9 +100,13 @@ impl State {
             if let Some(state) = State::lock(directory, FlockArg::LockShared)? {
                 return Ok(state);
             }
-            // Whoever removes what is empty may come in between.
-            let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-            absent_is_fine(made).map_err(failed("create", directory))?;
+            // Whoever removes what is empty may come in between, and others who make it.
+            match DirBuilder::new().recursive(true).mode(0o700).create(directory) {
+                Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {
+                    return Err(failed("create", directory)(error));
+                }
+                _ => {}
+            }
         }
         Err(failed("open", directory)(io::ErrorKind::NotFound.into()))
     }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -72,12 +73,11 @@ impl Entry {
     }
 }
 
-/// Longer records are not written over: a block of a file system is written whole or not at all.
+/// Longer records are not written over: up to a page, one call writes all or nothing.
 const WHOLE_BYTES: usize = 4096;
 
-/// Puts a record in the place of a shorter one by one call, which no signal cuts in two and which needs no more room on
-/// the disk. This spares the file system a new file: what ADD gave follows what it was asked for in every pod's start. False
-/// where there is no shorter record.
+/// Puts a record in the place of a shorter one by one call, which no kill cuts in two. This spares the file system a new
+/// file: what ADD gave follows what it was asked for in every pod's start. False where there is no shorter record.
 fn write_over(path: &Path, text: &[u8]) -> io::Result<bool> {
     let mut file = match fs::File::options().write(true).open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -95,20 +95,29 @@ pub(crate) struct Cache {
     directory: PathBuf,
     /// A record's file that nobody needs, out of sight of others who read records.
     spare: PathBuf,
+    /// Held while files are looked for and used: one that is used again belongs to another container then.
+    files: Arc<Mutex<()>>,
 }
 
 impl Cache {
     pub fn new(cache_dir: &Path) -> Cache {
-        Cache { directory: cache_dir.join("results"), spare: cache_dir.join("spare") }
+        Cache { directory: cache_dir.join("results"), spare: cache_dir.join("spare"), files: Arc::default() }
+    }
+
+    fn alone(&self) -> MutexGuard<'_, ()> {
+        // Nothing is kept in it that a panic could leave half done.
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn path(&self, network: &str, container_id: &str, ifname: &str) -> PathBuf {
         self.directory.join(format!("{network}-{container_id}-{ifname}"))
     }
 
-    /// Writes the record so that a crash leaves the old one or the new one.
+    /// Writes the record so that a kill leaves the old one or the new one. A power cut may leave one that cannot be read, which
+    /// counts as none: DEL then goes by the network's configuration of that day.
     pub fn store(&self, entry: &Entry) -> Result<(), CniError> {
         let path = self.path(&entry.network_name, &entry.container_id, &entry.if_name);
+        let _alone = self.alone();
         let write = || -> io::Result<()> {
             let text = serde_json::to_vec(entry)?;
             if write_over(&path, &text)? {
@@ -134,6 +143,7 @@ impl Cache {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(CniError::Cache { path, source }),
             _ => Ok(()),
         };
+        let _alone = self.alone();
         let (removed, renamed) = (fs::remove_file(&partial), fs::rename(&path, &self.spare));
         absent_is_fine(partial, removed).and(absent_is_fine(path, renamed))
     }
@@ -150,6 +160,7 @@ impl Cache {
     }
 
     pub fn load(&self, network: &str, container_id: &str, ifname: &str) -> Option<Entry> {
+        let _alone = self.alone();
         read(&self.path(network, container_id, ifname))
     }
 
@@ -161,6 +172,7 @@ impl Cache {
     /// Reads only the files whose names are wanted, and none that is no record (any more).
     fn entries(&self, is_wanted: impl Fn(&str) -> bool) -> Result<Vec<Entry>, CniError> {
         let failed = |source| CniError::Cache { path: self.directory.clone(), source };
+        let _alone = self.alone();
         let entries = match fs::read_dir(&self.directory) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 in_each_mode! {
     what_was_flushed_works_again
     a_record_that_is_refused_keeps_no_other_away
+    an_add_tells_what_the_kernel_refuses
     only_what_is_missing_is_put_back
     the_next_add_puts_everything_back
     what_was_deleted_or_refused_stays_away
@@ -119,12 +120,27 @@ fn a_record_that_is_refused_keeps_no_other_away(mode: Mode) {
     assert!(restorer.restore().unwrap() > 0);
     assert_eq!(world.works(), vec![(true, false); families.len()]);
     let refused: Vec<String> = restorer.refused().iter().map(ToString::to_string).collect();
-    assert!(refused.iter().any(|one| one.contains("what is on record for")), "{refused:?}");
+    assert!(!refused.is_empty() && refused.iter().all(|one| one.contains("common rules")), "{refused:?}");
     assert_eq!(restorer.restore().unwrap(), 0, "the rest is in place");
     assert!(!restorer.refused().is_empty());
     nft("flush ruleset");
     assert!(restorer.restore().unwrap() > 0);
     assert_eq!((world.works(), restorer.refused().len()), (vec![(true, true); families.len()], 0));
+}
+
+fn an_add_tells_what_the_kernel_refuses(mode: Mode) {
+    let world = World::new(mode);
+    nft("flush ruleset");
+    // Somebody's chain in the place of one that host ports need, and that hangs on a hook.
+    for family in &world.families() {
+        nft(&format!("add table {family} oarlock-cni"));
+        nft(&format!("add chain {family} oarlock-cni hostports-prerouting"));
+    }
+    let said = world.attach("b", 8081).unwrap_err();
+    assert!(said.contains("restore the table"), "{said}");
+    nft("flush ruleset");
+    world.attach("c", 8082).unwrap();
+    assert!(world.works().into_iter().all(|works| works == (true, true)));
 }
 
 fn only_what_is_missing_is_put_back(mode: Mode) {
