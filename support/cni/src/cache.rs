@@ -201,15 +201,18 @@ fn read(path: &Path) -> Option<Entry> {
 mod tests {
     use super::*;
 
+    fn entry(container_id: &str, result: Option<Value>) -> Entry {
+        let source = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
+        let attachment = Attachment::for_pod(container_id, Path::new("/run/netns/a"), "default", "p", "u");
+        Entry::new(&NetworkList::parse(source).unwrap(), &attachment, result)
+    }
+
     #[test]
     fn a_record_goes_with_what_a_writer_that_died_left_and_others_stay() {
         let directory = tempfile::tempdir().unwrap();
         let cache = Cache::new(directory.path());
-        let source = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
-        let network = NetworkList::parse(source).unwrap();
         for id in ["one", "two", "other-one"] {
-            let attachment = Attachment::for_pod(id, Path::new("/run/netns/a"), "default", "p", "u");
-            cache.store(&Entry::new(&network, &attachment, None)).unwrap();
+            cache.store(&entry(id, None)).unwrap();
         }
         fs::write(cache.partial("one", "eth0"), "{").unwrap();
         assert_eq!(cache.find("one", "eth0").unwrap().unwrap().container_id, "one");
@@ -223,17 +226,14 @@ mod tests {
     fn a_file_that_is_used_again_holds_nothing_of_the_record_before() {
         let directory = tempfile::tempdir().unwrap();
         let cache = Cache::new(directory.path());
-        let source = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
-        let network = NetworkList::parse(source).unwrap();
-        let attachment = |id: &str| Attachment::for_pod(id, Path::new("/run/netns/a"), "default", "p", "u");
         let result = serde_json::json!({"ips": [{"address": "10.42.0.2/24"}]});
         let mut inodes = Vec::new();
         for id in ["long-name-of-a-container", "b", "container-c"] {
             let path = cache.path("net", id, "eth0");
             for result in [None, Some(result.clone())] {
-                cache.store(&Entry::new(&network, &attachment(id), result.clone())).unwrap();
-                let [entry] = cache.all().unwrap().try_into().expect("one record");
-                assert_eq!((entry.container_id.as_str(), entry.result), (id, result));
+                cache.store(&entry(id, result.clone())).unwrap();
+                let [found] = cache.all().unwrap().try_into().expect("one record");
+                assert_eq!((found.container_id.as_str(), found.result), (id, result));
                 inodes.push(std::os::unix::fs::MetadataExt::ino(&fs::metadata(&path).unwrap()));
             }
             cache.remove("net", id, "eth0").unwrap();
