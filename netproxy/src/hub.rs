@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1 as core;
 use oarlock_netlink::{Connection, Protocol as NetlinkProtocol, WireguardKey};
 use parking_lot::RwLock;
 use tokio::sync::{Mutex, mpsc, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, interval_at, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -128,8 +128,10 @@ impl Hub {
         mut changes: Option<watch::Receiver<Config>>,
         shutdown: CancellationToken,
     ) {
+        // Before the first rules: who waits for those may count on the node's own way to Services too.
+        self.check_host().await;
         let mut audit = tokio::time::interval(AUDIT_INTERVAL);
-        let mut host_audit = tokio::time::interval(HOST_AUDIT_INTERVAL);
+        let mut host_audit = interval_at(Instant::now() + HOST_AUDIT_INTERVAL, HOST_AUDIT_INTERVAL);
         let mut batch = Vec::with_capacity(EVENT_BATCH);
         let mut conflist_pending = false;
         let mut calls = Calls::default();
