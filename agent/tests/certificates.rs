@@ -44,12 +44,8 @@ fn rotation(dir: &Path) -> Rotation {
 }
 
 async fn until(what: &str, condition: impl Fn() -> bool) {
-    let reached = tokio::time::timeout(Duration::from_secs(20), async {
-        while !condition() {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(reached.await.is_ok(), "{what}");
+    let reached = fakes::reached(condition);
+    assert!(reached.await, "{what}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -123,7 +119,7 @@ async fn the_serving_certificate_is_replaced_while_the_node_serves() {
     .await;
     let address = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), PORT);
     let mut seen: Vec<Vec<u8>> = Vec::new();
-    let found = tokio::time::timeout(Duration::from_secs(30), async {
+    let found = tokio::time::timeout(Duration::from_secs(60), async {
         while seen.len() < 3 {
             sign(&node.api, &authority, Duration::from_secs(4));
             // Only certificates that the authority has signed and that are good now are accepted here.

@@ -77,12 +77,8 @@ fn mounted(node: &Node) -> (PathBuf, bool) {
 }
 
 async fn gone(node: &Node) {
-    let ended = tokio::time::timeout(std::time::Duration::from_secs(20), async {
-        while node.api.get(POD).is_some() {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(ended.await.is_ok(), "the pod stays: {:#?}", node.events());
+    let ended = fakes::reached(|| node.api.get(POD).is_none());
+    assert!(ended.await, "the pod stays: {:#?}", node.events());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -173,12 +169,8 @@ async fn a_volume_that_must_be_attached_waits_for_it() {
     node.api.put(&path, attachment.clone());
     let told =
         |node: &Node| node.api.all("/events/").iter().any(|e| e["message"].to_string().contains("being deleted"));
-    let refused = tokio::time::timeout(std::time::Duration::from_secs(20), async {
-        while !told(&node) {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(refused.await.is_ok(), "it is mounted while it goes: {:#?}", node.events());
+    let refused = fakes::reached(|| told(&node));
+    assert!(refused.await, "it is mounted while it goes: {:#?}", node.events());
     attachment["metadata"].as_object_mut().expect("metadata").remove("deletionTimestamp");
     node.api.put(&path, attachment);
     node.api.wait(POD, "Ready", ready).await;

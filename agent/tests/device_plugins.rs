@@ -84,9 +84,7 @@ async fn a_pod_that_cannot_have_its_devices_is_rejected_with_the_reason() {
         let file = node.dir.path().join("kubelet/device-plugins/kubelet_internal_checkpoint");
         std::fs::read_to_string(file).is_ok_and(|text| text.contains("broken"))
     };
-    while !listed() {
-        tokio::task::yield_now().await;
-    }
+    assert!(fakes::reached(listed).await, "the plugin's devices are written down");
     node.api.put(POD, other);
     let (reason, message) = rejected(&node).await;
     assert_eq!(reason, "UnexpectedAdmissionError");

@@ -36,12 +36,8 @@ async fn a_pod_lives_from_creation_to_ready_to_deletion() {
     let last = changes.iter().rposition(|change| change.ends_with("pods/web/status")).expect("a status");
     let deleted = changes.iter().position(|change| change.starts_with("DELETE")).expect("a deletion");
     assert!(last < deleted, "the last status comes before the deletion: {changes:?}");
-    let empty = tokio::time::timeout(Duration::from_secs(10), async {
-        while !node.runtime.is_empty() {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(empty.await.is_ok(), "something is left in the runtime: {:?}", node.runtime.calls());
+    let empty = fakes::reached(|| node.runtime.is_empty());
+    assert!(empty.await, "something is left in the runtime: {:?}", node.runtime.calls());
     assert!(!node.dir.path().join("data/pods/pod-uid-1").exists());
 }
 
@@ -104,12 +100,9 @@ async fn a_killed_agent_adopts_its_pods_without_a_flip_or_a_restart() {
         "stray"
     };
     let node = node.with_agent().await;
-    let removed = tokio::time::timeout(Duration::from_secs(10), async {
-        while node.runtime.world.lock().unwrap().sandboxes.iter().any(|sandbox| sandbox.id == stray) {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(removed.await.is_ok(), "the unknown pod stays: {:?}", node.runtime.calls());
+    let removed =
+        fakes::reached(|| node.runtime.world.lock().unwrap().sandboxes.iter().all(|sandbox| sandbox.id != stray));
+    assert!(removed.await, "the unknown pod stays: {:?}", node.runtime.calls());
     let pod = node.api.get(POD).expect("the pod");
     assert!(ready(&pod));
     assert_eq!(patches(&node), before, "an adopted pod has nothing to tell");
@@ -124,12 +117,8 @@ async fn containers_outlive_an_api_outage_and_the_status_catches_up() {
     node.api.wait(POD, "Ready", ready).await;
     node.api.set_down(true);
     node.runtime.exit("app", 1);
-    let restarted = tokio::time::timeout(Duration::from_secs(10), async {
-        while node.runtime.running().is_empty() {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(restarted.await.is_ok(), "restarts need the API: {:?}", node.runtime.calls());
+    let restarted = fakes::reached(|| !node.runtime.running().is_empty());
+    assert!(restarted.await, "restarts need the API: {:?}", node.runtime.calls());
     node.api.set_down(false);
     node.api.wait(POD, "told", |pod| pod["status"]["containerStatuses"][0]["restartCount"] == 1 && ready(pod)).await;
 }

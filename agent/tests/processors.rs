@@ -2,8 +2,6 @@
 
 mod fakes;
 
-use std::time::Duration;
-
 use fakes::node::{Node, POD, pod, ready};
 use oarlock_agent::Config;
 use serde_json::{Value, json};
@@ -37,12 +35,8 @@ fn cpuset(node: &Node, container: &str) -> String {
 
 async fn updated(node: &Node, cpus: &str) {
     let call = format!("update cpuset.cpus={cpus}");
-    let seen = tokio::time::timeout(Duration::from_secs(10), async {
-        while !node.runtime.calls().contains(&call) {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(seen.await.is_ok(), "{call}: {:?}", node.runtime.calls());
+    let seen = fakes::reached(|| node.runtime.calls().contains(&call));
+    assert!(seen.await, "{call}: {:?}", node.runtime.calls());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

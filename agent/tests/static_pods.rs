@@ -3,7 +3,6 @@
 mod fakes;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use fakes::node::{Node, ready};
 use serde_json::Value;
@@ -31,13 +30,9 @@ fn write(path: &Path, image: &str) {
 }
 
 /// Waits for something of the fake runtime, for longer than an event takes and shorter than the next look would.
-async fn soon(what: &str, mut so: impl FnMut() -> bool) {
-    let reached = tokio::time::timeout(Duration::from_secs(5), async {
-        while !so() {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(reached.await.is_ok(), "not within 5 s: {what}");
+async fn soon(what: &str, so: impl FnMut() -> bool) {
+    let reached = fakes::reached(so);
+    assert!(reached.await, "not soon: {what}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -60,12 +60,8 @@ async fn each_pod_has_its_own_ids_and_volumes_are_mapped_to_them() {
     node.api.wait(OTHER, "Ready", ready).await;
     assert_ne!(first_id(&sandbox(&node, "other")), ids);
     node.api.delete_gracefully(POD, 1);
-    let gone = tokio::time::timeout(std::time::Duration::from_secs(20), async {
-        while node.api.get(POD).is_some() {
-            tokio::task::yield_now().await;
-        }
-    });
-    assert!(gone.await.is_ok(), "the pod stays: {:?}", node.events());
+    let gone = fakes::reached(|| node.api.get(POD).is_none());
+    assert!(gone.await, "the pod stays: {:?}", node.events());
     let again = "/api/v1/namespaces/default/pods/again";
     node.api.put(again, apart("again"));
     node.api.wait(again, "Ready", ready).await;

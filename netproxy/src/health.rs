@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -80,13 +80,15 @@ impl Pending {
 /// What the proxy is doing, written by its parts and read by the health port. Times are milliseconds since 1970.
 #[derive(Debug, Default)]
 pub struct Status {
-    /// True once Services and network policies have been written.
+    /// True once Services and network policies have been written and cluster DNS is served.
     pub ready: watch::Sender<bool>,
     pending: Mutex<Pending>,
     /// The Node says that it is going, so balancers had better send elsewhere.
     pub leaving: AtomicBool,
     has_services: AtomicBool,
     has_policies: AtomicBool,
+    /// Of what is listened on, how much has not been tried yet.
+    untried: AtomicUsize,
     pub queued_at: AtomicU64,
     pub synced_at: AtomicU64,
     pub failures: AtomicU64,
@@ -144,8 +146,21 @@ impl Status {
         self.note_ready();
     }
 
+    /// So many addresses will be listened on, which is waited for before anything counts as ready.
+    pub fn will_listen(&self, count: usize) {
+        self.untried.fetch_add(count, Ordering::SeqCst);
+    }
+
+    /// One of them is listened on; or cannot be now, for which nothing else is kept waiting.
+    pub fn tried_to_listen(&self) {
+        self.untried.fetch_sub(1, Ordering::SeqCst);
+        self.note_ready();
+    }
+
     fn note_ready(&self) {
-        let is_ready = self.has_services.load(Ordering::SeqCst) && self.has_policies.load(Ordering::SeqCst);
+        let is_ready = self.has_services.load(Ordering::SeqCst)
+            && self.has_policies.load(Ordering::SeqCst)
+            && self.untried.load(Ordering::SeqCst) == 0;
         self.ready.send_if_modified(|ready| is_ready && !std::mem::replace(ready, true));
     }
 
@@ -176,8 +191,13 @@ pub async fn run(
     dns: Arc<DnsServer>,
     shutdown: CancellationToken,
 ) {
+    let mut is_first = true;
     let listener = loop {
-        match oarlock_listen::tcp(listen).and_then(TcpListener::from_std) {
+        let bound = oarlock_listen::tcp(listen).and_then(TcpListener::from_std);
+        if std::mem::take(&mut is_first) {
+            status.tried_to_listen();
+        }
+        match bound {
             Ok(listener) => break listener,
             Err(error) => {
                 warn!(%listen, error = &error as &dyn std::error::Error, "health or metrics port cannot be served; trying again")

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1 as core;
 use oarlock_netlink::{Connection, Protocol as NetlinkProtocol, WireguardKey};
 use parking_lot::RwLock;
 use tokio::sync::{Mutex, mpsc, watch};
-use tokio::time::{Instant, interval_at, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -22,7 +22,7 @@ use crate::config::{Config, Tunnel};
 use crate::dns::Upstream;
 use crate::health::Status;
 use crate::host;
-use crate::node::{self, Node};
+use crate::node::{self, Node, ServiceRoute};
 use crate::overlay;
 use crate::plan::{self, Context};
 use crate::proxy;
@@ -129,9 +129,12 @@ impl Hub {
         shutdown: CancellationToken,
     ) {
         // Before the first rules: who waits for those may count on the node's own way to Services too.
-        self.check_host().await;
-        let mut audit = tokio::time::interval(AUDIT_INTERVAL);
-        let mut host_audit = interval_at(Instant::now() + HOST_AUDIT_INTERVAL, HOST_AUDIT_INTERVAL);
+        let mut is_prepared = self.check_host().await;
+        let [mut audit, mut host_audit] = [AUDIT_INTERVAL, HOST_AUDIT_INTERVAL].map(|period| {
+            let mut ticks = interval_at(Instant::now() + period, period);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            ticks
+        });
         let mut batch = Vec::with_capacity(EVENT_BATCH);
         let mut conflist_pending = false;
         let mut calls = Calls::default();
@@ -139,6 +142,22 @@ impl Hub {
             let nodes_changed = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => return,
+                // Before events, which may come without end: repairs are not to wait for quiet times.
+                _ = audit.tick() => {
+                    if self.look_at_bridges().await.is_err() {
+                        return;
+                    }
+                    if !is_prepared {
+                        is_prepared = self.check_host().await;
+                    }
+                    // A full queue means that the worker is busy, and the next tick is soon.
+                    let _ = self.jobs.try_send(Job::Audit);
+                    conflist_pending || self.lacks_conflist()
+                }
+                _ = host_audit.tick() => {
+                    is_prepared = self.check_host().await;
+                    true
+                }
                 count = events.recv_many(&mut batch, EVENT_BATCH) => {
                     if count == 0 {
                         return;
@@ -169,18 +188,6 @@ impl Hub {
                 () = sleep_until(calls.next.unwrap_or_else(Instant::now)), if calls.next.is_some() => {
                     // What fails now is tried again with the audits, which this is not to keep from their turn.
                     calls.next = None;
-                    true
-                }
-                _ = audit.tick() => {
-                    if self.look_at_bridges().await.is_err() {
-                        return;
-                    }
-                    // A full queue means that the worker is busy, and the next tick is soon.
-                    let _ = self.jobs.try_send(Job::Audit);
-                    conflist_pending || self.lacks_conflist()
-                }
-                _ = host_audit.tick() => {
-                    self.check_host().await;
                     true
                 }
             };
@@ -465,14 +472,23 @@ impl Hub {
         self.enforced.borrow().is_some() && wanted.is_some_and(|directory| !has(directory))
     }
 
-    /// What others may have taken from the host meanwhile.
-    async fn check_host(&self) {
+    /// What others may have taken from the host meanwhile. Says whether the host has now all that it should.
+    async fn check_host(&self) -> bool {
         let config = self.config.clone();
-        let record = config.sysctl_record.clone();
-        let work = move || config.networks.iter().try_for_each(|network| check_network(network, record.as_deref()));
+        let work = move || {
+            let check = |network| check_network(network, config.sysctl_record.as_deref());
+            config.networks.iter().map(check).collect::<Result<Vec<bool>, _>>()
+        };
         match tokio::task::spawn_blocking(work).await {
-            Ok(Err(error)) => warn!(error = &error as &dyn std::error::Error, "forwarding cannot be switched on"),
-            _ => debug!("host checked"),
+            Ok(Ok(prepared)) => {
+                debug!("host checked");
+                !prepared.contains(&false)
+            }
+            Ok(Err(error)) => {
+                warn!(error = &error as &dyn std::error::Error, "forwarding cannot be switched on");
+                true
+            }
+            Err(_panicked) => true,
         }
     }
 }
@@ -554,20 +570,26 @@ fn announced(config: &Config, service: &Service, slices: &[&Slice]) -> Option<An
     (!addresses.is_empty()).then_some((addresses, only))
 }
 
-fn check_network(network: &crate::Network, record: Option<&std::path::Path>) -> Result<(), host::SysctlError> {
+/// Says whether Service addresses have a route, or need none.
+fn check_network(network: &crate::Network, record: Option<&std::path::Path>) -> Result<bool, host::SysctlError> {
     let service_cidr = network.service_cidr;
-    let added = network.node_ip.map_or(Ok(false), |node_ip| node::ensure_service_route(service_cidr, node_ip));
-    match added {
-        Ok(true) => info!(%service_cidr, "route to Service addresses added"),
-        Ok(false) => {}
-        Err(error) => {
-            warn!(error = &error as &dyn std::error::Error, "route to Service addresses cannot be set")
+    let route = network.node_ip.map(|node_ip| node::ensure_service_route(service_cidr, node_ip));
+    let is_reachable = match route.transpose() {
+        Ok(Some(ServiceRoute::Added)) => {
+            info!(%service_cidr, "route to Service addresses added");
+            true
         }
-    }
+        Ok(None | Some(ServiceRoute::Covered)) => true,
+        Ok(Some(ServiceRoute::NoLink)) => false,
+        Err(error) => {
+            warn!(error = &error as &dyn std::error::Error, "route to Service addresses cannot be set");
+            true
+        }
+    };
     if let Err(error) = ensure_dns_address(network.cluster_dns) {
         warn!(error = &error as &dyn std::error::Error, "cluster DNS address cannot be set");
     }
-    host::enable_forwarding(network.is_ipv4(), record)
+    host::enable_forwarding(network.is_ipv4(), record).map(|()| is_reachable)
 }
 
 /// Puts the cluster DNS address on this node.

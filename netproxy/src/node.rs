@@ -131,22 +131,33 @@ pub fn remove_conflist(directory: &Path) -> Result<(), WriteError> {
     }
 }
 
+/// How the node itself comes to Service addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServiceRoute {
+    /// By a route that there was, as a default route.
+    Covered,
+    /// By a route of ours, made now.
+    Added,
+    /// Not at all: no link has the node's address yet.
+    NoLink,
+}
+
 /// Lets the node itself reach Service addresses when no other route covers them, as on hosts without a default route: the
 /// packets need some route before they are given another destination. It leads out of the node's own link, where our
 /// table lets nothing of it pass; through `lo`, refusals would not find back.
-pub fn ensure_service_route(service_cidr: IpNet, node_ip: IpAddr) -> oarlock_netlink::Result<bool> {
+pub fn ensure_service_route(service_cidr: IpNet, node_ip: IpAddr) -> oarlock_netlink::Result<ServiceRoute> {
     let mut connection = Connection::open(Protocol::Route)?;
     if connection.routes()?.iter().any(|route| route.destination.contains(&service_cidr)) {
-        return Ok(false);
+        return Ok(ServiceRoute::Covered);
     }
     let lo = connection.require_link("lo")?.index;
     let addresses = connection.addresses()?;
     let Some(own) = addresses.iter().find(|address| address.net.addr() == node_ip && address.link != lo) else {
-        return Ok(false);
+        return Ok(ServiceRoute::NoLink);
     };
     let route = Route { protocol: ROUTE_PROTOCOL, ..Route::new(service_cidr.trunc(), None, own.link) };
     connection.replace_route(&route)?;
-    Ok(true)
+    Ok(ServiceRoute::Added)
 }
 
 /// Takes away what this module and the DNS address left on the node's links. For a reset.

@@ -15,7 +15,7 @@ use crate::announce::{self, Identity};
 use crate::cluster::Cluster;
 use crate::config::{Config, Network};
 use crate::conntrack::Scope;
-use crate::dns::{self, DnsServer, StubDomains, Upstream, Zone};
+use crate::dns::{self, DnsServer, Sockets, StubDomains, Upstream, Zone};
 use crate::health::{self, Audience, Status};
 use crate::host::{self, SysctlError};
 use crate::hub::{self, Hub, Outputs};
@@ -74,8 +74,9 @@ impl Netproxy {
         Netproxy { changes: Some(changes), ..self }
     }
 
-    /// Becomes true once Services and network policies have been written: from then on Services work, names are answered, and
-    /// pods are as isolated as they should be.
+    /// Becomes true once Services and network policies have been written and cluster DNS is served: from then on Services work,
+    /// names are answered, and pods are as isolated as they should be. Where another program has the port of cluster DNS, that
+    /// is not waited for.
     pub fn ready(&self) -> watch::Receiver<bool> {
         self.status.ready.subscribe()
     }
@@ -114,6 +115,9 @@ impl Netproxy {
 
         let mut tasks = Tasks::new(shutdown.child_token());
         let token = tasks.token();
+        let ports =
+            [("health", config.health_listen, Audience::Anybody), ("metrics", config.metrics_listen, Audience::Host)];
+        status.will_listen(dns_addresses.len() + ports.len());
         tasks.spawn("service watch", infallible(watches::services(client.clone(), events_in.clone(), token.clone())));
         let own_node = config.node_name.clone();
         tasks.spawn(
@@ -156,14 +160,13 @@ impl Netproxy {
         let hub = Hub::new(config.clone(), outputs);
         tasks.spawn("hub", infallible(hub.run(events, changes, token.clone())));
         for address in &dns_addresses {
-            tasks.spawn("cluster DNS", infallible(serve_dns(dns.clone(), *address, token.clone())));
+            let serving = serve_dns(dns.clone(), *address, status.clone(), token.clone());
+            tasks.spawn("cluster DNS", infallible(serving));
         }
         tasks.spawn("rules of plugins", infallible(plugins::keep(token.clone())));
         tasks.spawn("DNS loops", infallible(dns::watch_loops(upstream, token.clone())));
         tasks.spawn("DNS Service", infallible(dns_service::keep(client, dns_addresses, token.clone())));
         tasks.spawn("balancer health", infallible(balancer_health::run(balancers, status.clone(), token.clone())));
-        let ports =
-            [("health", config.health_listen, Audience::Anybody), ("metrics", config.metrics_listen, Audience::Host)];
         for (name, listen, audience) in ports {
             let serving = health::run((listen, audience), status.clone(), dns.clone(), token.clone());
             tasks.spawn(name, infallible(serving));
@@ -242,14 +245,28 @@ fn parse_domain(domain: &str) -> Result<Name, Error> {
     Ok(name.to_lowercase())
 }
 
+/// The sockets of the cluster DNS address, which this node is given; or a word in the log.
+async fn listen_for_questions(address: std::net::IpAddr) -> Option<Sockets> {
+    let prepared = tokio::task::spawn_blocking(move || hub::ensure_dns_address(address)).await;
+    if let Ok(Err(error)) = prepared {
+        warn!(error = &error as &dyn std::error::Error, "cluster DNS address cannot be set; trying again");
+        return None;
+    }
+    let bound = Sockets::bind((address, DNS_PORT).into()).await;
+    let said = |error| warn!(error = &error as &dyn std::error::Error, "cluster DNS cannot be served; trying again");
+    bound.map_err(said).ok()
+}
+
 /// Serves cluster DNS, and tries again when another program has the port.
-async fn serve_dns(dns: Arc<DnsServer>, address: std::net::IpAddr, shutdown: CancellationToken) {
+async fn serve_dns(dns: Arc<DnsServer>, address: std::net::IpAddr, status: Arc<Status>, shutdown: CancellationToken) {
+    let mut is_first = true;
     while !shutdown.is_cancelled() {
-        let prepared = tokio::task::spawn_blocking(move || hub::ensure_dns_address(address)).await;
-        if let Ok(Err(error)) = prepared {
-            warn!(error = &error as &dyn std::error::Error, "cluster DNS address cannot be set; trying again");
-        } else if let Err(error) = dns.clone().run((address, DNS_PORT).into(), shutdown.clone()).await {
-            warn!(error = &error as &dyn std::error::Error, "cluster DNS cannot be served; trying again");
+        let sockets = listen_for_questions(address).await;
+        if std::mem::take(&mut is_first) {
+            status.tried_to_listen();
+        }
+        if let Some(sockets) = sockets {
+            dns.clone().run(sockets, shutdown.clone()).await;
         }
         tokio::select! {
             () = tokio::time::sleep(RETRY_INTERVAL) => {}

@@ -22,7 +22,7 @@ use crate::state::blocking;
 /// stream open for ever.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// How long a client with a terminal has to say how large it is before the program starts without a size.
-const FIRST_SIZE_LIMIT: Duration = Duration::from_millis(200);
+const FIRST_SIZE_LIMIT: Duration = Duration::from_millis(600);
 /// How long a connection to a port of a pod may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use serde_json::Value;
 
-use crate::test::Counts;
+use crate::test::{APART, APART_AT_ONCE, Counts};
 use crate::{build, lab_cluster, packages, step, target_dir};
 
 /// The guest's release of Debian.
@@ -106,7 +106,7 @@ const MODULES: &[&str] = &[
     "wireguard",
 ];
 /// How long the guest may take in all, and with the tests of the network.
-const DEADLINE: Duration = Duration::from_secs(20 * 60);
+const DEADLINE: Duration = Duration::from_secs(30 * 60);
 const NETWORK_DEADLINE: Duration = Duration::from_secs(60 * 60);
 /// What the guest prints at its end.
 const FINISHED: &str = "the guest has finished";
@@ -297,8 +297,9 @@ fn guest_script(tests: &[(String, PathBuf)]) -> String {
     );
     for (name, _) in tests {
         let filter = if name == "e2e" { CASES.join(" ") } else { String::new() };
+        let threads = if APART.contains(&name.as_str()) { APART_AT_ONCE } else { 1 };
         script.push_str(&format!(
-            "echo '--- {name}'; /opt/tests/{name} --test-threads=1 {filter} || echo '--- {name} failed'; echo \"up $(cut -d' ' -f1 /proc/uptime) s\"\n"
+            "echo '--- {name}'; /opt/tests/{name} --test-threads={threads} {filter} || echo '--- {name} failed'; echo \"up $(cut -d' ' -f1 /proc/uptime) s\"\n"
         ));
     }
     script.push_str(&format!("echo '{FINISHED}'\nsync\nsystemctl poweroff -ff\n"));

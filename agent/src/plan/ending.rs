@@ -30,7 +30,9 @@ impl Planner<'_> {
         if self.state.gone || self.state.reclaim {
             self.remove_everything(observed);
         }
+        // As upstream: who sees the pod gone may count on its cgroup, and its user ids, being free.
         if !self.state.gone
+            && self.state.cgroup_removed
             && self.state.deletion.is_some()
             && self.state.status_sent
             && !self.state.deletion_finished

@@ -262,9 +262,10 @@ fn deletion_kills_main_containers_then_sidecars_backwards_then_tears_down() {
     }
     assert_eq!(plan(&state, at(20)).actions, [Action::RemoveCgroup], "the last status comes before the deletion");
     state.status_sent = true;
-    assert_eq!(plan(&state, at(20)).actions, [Action::RemoveCgroup, Action::FinishDeletion]);
-    state.gone = true;
+    assert_eq!(plan(&state, at(20)).actions, [Action::RemoveCgroup], "nor does it before the cgroup is gone");
     state.cgroup_removed = true;
+    assert_eq!(plan(&state, at(20)).actions, [Action::FinishDeletion]);
+    state.gone = true;
     let made = plan(&state, at(20));
     assert_eq!(made.actions.len(), 4, "every container is removed: {made:?}");
     state.observe(10, Observed { sandboxes: vec![sandbox("s0", 0, false)], containers: vec![] });

@@ -1,6 +1,7 @@
 //! Asking one plugin: a request on its standard input, an answer on its standard output.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 
 use super::config::Provider;
 use super::kept::{Login, Scope};
@@ -17,6 +18,9 @@ use crate::go_duration;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const MOST_BYTES: u64 = 1 << 20;
+/// How often and how far apart a program is tried that is just being replaced (ETXTBSY).
+const BUSY_ATTEMPTS: u32 = 40;
+const BUSY_PAUSE: Duration = Duration::from_millis(25);
 
 /// What a plugin said.
 #[derive(Debug)]
@@ -106,6 +110,20 @@ pub(super) struct Account {
     pub annotations: BTreeMap<String, String>,
 }
 
+/// Starts a plugin, also one that is just being replaced: its file is busy for a moment then.
+async fn start(command: &mut Command) -> io::Result<Child> {
+    let mut attempts = 0;
+    loop {
+        match command.spawn() {
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy && attempts < BUSY_ATTEMPTS => {
+                attempts += 1;
+                tokio::time::sleep(BUSY_PAUSE).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Asks for credentials for the image, by its full name.
 pub(super) async fn ask(
     bin_dir: &Path,
@@ -126,7 +144,7 @@ pub(super) async fn ask(
     command.args(&provider.args).envs(provider.env.iter().map(|variable| (&variable.name, &variable.value)));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
     command.process_group(0);
-    let mut child = command.spawn().map_err(PluginError::Start)?;
+    let mut child = start(&mut command).await.map_err(PluginError::Start)?;
     let mut group = Group(child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw));
     let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
     let talk = async {

@@ -40,8 +40,9 @@ use crate::shared::{PodEntry, Shared};
 use crate::{spec, status};
 
 pub(crate) const MAILBOX: usize = 64;
-/// How long readers of the status are spared a container's replacement. Upstream's kubelet looks at containers once a second.
-const REPLACEMENT: Duration = Duration::from_secs(1);
+/// How long readers of the status are spared a container's replacement. Upstream's kubelet looks at containers once a second,
+/// and then tells at its next turn.
+const REPLACEMENT: Duration = Duration::from_secs(2);
 
 /// Everything that can happen to a pod, from outside.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! `oarlock demo`: applies `docs/demo/demo.yaml` through the API and fetches its page through the Service.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -30,6 +30,8 @@ const IMAGE: &str = "oarlock.local/testimage:1";
 const REPLICAS: usize = 3;
 /// Enough requests that a pod which never answers is a fault and not bad luck.
 const REQUESTS: usize = 60;
+/// How long the rules of pods that are Ready may be on their way: they follow endpoints, on a busy machine late.
+const RULES_LIMIT: Duration = Duration::from_secs(30);
 
 #[derive(Clone, clap::Args)]
 pub(crate) struct DemoFlags {
@@ -184,12 +186,16 @@ fn is_ready(pod: &Pod) -> bool {
         .any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-/// Fetches the page many times, each on a connection of its own; returns one page and the number of answers of each pod. The
-/// first answer may take a moment, for rules follow endpoints; after that no request may fail.
+/// Fetches the page many times, each on a connection of its own; returns one page and the number of answers of each pod. An
+/// answer of every pod may take a moment, for rules follow endpoints; after that no request may fail.
 async fn fetch_from_all(target: SocketAddr) -> anyhow::Result<(String, BTreeMap<String, usize>)> {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while fetch(target, "/hostname").await.is_err() && Instant::now() < deadline {
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    let deadline = Instant::now() + RULES_LIMIT;
+    let mut heard = BTreeSet::new();
+    while heard.len() < REPLICAS && Instant::now() < deadline {
+        match fetch(target, "/hostname").await {
+            Ok(pod) => drop(heard.insert(pod)),
+            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
     }
     let page = fetch(target, "/").await?;
     let mut answers = BTreeMap::new();

@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use nix::mount::{MntFlags, umount2};
@@ -32,6 +32,9 @@ const SLICES: &[&str] = &["kubepods.slice", "oarlock.slice"];
 pub(super) const POD_UID: &str = "io.kubernetes.pod.uid";
 /// How long removing all pods may take.
 const REMOVAL: Duration = Duration::from_secs(90);
+/// How long processes that were killed may take to be gone, and their cgroups to be free.
+const GOING: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(10);
 
 #[derive(clap::Args)]
 pub(crate) struct ResetFlags {
@@ -198,15 +201,26 @@ fn remove_own_pods(settings: &Settings) -> anyhow::Result<()> {
 /// Ends shims that the runtime could not end: processes started from our shim program for this installation's directories.
 fn end_leftover_processes(settings: &Settings) -> anyhow::Result<()> {
     let run_dir = settings.layout.run_dir().to_string_lossy().into_owned();
+    let mut ended = Vec::new();
     for process in procfs::process::all_processes().context("cannot read /proc")?.flatten() {
         let Ok(command) = process.cmdline() else { continue };
         let is_shim = command.first().is_some_and(|program| program.ends_with("oarlock-shim"));
         if is_shim && command.iter().skip(1).any(|argument| argument.starts_with(&run_dir)) {
             match kill(Pid::from_raw(process.pid), Signal::SIGKILL) {
-                Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+                Ok(()) => ended.push(process),
+                Err(nix::errno::Errno::ESRCH) => {}
                 Err(error) => return Err(error).with_context(|| format!("cannot end shim {}", process.pid)),
             }
         }
+    }
+    // What they hold, and their cgroups, are free when they have gone.
+    let deadline = Instant::now() + GOING;
+    let is_there = |process: &procfs::process::Process| {
+        process.stat().is_ok_and(|now| !matches!(now.state, 'Z' | 'X')) && process.is_alive()
+    };
+    while let Some(process) = ended.iter().find(|process| is_there(process)) {
+        anyhow::ensure!(Instant::now() < deadline, "shim {} was killed and has not ended", process.pid);
+        std::thread::sleep(LOOK);
     }
     Ok(())
 }
@@ -268,28 +282,39 @@ fn stop_slices() -> anyhow::Result<()> {
 
 /// Removes our cgroups, innermost first, from every hierarchy; one that still has processes belongs to somebody else.
 fn remove_cgroups() -> anyhow::Result<()> {
+    let deadline = Instant::now() + GOING;
     let top = Path::new("/sys/fs/cgroup");
     let mut hierarchies = vec![top.to_owned()];
     hierarchies.extend(subdirectories(top));
     for hierarchy in hierarchies {
         for name in CGROUPS {
-            remove_cgroup_tree(&hierarchy.join(name))?;
+            remove_cgroup_tree(&hierarchy.join(name), deadline)?;
         }
     }
     Ok(())
 }
 
-fn remove_cgroup_tree(group: &Path) -> anyhow::Result<()> {
+/// One that stays in use, by another kubelet for one, is left. Processes that were killed may be in theirs for a moment.
+fn remove_cgroup_tree(group: &Path, deadline: Instant) -> anyhow::Result<()> {
     if !group.is_dir() {
         return Ok(());
     }
     for child in subdirectories(group) {
-        remove_cgroup_tree(&child)?;
+        remove_cgroup_tree(&child, deadline)?;
     }
-    match fs::remove_dir(group) {
-        Ok(()) => Ok(()),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT | libc::ENOTEMPTY)) => Ok(()),
-        Err(error) => Err(error).with_context(|| format!("cannot remove the cgroup {}", group.display())),
+    loop {
+        match fs::remove_dir(group) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                std::thread::sleep(LOOK);
+            }
+            Ok(()) => return Ok(()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENOENT | libc::ENOTEMPTY)) => {
+                return Ok(());
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot remove the cgroup {}", group.display()));
+            }
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use crate::config::{ConfigFlags, Settings};
 use crate::{host, pki};
 
 /// How long a daemon may take to say that it is ready.
-const READY_TIMEOUT: Duration = Duration::from_secs(60);
+const READY_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Clone, clap::Args)]
 pub(crate) struct UpFlags {

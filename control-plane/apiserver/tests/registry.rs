@@ -303,18 +303,15 @@ async fn the_state_survives_a_restart() {
     let caller = fixture::Caller { client: first.client("kubernetes-admin", &["system:masters"]) };
     let made = caller.post(MAPS, &json!({"metadata": {"name": "a"}, "data": {"k": "v"}})).await.ok();
     drop((caller, first));
-    let mut second = None;
     // The in-process client's worker lets go of the store a moment after its last handle is dropped.
-    for _ in 0..50 {
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(20);
+    let second = loop {
         match oarlock_apiserver::ApiServer::new(config.clone()).await {
-            Ok(server) => {
-                second = Some(server);
-                break;
-            }
-            Err(_) => tokio::task::yield_now().await,
+            Ok(server) => break server,
+            Err(error) if tokio::time::Instant::now() > deadline => panic!("starts again: {error}"),
+            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(2)).await,
         }
-    }
-    let second = second.expect("starts again");
+    };
     let caller = fixture::Caller { client: second.client("kubernetes-admin", &["system:masters"]) };
     let kept = caller.get(&format!("{MAPS}/a")).await.ok();
     assert_eq!(kept, made);

@@ -96,7 +96,10 @@ pub async fn watch(upstream: Arc<Upstream>, shutdown: CancellationToken) {
         looked_at.retain(|server| servers.contains(server));
         for server in servers {
             if looked_at.insert(server) {
-                look(&upstream, server).await;
+                tokio::select! {
+                    () = look(&upstream, server) => {}
+                    () = shutdown.cancelled() => return,
+                }
             }
         }
         tokio::select! {

@@ -27,5 +27,5 @@ pub use answer::Zone;
 pub use loops::watch as watch_loops;
 #[cfg(any(test, feature = "fuzzing"))]
 pub use server::exchange;
-pub use server::{Counts, DnsServer};
+pub use server::{Counts, DnsServer, Sockets};
 pub use upstream::{StubDomains, Upstream};

@@ -86,6 +86,22 @@ enum Immediate {
     },
 }
 
+/// What questions come in by.
+#[derive(Debug)]
+pub struct Sockets {
+    udp: UdpSocket,
+    tcp: TcpListener,
+}
+
+impl Sockets {
+    pub async fn bind(address: SocketAddr) -> Result<Sockets, DnsServerError> {
+        let failed = |protocol| move |source| DnsServerError::Bind { protocol, address, source };
+        let udp = UdpSocket::bind(address).await.map_err(failed("UDP"))?;
+        let tcp = TcpListener::bind(address).await.map_err(failed("TCP"))?;
+        Ok(Sockets { udp, tcp })
+    }
+}
+
 impl DnsServer {
     pub fn new(zone: Zone, cluster: Arc<RwLock<Cluster>>, upstream: Arc<Upstream>) -> DnsServer {
         DnsServer { zone, cluster, upstream, answered: AtomicU64::new(0), forwarded: AtomicU64::new(0) }
@@ -103,17 +119,13 @@ impl DnsServer {
         }
     }
 
-    /// Serves `address` until shutdown.
-    pub async fn run(self: Arc<Self>, address: SocketAddr, shutdown: CancellationToken) -> Result<(), DnsServerError> {
-        let failed = |protocol| move |source| DnsServerError::Bind { protocol, address, source };
-        let udp = Arc::new(UdpSocket::bind(address).await.map_err(failed("UDP"))?);
-        let tcp = TcpListener::bind(address).await.map_err(failed("TCP"))?;
+    /// Answers until shutdown.
+    pub async fn run(self: Arc<Self>, sockets: Sockets, shutdown: CancellationToken) {
         tokio::select! {
-            () = self.clone().serve_udp(udp) => {}
-            () = self.serve_tcp(tcp) => {}
+            () = self.clone().serve_udp(Arc::new(sockets.udp)) => {}
+            () = self.serve_tcp(sockets.tcp) => {}
             () = shutdown.cancelled() => {}
         }
-        Ok(())
     }
 
     async fn serve_udp(self: Arc<Self>, socket: Arc<UdpSocket>) {

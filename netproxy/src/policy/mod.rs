@@ -29,6 +29,7 @@ use kube::{Api, Client};
 use oarlock_nft::{Family, Netlink, NftError, Table};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::health::Status;
@@ -165,6 +166,7 @@ impl Enforcer {
         shutdown: CancellationToken,
     ) -> Result<(), PolicyError> {
         let mut audit = tokio::time::interval(AUDIT_INTERVAL);
+        audit.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let mut round = Round { batch: Vec::new(), pod_cidrs: None, audit: false };
             tokio::select! {
@@ -173,6 +175,8 @@ impl Enforcer {
                 Some(_) = self.watchers.join_next() => {
                     return if shutdown.is_cancelled() { Ok(()) } else { Err(PolicyError::Watch) };
                 }
+                // Before events, which may come without end: repairs are not to wait for quiet times.
+                _ = audit.tick() => round.audit = true,
                 _ = events.recv_many(&mut round.batch, EVENT_BATCH) => {}
                 changed = self.scope.pod_cidrs.changed() => {
                     if changed.is_err() {
@@ -181,7 +185,6 @@ impl Enforcer {
                         return Ok(());
                     }
                 }
-                _ = audit.tick() => round.audit = true,
             }
             round.pod_cidrs = self.scope.pod_cidrs.borrow_and_update().clone();
             let working = tokio::task::spawn_blocking(move || {

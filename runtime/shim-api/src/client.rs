@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
@@ -287,9 +287,20 @@ impl Shim {
     /// Kills and deletes everything in the pod and ends the shim. Returns when it has gone.
     pub async fn shutdown(&self) -> Result<(), ShimError> {
         match self.done("shutdown", Request::Shutdown, SLOW).await {
-            Err(ShimError::Disconnected) if !self.inner.record.is_alive() => Ok(()),
-            other => other,
+            Err(ShimError::Disconnected) if !self.inner.record.is_alive() => return Ok(()),
+            other => other?,
         }
+        // Its answer is the last that it does. On a busy machine its process may be seen for a while after that.
+        let deadline = Instant::now() + QUICK;
+        let mut pause = Duration::from_micros(200);
+        while self.inner.record.is_alive() {
+            if Instant::now() > deadline {
+                return Err(ShimError::TimedOut { operation: "shutdown", limit: QUICK });
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     async fn done(&self, operation: &'static str, request: Request, limit: Duration) -> Result<(), ShimError> {

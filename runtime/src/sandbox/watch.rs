@@ -21,6 +21,7 @@ pub(crate) fn watch(core: Arc<Core>, sandbox: Arc<Sandbox>) {
     let events = shim.subscribe();
     tokio::spawn(async move {
         tokio::select! {
+            biased;
             () = core.shutdown.cancelled() => {}
             () = follow(&core, &sandbox, shim, events) => {}
         }

@@ -206,7 +206,7 @@ async fn open(session: &mut Session, kind: &str) -> Stream {
 
 async fn text(stream: &mut Stream) -> String {
     let mut text = String::new();
-    timeout(Duration::from_secs(10), stream.reader.read_to_string(&mut text)).await.expect("an end").unwrap();
+    timeout(Duration::from_secs(60), stream.reader.read_to_string(&mut text)).await.expect("an end").unwrap();
     text
 }
 

@@ -9,11 +9,12 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use nri_plugin::{Answer, Call, Plugin};
 use oarlock_nri::api;
 use oarlock_proto::cri;
-use runtime_daemon::{Daemon, container_config, sandbox_config, with_daemon};
+use runtime_daemon::{Daemon, LIMIT, container_config, sandbox_config, with_daemon};
 
 fn socket(daemon: &Daemon) -> PathBuf {
     daemon.path().join("run/nri.sock")
@@ -266,7 +267,9 @@ fn two_plugins_cannot_set_one_thing_and_nothing_is_left_of_the_attempt() {
         let all = daemon.runtime.list_containers(cri::ListContainersRequest::default()).await.unwrap().into_inner();
         assert!(all.containers.is_empty());
         drop(second);
+        let deadline = Instant::now() + LIMIT;
         let env = loop {
+            assert!(Instant::now() < deadline, "a plugin that went is still asked");
             // The daemon may not have noticed yet that the plugin went.
             match daemon.create(&sandbox, container_config("c", &["sleep", "1000"])).await {
                 Ok(id) => {
@@ -284,6 +287,9 @@ fn two_plugins_cannot_set_one_thing_and_nothing_is_left_of_the_attempt() {
 #[test]
 fn a_plugin_that_does_not_answer_is_dropped_and_one_that_refuses_is_heard() {
     with_daemon("nri-silence", |mut daemon| async move {
+        daemon.plugin_limit = Duration::from_secs(2);
+        daemon.crash().await;
+        daemon.open().await;
         let mut silent = Plugin::connect(&socket(&daemon), "10", "silent", |call| {
             asks_for(call, "CreateContainer", || Answer::Silence)
         })

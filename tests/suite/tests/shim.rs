@@ -424,11 +424,12 @@ async fn a_frozen_container_stands_still_and_still_dies_when_deleted() {
     wait_for("the first lines", LIMIT, || (parse_log(&log).len() > 3).then_some(()));
     pod.shim.pause("c").await.unwrap();
     assert_eq!(pod.shim.state().await.unwrap().containers[0].status, ContainerStatus::Paused);
-    // Whatever was in the pipe is read by the time the next answer comes.
-    pod.shim.state().await.unwrap();
-    let before = parse_log(&log).len();
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(parse_log(&log).len(), before);
+    // What was in the pipe may still be on its way to the file. A container that runs writes a line each millisecond.
+    let before = wait_for("two hundred milliseconds without a line", LIMIT, || {
+        let before = parse_log(&log).len();
+        std::thread::sleep(Duration::from_millis(200));
+        (parse_log(&log).len() == before).then_some(before)
+    });
     pod.shim.resume("c").await.unwrap();
     wait_for("lines after the thaw", LIMIT, || (parse_log(&log).len() > before).then_some(()));
     pod.shim.pause("c").await.unwrap();
@@ -521,7 +522,7 @@ async fn a_helper_that_is_killed_fails_its_call_and_leaves_nothing() {
     let mut pod = Pod::start("helper").await;
     // Holds the helper up after everything of the container but its program has been made.
     let held = |spec: &mut serde_json::Value| {
-        spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "2"]}]});
+        spec["hooks"] = json!({"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "20"]}]});
     };
     let shim = pod.shim.record().pid;
     let killer = tokio::task::spawn_blocking(move || {

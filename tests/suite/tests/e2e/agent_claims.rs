@@ -21,18 +21,18 @@ fn claim(cluster: &Cluster) {
          e2e-data}}\nspec: {{accessModes: [ReadWriteOnce], storageClassName: \"\", resources: {{requests: {{storage: 1Gi}}}}}}\n",
         disk.display()
     ));
-    cluster.kubectl("wait --for=jsonpath={.status.phase}=Bound pvc/e2e-data --timeout=60s");
+    cluster.kubectl("wait --for=jsonpath={.status.phase}=Bound pvc/e2e-data --timeout=180s");
     let manifest = pod("claims", &["/bin/sleep"])
         .replace("name: main,", "name: main, volumeMounts: [{name: v, mountPath: /data}],")
         .replace("containers:", "volumes: [{name: v, persistentVolumeClaim: {claimName: e2e-data}}]\n  containers:");
     cluster.apply(&manifest);
-    cluster.kubectl("wait --for=condition=Ready pod/claims --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/claims --timeout=180s");
     assert_eq!(cluster.kubectl("exec claims -- cat /data/kept"), "before");
-    cluster.kubectl("delete pod claims --timeout=60s");
+    cluster.kubectl("delete pod claims --timeout=180s");
     assert_eq!(fs::read_to_string(disk.join("kept")).expect("the file"), "before");
-    cluster.kubectl("delete pvc e2e-data --timeout=60s");
-    cluster.kubectl("wait --for=jsonpath={.status.phase}=Released pv/e2e-disk --timeout=60s");
-    cluster.kubectl("delete pv e2e-disk --timeout=60s");
+    cluster.kubectl("delete pvc e2e-data --timeout=180s");
+    cluster.kubectl("wait --for=jsonpath={.status.phase}=Released pv/e2e-disk --timeout=180s");
+    cluster.kubectl("delete pv e2e-disk --timeout=180s");
     fs::remove_dir_all(&disk).expect("removed");
 }
 
@@ -66,7 +66,7 @@ fn first_consumer(cluster: &Cluster) {
         .replace("name: main,", "name: main, volumeMounts: [{name: v, mountPath: /data}],")
         .replace("containers:", "volumes: [{name: v, persistentVolumeClaim: {claimName: e2e-waits}}]\n  containers:");
     cluster.apply(&manifest);
-    cluster.kubectl("wait --for=condition=Ready pod/consumer --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/consumer --timeout=180s");
     assert_eq!(cluster.kubectl("get pvc e2e-waits -o jsonpath={.spec.volumeName}"), "e2e-b-here");
     let chosen =
         cluster.get("pv e2e-b-here")["metadata"]["annotations"]["pv.kubernetes.io/bound-by-controller"].clone();
@@ -81,13 +81,13 @@ fn first_consumer(cluster: &Cluster) {
     cluster.wait_for_output("describe pvc e2e-late", "the wait", |text| {
         text.contains("waiting for pod late to be scheduled")
     });
-    cluster.kubectl("delete pod/late pvc/e2e-late --timeout=60s");
+    cluster.kubectl("delete pod/late pvc/e2e-late --timeout=180s");
     cluster.kubectl("delete pvc e2e-waits --wait=false");
     assert!(cluster.kubectl("describe pvc e2e-waits").contains("Terminating"));
-    cluster.kubectl("delete pod consumer --timeout=60s");
-    cluster.kubectl("wait --for=delete pvc/e2e-waits --timeout=60s");
-    cluster.kubectl("wait --for=jsonpath={.status.phase}=Released pv/e2e-b-here --timeout=60s");
-    cluster.kubectl("delete pv e2e-a-elsewhere e2e-b-here --timeout=60s");
+    cluster.kubectl("delete pod consumer --timeout=180s");
+    cluster.kubectl("wait --for=delete pvc/e2e-waits --timeout=180s");
+    cluster.kubectl("wait --for=jsonpath={.status.phase}=Released pv/e2e-b-here --timeout=180s");
+    cluster.kubectl("delete pv e2e-a-elsewhere e2e-b-here --timeout=180s");
     cluster.kubectl("delete storageclass e2e-local");
     fs::remove_dir_all(&disk).expect("removed");
 }

@@ -14,7 +14,7 @@ pub(crate) const CASES: &[Case] = &[
 
 fn debug(cluster: &Cluster) {
     cluster.apply(&pod("patient", &["/bin/sleep"]));
-    cluster.kubectl("wait --for=condition=Ready pod/patient --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/patient --timeout=180s");
     cluster.kubectl(
         "debug patient --image=oarlock.local/testimage:1 --container=doctor --target=main -- /bin/cat /proc/1/cmdline",
     );
@@ -25,7 +25,7 @@ fn debug(cluster: &Cluster) {
     let after = cluster.get("pod patient");
     assert_eq!(after["status"]["containerStatuses"][0]["restartCount"], 0);
     assert_eq!(after["status"]["phase"], "Running");
-    cluster.kubectl("delete pod patient --timeout=60s");
+    cluster.kubectl("delete pod patient --timeout=180s");
 }
 
 fn hooks(cluster: &Cluster) {
@@ -39,10 +39,10 @@ fn hooks(cluster: &Cluster) {
             directory.display()
         );
     cluster.apply(&manifest);
-    cluster.kubectl("wait --for=condition=Ready pod/polite --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/polite --timeout=180s");
     let said = |name: &str| fs::read_to_string(directory.join(name)).ok();
     assert_eq!((said("first").as_deref(), said("last")), (Some("hello\n"), None));
-    cluster.kubectl("delete pod polite --timeout=60s");
+    cluster.kubectl("delete pod polite --timeout=180s");
     // A command runs in a container only while that lives.
     assert_eq!(said("last").as_deref(), Some("bye\n"));
     fs::remove_dir_all(&directory).expect("the directory goes");
@@ -57,8 +57,8 @@ fn failing_hooks(cluster: &Cluster) {
     cluster.apply(&with("stumbles", "postStart", &["/bin/signal", "ignore"]));
     cluster.wait_for_output("get pod stumbles -o jsonpath={.status.phase}", "its failure", |text| text == "Failed");
     cluster.apply(&with("lingers", "preStop", &["/bin/sleep"]));
-    cluster.kubectl("wait --for=condition=Ready pod/lingers --timeout=60s");
-    cluster.kubectl("delete pod stumbles lingers --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/lingers --timeout=180s");
+    cluster.kubectl("delete pod stumbles lingers --timeout=180s");
     for (name, reason) in [("stumbles", "FailedPostStartHook"), ("lingers", "FailedPreStopHook")] {
         let events = format!("get events --field-selector=involvedObject.name={name}");
         cluster.wait_for_output(&events, reason, |text| text.contains(reason) && text.contains("exited with 3"));

@@ -12,7 +12,7 @@ pub(crate) const CASES: &[Case] =
 
 fn ready(cluster: &Cluster, manifest: &str, name: &str) {
     cluster.apply(manifest);
-    cluster.kubectl(&format!("wait --for=condition=Ready pod/{name} --timeout=60s"));
+    cluster.kubectl(&format!("wait --for=condition=Ready pod/{name} --timeout=180s"));
 }
 
 fn users(cluster: &Cluster) {
@@ -51,7 +51,7 @@ fn users(cluster: &Cluster) {
     assert!(directory.join("userns").exists());
     // What belongs to the node's root does not obey it.
     cluster.kubectl_fails("exec apart -- write /proc/sys/kernel/core_pattern x");
-    cluster.kubectl("delete pod apart aside --timeout=60s");
+    cluster.kubectl("delete pod apart aside --timeout=180s");
     fs::remove_dir_all(&shared).expect("removed");
 
     let refused = pod("both", &["/bin/sleep"]).replace("spec:\n", "spec:\n  hostUsers: false\n  hostNetwork: true\n");
@@ -70,9 +70,9 @@ fn image_volume(cluster: &Cluster) {
     assert!(cluster.kubectl("exec reads -- ls /whole").contains("bin"));
     assert!(cluster.kubectl("exec reads -- ls /part").contains("sleep"));
     cluster.kubectl_fails("exec reads -- write /whole/file x");
-    cluster.kubectl("delete pod reads --timeout=60s");
+    cluster.kubectl("delete pod reads --timeout=180s");
     cluster.apply(&volume("lacks", "oarlock.local/absent:1"));
     let reason = "get pod lacks -o jsonpath={.status.containerStatuses[0].state.waiting.reason}";
     cluster.wait_for_output(reason, "the refusal", |text| text == "ErrImageNeverPull");
-    cluster.kubectl("delete pod lacks --timeout=60s");
+    cluster.kubectl("delete pod lacks --timeout=180s");
 }

@@ -57,7 +57,7 @@ fn missing_image(cluster: &Cluster) {
         text.contains("ErrImagePull") && text.contains("Failed to pull image \"oarlock.local/absent:1\"")
     });
     assert!(described.contains("Pulling"), "{described}");
-    cluster.kubectl("delete pod lost --timeout=60s");
+    cluster.kubectl("delete pod lost --timeout=180s");
 }
 
 fn missing_command(cluster: &Cluster) {
@@ -65,7 +65,7 @@ fn missing_command(cluster: &Cluster) {
     cluster.wait_for_output("describe pod typo", "a start failure", |text| {
         (text.contains("RunContainerError") || text.contains("StartError")) && text.contains("/bin/nothing")
     });
-    cluster.kubectl("delete pod typo --timeout=60s");
+    cluster.kubectl("delete pod typo --timeout=180s");
 }
 
 fn impossible(cluster: &Cluster) {
@@ -73,7 +73,7 @@ fn impossible(cluster: &Cluster) {
         pod("huge", &["/bin/sleep"]).replace("name: main,", "name: main, resources: {requests: {cpu: \"1000\"}},");
     cluster.apply(&huge);
     cluster.wait_for_output("describe pod huge", "a scheduling failure", |text| text.contains("1 Insufficient cpu"));
-    cluster.kubectl("delete pod huge --timeout=60s");
+    cluster.kubectl("delete pod huge --timeout=180s");
 }
 
 fn configuration(cluster: &Cluster) {

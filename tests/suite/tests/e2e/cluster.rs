@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::containerd::Containerd;
 
 /// How long anything in a pod may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What the cluster is told beside its directory and its networks.
 const CONFIG: &str = "cgroupDriver: auto\n";

@@ -54,7 +54,7 @@ fn next_line(stream: &mut BufReader<TcpStream>) {
 }
 
 fn survive(cluster: &Cluster, daemons: &[&str]) {
-    cluster.kubectl("rollout status -n demo deployment/page --timeout=60s");
+    cluster.kubectl("rollout status -n demo deployment/page --timeout=180s");
     let before = containers(cluster);
     let mut stream = open_stream(cluster);
     let pids: Vec<(&str, i32)> = daemons.iter().map(|name| (*name, cluster.daemon_pid(name))).collect();
@@ -77,12 +77,12 @@ fn survive(cluster: &Cluster, daemons: &[&str]) {
     cluster.kubectl("delete configmap alive");
     cluster.kubectl("run survivor --image=oarlock.local/testimage:1 --port=8080 --labels=app=survivor");
     cluster.kubectl("expose pod survivor --port=80 --target-port=8080");
-    cluster.kubectl("wait --for=condition=Ready pod/survivor --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/survivor --timeout=180s");
     wait_for("the new Service to answer", PATIENCE, || {
         let output = cluster.try_kubectl("exec survivor -- /bin/fetch survivor.default:80/hostname 2");
         output.status.success().then_some(())
     });
-    cluster.kubectl("delete pod/survivor service/survivor --timeout=60s");
+    cluster.kubectl("delete pod/survivor service/survivor --timeout=180s");
     assert_eq!(containers(cluster), before, "no container was replaced or restarted");
     next_line(&mut stream);
 }

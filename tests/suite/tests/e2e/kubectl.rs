@@ -41,11 +41,11 @@ pub(crate) fn pod(name: &str, command: &[&str]) -> String {
 }
 
 fn wait_ready(cluster: &Cluster, name: &str) {
-    cluster.kubectl(&format!("wait --for=condition=Ready pod/{name} --timeout=60s"));
+    cluster.kubectl(&format!("wait --for=condition=Ready pod/{name} --timeout=180s"));
 }
 
 fn delete_pod(cluster: &Cluster, name: &str) {
-    cluster.kubectl(&format!("delete pod {name} --timeout=60s"));
+    cluster.kubectl(&format!("delete pod {name} --timeout=180s"));
 }
 
 fn version(cluster: &Cluster) {
@@ -119,11 +119,11 @@ fn create(cluster: &Cluster) {
     let token = cluster.kubectl("create token -n made rower");
     assert_eq!(token.trim().split('.').count(), 3, "a token has three parts");
     cluster.kubectl("create deployment -n made web --image=oarlock.local/testimage:1 --replicas=2");
-    cluster.kubectl("rollout status -n made deployment/web --timeout=60s");
+    cluster.kubectl("rollout status -n made deployment/web --timeout=180s");
     assert!(cluster.kubectl_fails("create namespace made").contains("already exists"));
     assert!(cluster.kubectl_fails("create namespace Not_A_Name").contains("Invalid value"));
     assert_eq!(cluster.get("secret -n made hidden")["data"]["key"], "dmFsdWU=");
-    cluster.kubectl("delete namespace made --timeout=60s");
+    cluster.kubectl("delete namespace made --timeout=180s");
 }
 
 fn patch(cluster: &Cluster) {
@@ -177,26 +177,26 @@ fn field_validation(cluster: &Cluster) {
 
 fn rollout(cluster: &Cluster) {
     cluster.kubectl("create deployment fleet --image=oarlock.local/testimage:1");
-    cluster.kubectl("rollout status deployment/fleet --timeout=60s");
+    cluster.kubectl("rollout status deployment/fleet --timeout=180s");
     cluster.kubectl("scale deployment fleet --replicas=3");
-    cluster.kubectl("rollout status deployment/fleet --timeout=60s");
+    cluster.kubectl("rollout status deployment/fleet --timeout=180s");
     assert_eq!(cluster.kubectl("get deployment fleet -o jsonpath={.status.readyReplicas}"), "3");
     cluster.kubectl("set env deployment/fleet GREETING=second");
-    cluster.kubectl("rollout status deployment/fleet --timeout=60s");
+    cluster.kubectl("rollout status deployment/fleet --timeout=180s");
     let history = cluster.kubectl("rollout history deployment/fleet");
     assert!(history.contains("\n1 ") && history.contains("\n2 "), "{history}");
     cluster.kubectl("rollout undo deployment/fleet");
-    cluster.kubectl("rollout status deployment/fleet --timeout=60s");
+    cluster.kubectl("rollout status deployment/fleet --timeout=180s");
     assert!(!cluster.kubectl("get deployment fleet -o yaml").contains("second"));
     cluster.kubectl("rollout restart deployment/fleet");
-    cluster.kubectl("rollout status deployment/fleet --timeout=60s");
+    cluster.kubectl("rollout status deployment/fleet --timeout=180s");
     cluster.kubectl("set image deployment/fleet testimage=oarlock.local/testimage:absent");
     cluster.wait_for_output("get pods -l app=fleet", "a pod that cannot pull", |table| {
         table.contains("ErrImagePull") || table.contains("ImagePullBackOff")
     });
     let ready = cluster.kubectl("get deployment fleet -o jsonpath={.status.availableReplicas}");
     assert_eq!(ready, "3", "a bad image must not take working pods away");
-    cluster.kubectl("delete deployment fleet --timeout=60s");
+    cluster.kubectl("delete deployment fleet --timeout=180s");
     cluster.wait_for_output("get pods -l app=fleet -o name", "no pod of the deleted deployment", |list| {
         !list.contains("pod/")
     });
@@ -316,7 +316,7 @@ fn run_and_expose(cluster: &Cluster) {
     wait_ready(cluster, "single");
     cluster.kubectl("expose pod single --port=80 --target-port=8080");
     assert!(cluster.kubectl("get service single").contains("10.43."));
-    cluster.kubectl("delete pod/single service/single --timeout=60s");
+    cluster.kubectl("delete pod/single service/single --timeout=180s");
     assert!(cluster.kubectl_fails("get pod single").contains("NotFound"));
 }
 
@@ -360,11 +360,11 @@ fn drain(cluster: &Cluster) {
         text.contains("FailedScheduling") && text.contains("0/1 nodes are available: 1 node(s) were unschedulable")
     });
     let drained =
-        cluster.kubectl(&format!("drain {node} --ignore-daemonsets --force --delete-emptydir-data --timeout=60s"));
+        cluster.kubectl(&format!("drain {node} --ignore-daemonsets --force --delete-emptydir-data --timeout=180s"));
     assert_eq!(drained.matches(" evicted").count(), 3, "{drained}");
     cluster.kubectl(&format!("uncordon {node}"));
     wait_ready(cluster, "waiting");
-    cluster.kubectl("rollout status -n demo deployment/page --timeout=60s");
+    cluster.kubectl("rollout status -n demo deployment/page --timeout=180s");
     delete_pod(cluster, "waiting");
 }
 
@@ -397,7 +397,7 @@ fn namespace_deletion(cluster: &Cluster) {
     cluster.kubectl("create namespace doomed");
     cluster.kubectl("create deployment -n doomed web --image=oarlock.local/testimage:1");
     cluster.kubectl("create configmap -n doomed settings --from-literal=a=b");
-    cluster.kubectl("delete namespace doomed --timeout=60s");
+    cluster.kubectl("delete namespace doomed --timeout=180s");
     assert!(cluster.kubectl_fails("get namespace doomed").contains("not found"));
     assert_eq!(cluster.kubectl("get pods,configmaps -A -o name").matches("doomed").count(), 0);
 }

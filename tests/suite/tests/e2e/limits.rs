@@ -27,7 +27,7 @@ fn limits(cluster: &Cluster) {
         "{limits: {memory: 64Mi, cpu: 250m}, requests: {memory: 32Mi, cpu: 100m}}",
     );
     cluster.apply(&manifest);
-    cluster.kubectl("wait --for=condition=Ready pod/limited --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/limited --timeout=180s");
     let object = cluster.get("pod limited");
     let uid = object["metadata"]["uid"].as_str().expect("uid");
     let id = object["status"]["containerStatuses"][0]["containerID"].as_str().expect("id");
@@ -51,7 +51,7 @@ fn limits(cluster: &Cluster) {
         assert_eq!(read(&container, "cpu.cfs_quota_us"), "25000");
         assert_eq!(read(&container, "cpu.shares"), "102");
     }
-    cluster.kubectl("delete pod limited --timeout=60s");
+    cluster.kubectl("delete pod limited --timeout=180s");
 }
 
 fn a_reload_of_systemd_changes_no_limit(groups: [&Path; 3]) {
@@ -73,7 +73,7 @@ fn classes(cluster: &Cluster) {
     for (_, manifest, _) in &pods {
         cluster.apply(manifest);
     }
-    cluster.kubectl("wait --for=condition=Ready pod/guaranteed pod/besteffort --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/guaranteed pod/besteffort --timeout=180s");
     let mut groups = Vec::new();
     for (name, _, class) in &pods {
         let object = cluster.get(&format!("pod {name}"));
@@ -90,7 +90,7 @@ fn classes(cluster: &Cluster) {
         assert!(by_systemd || (above == *class && !is_lab()), "{name} is in {above}");
         groups.push(group);
     }
-    cluster.kubectl("delete pod guaranteed besteffort --timeout=60s");
+    cluster.kubectl("delete pod guaranteed besteffort --timeout=180s");
     wait_for("the pods' cgroups to go", PATIENCE, || groups.iter().all(|group| !group.exists()).then_some(()));
 }
 
@@ -153,7 +153,7 @@ fn swap_and_huge_pages(cluster: &Cluster) {
         volumeMounts: [{name: huge, mountPath: /huge}]";
     cluster.apply(&(with_resources(&pod("swaps", &["/bin/sleep"]), mount) + huge));
     cluster.apply(&with_resources(&pod("stays", &["/bin/sleep"]), "{limits: {memory: 32Mi, cpu: 50m}}"));
-    cluster.kubectl("wait --for=condition=Ready pod/swaps pod/stays --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/swaps pod/stays --timeout=180s");
     let group = |name: &str| {
         let object = cluster.get(&format!("pod {name}"));
         let uid = object["metadata"]["uid"].as_str().expect("uid");
@@ -170,7 +170,7 @@ fn swap_and_huge_pages(cluster: &Cluster) {
     let mounts = read(&Path::new("/proc").join(process), "mountinfo");
     let mount = mounts.lines().find(|line| line.contains(" /huge ")).expect("the mount");
     assert!(mount.contains("hugetlbfs") && mount.contains("pagesize=2M"), "{mount}");
-    cluster.kubectl("delete pod swaps stays --timeout=60s");
+    cluster.kubectl("delete pod swaps stays --timeout=180s");
 }
 
 fn oom(cluster: &Cluster) {
@@ -181,5 +181,5 @@ fn oom(cluster: &Cluster) {
     assert_eq!(state["reason"], "OOMKilled");
     assert_eq!(state["exitCode"], 137);
     assert_eq!(object["status"]["phase"], "Failed");
-    cluster.kubectl("delete pod hungry --timeout=60s");
+    cluster.kubectl("delete pod hungry --timeout=180s");
 }

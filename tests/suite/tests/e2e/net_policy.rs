@@ -14,7 +14,7 @@ fn policy(cluster: &Cluster) {
     {
         cluster.apply(&pod(name, command));
     }
-    cluster.kubectl("wait --for=condition=Ready pod/guarded pod/friend pod/stranger --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/guarded pod/friend pod/stranger --timeout=180s");
     let words = |line: &str| cluster.kubectl(line).split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     let addresses = words("get pod guarded -o jsonpath={.status.podIPs[*].ip}");
     assert_eq!(addresses.len(), cluster.mode.addresses().len(), "{addresses:?}");
@@ -53,5 +53,5 @@ fn policy(cluster: &Cluster) {
     until("friend", false);
     cluster.kubectl("delete networkpolicy guard");
     until("friend", true);
-    cluster.kubectl("delete pod guarded friend stranger --timeout=60s");
+    cluster.kubectl("delete pod guarded friend stranger --timeout=180s");
 }

@@ -42,7 +42,7 @@ fn service(cluster: &Cluster, namespace: &str, name: &str, spec: &str) -> Vec<St
 
 fn names(cluster: &Cluster) {
     cluster.apply(&pod("asker", &["/bin/sleep"]));
-    cluster.kubectl("wait --for=condition=Ready pod/asker --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/asker --timeout=180s");
     let ports = "  selector: {app: page}\n  ports: [{port: 80, targetPort: 8080}]\n";
     for address in service(cluster, "demo", "pages", ports) {
         let kind = if address.contains(':') { "AAAA" } else { "A" };
@@ -55,13 +55,13 @@ fn names(cluster: &Cluster) {
     assert!(!found, "a name that does not exist must not resolve");
     let (fetched, page) = in_pod(cluster, "asker", "/bin/fetch page.demo:80/");
     assert!(fetched && page.contains("Oarlock rows"), "{page}");
-    cluster.kubectl("delete pod asker --timeout=60s");
-    cluster.kubectl("delete service -n demo pages --timeout=60s");
+    cluster.kubectl("delete pod asker --timeout=180s");
+    cluster.kubectl("delete service -n demo pages --timeout=180s");
 }
 
 fn hairpin(cluster: &Cluster) {
     cluster.apply(&pod("mirror", &["/bin/http", "8080"]));
-    cluster.kubectl("wait --for=condition=Ready pod/mirror --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/mirror --timeout=180s");
     let of = |app: &str| format!("  selector: {{app: {app}}}\n  ports: [{{port: 80, targetPort: 8080}}]\n");
     let mut targets: Vec<String> =
         service(cluster, "default", "mirror", &of("mirror")).iter().map(|address| in_url(address)).collect();
@@ -81,15 +81,15 @@ fn hairpin(cluster: &Cluster) {
         });
         assert!(client.contains(own), "a pod's address is kept on the way to another pod: {client} is not {own}");
     }
-    cluster.kubectl("delete pod/mirror service/mirror --timeout=60s");
-    cluster.kubectl("delete service -n demo pages --timeout=60s");
+    cluster.kubectl("delete pod/mirror service/mirror --timeout=180s");
+    cluster.kubectl("delete service -n demo pages --timeout=180s");
 }
 
 fn udp(cluster: &Cluster) {
     cluster.apply(&pod("echo", &["/bin/udp-echo", "8081"]));
     let spec = "  type: NodePort\n  selector: {app: echo}\n  ports:\n  - {port: 53, targetPort: 8081, nodePort: 30053, protocol: UDP}\n";
     let services = service(cluster, "default", "echo", spec);
-    cluster.kubectl("wait --for=condition=Ready pod/echo --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/echo --timeout=180s");
     let services = services.iter().map(|address| format!("{}:53", in_url(address)));
     let ports = cluster.mode.addresses().iter().map(|address| format!("{}:30053", in_url(address)));
     for target in services.chain(ports) {
@@ -104,7 +104,7 @@ fn udp(cluster: &Cluster) {
         });
         assert_eq!(answer, "echo: ahoy", "{target}");
     }
-    cluster.kubectl("delete pod/echo service/echo --timeout=60s");
+    cluster.kubectl("delete pod/echo service/echo --timeout=180s");
 }
 
 fn reject(cluster: &Cluster) {
@@ -146,7 +146,7 @@ fn balancer(cluster: &Cluster) {
     });
     let lease = cluster.kubectl("get leases -n kube-system -o jsonpath={.items[*].metadata.name}");
     assert!(lease.contains("oarlock-announcer-"), "{lease}");
-    cluster.kubectl("delete service -n demo balanced --timeout=60s");
+    cluster.kubectl("delete service -n demo balanced --timeout=180s");
 }
 
 fn readiness(cluster: &Cluster) {
@@ -167,7 +167,7 @@ fn mirroring(cluster: &Cluster) {
     const SLICES: &str = "get endpointslices -l kubernetes.io/service-name=kept -o";
     let addresses_of = |pod: &str| words(cluster, &format!("get pod {pod} -o jsonpath={{.status.podIPs[*].ip}}"));
     ["first", "second"].iter().for_each(|name| drop(cluster.apply(&pod(name, &["/bin/http", "8080"]))));
-    cluster.kubectl("wait --for=condition=Ready pod/first pod/second --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/first pod/second --timeout=180s");
     let services = service(cluster, "default", "kept", "  ports: [{name: web, port: 80, targetPort: 8080}]\n");
     let subsets = |pod: &str| {
         let addresses: Vec<_> = addresses_of(pod).into_iter().map(|ip| json!({"ip": ip})).collect();
@@ -201,5 +201,5 @@ fn mirroring(cluster: &Cluster) {
     cluster.kubectl("delete endpoints kept");
     cluster.wait_for_output(&format!("{SLICES} name"), "no slices", |text| !text.contains("endpointslice.discovery"));
     refused(&services);
-    cluster.kubectl("delete pod/first pod/second service/kept --timeout=60s");
+    cluster.kubectl("delete pod/first pod/second service/kept --timeout=180s");
 }

@@ -74,12 +74,12 @@ fn pull(cluster: &Cluster) {
     let manifest = pod("pulled", &["/bin/sleep"])
         .replace("\"oarlock.local/testimage:1\",", &format!("\"{reference}\", imagePullPolicy: Always,"));
     cluster.apply(&manifest);
-    cluster.kubectl("wait --for=condition=Ready pod/pulled --timeout=60s");
+    cluster.kubectl("wait --for=condition=Ready pod/pulled --timeout=180s");
     let described = cluster.kubectl("describe pod pulled");
     assert!(described.contains(&format!("Successfully pulled image \"{reference}\"")), "{described}");
     let image_id = cluster.get("pod pulled")["status"]["containerStatuses"][0]["imageID"].to_string();
     assert!(image_id.contains("sha256:"), "{image_id}");
-    cluster.kubectl("delete pod pulled --timeout=60s");
+    cluster.kubectl("delete pod pulled --timeout=180s");
     let absent = cluster.oarlock(&["images", "pull", &format!("{}/harbour/rower:2", registry.address)]);
     let said = text(&absent.stderr);
     assert!(!absent.status.success() && said.contains("harbour/rower:2") && said.contains("not found"), "{said}");

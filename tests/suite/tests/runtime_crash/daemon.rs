@@ -111,7 +111,7 @@ impl Daemon {
     /// After a call that failed: whether that was because the daemon died as told, which is then started again.
     pub async fn was_reborn(&mut self) -> bool {
         // A connection breaks a moment before the process can be waited for.
-        let deadline = Instant::now() + Duration::from_secs(2);
+        let deadline = Instant::now() + LIMIT;
         while !self.has_died() {
             if Instant::now() > deadline {
                 return false;

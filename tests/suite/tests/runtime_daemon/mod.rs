@@ -39,6 +39,8 @@ pub struct Daemon {
     directory: tempfile::TempDir,
     cgroup_root: String,
     driver: CgroupDriver,
+    /// How long plugins of the node resource interface may take.
+    pub plugin_limit: Duration,
     running: Option<(CancellationToken, JoinHandle<Result<(), oarlock_runtime::Error>>)>,
     pub runtime: RuntimeServiceClient<Channel>,
     pub images: ImageServiceClient<Channel>,
@@ -87,7 +89,8 @@ impl Daemon {
         lay_out(directory.path());
         let cgroup_root = format!("oarlock-test-{name}-{}", std::process::id());
         let (runtime, images) = clients(&directory.path().join("run/runtime.sock"));
-        let mut daemon = Daemon { directory, cgroup_root, driver, running: None, runtime, images };
+        let plugin_limit = Duration::from_secs(20);
+        let mut daemon = Daemon { directory, cgroup_root, driver, plugin_limit, running: None, runtime, images };
         daemon.open().await;
         let mut import = ImagesClient::new(channel(&daemon.socket()));
         let request = ImportRequest { path: image_archive().display().to_string() };
@@ -110,7 +113,9 @@ impl Daemon {
     }
 
     pub fn config(&self) -> Config {
-        Config { cgroup_driver: self.driver, ..config_in(self.path(), &self.cgroup_root) }
+        let mut config = Config { cgroup_driver: self.driver, ..config_in(self.path(), &self.cgroup_root) };
+        (config.plugins.registration_timeout, config.plugins.request_timeout) = (self.plugin_limit, self.plugin_limit);
+        config
     }
 
     /// Opens the daemon and serves.
