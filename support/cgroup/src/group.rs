@@ -283,8 +283,7 @@ impl<'a> Cgroup<'a> {
             let _ = fs::write(dir.join("cgroup.kill"), "1");
         }
         loop {
-            let pids = self.pids()?;
-            let living: Vec<i32> = pids.into_iter().filter(|pid| !is_zombie(*pid)).collect();
+            let living: Vec<i32> = self.present()?.into_iter().filter(|pid| !is_zombie(*pid)).collect();
             if living.is_empty() {
                 return Ok(());
             }
@@ -296,9 +295,17 @@ impl<'a> Cgroup<'a> {
         }
     }
 
-    /// Frozen processes neither fork nor exit, so the list read between is exact and no pid in it can be recycled.
+    /// As [`Cgroup::pids`], with those that are members only where there are no controllers: what a hook of a creation that
+    /// was broken off has started, for one.
+    fn present(&self) -> Result<BTreeSet<i32>, CgroupError> {
+        let mut pids = BTreeSet::new();
+        collect_pids(&self.membership_dir(), &mut pids)?;
+        self.bare_dirs().try_for_each(|dir| collect_pids(&dir, &mut pids))?;
+        Ok(pids)
+    }
+
     fn kill_members(&self) -> Result<(), CgroupError> {
-        let sent = self.signal(Signal::SIGKILL);
+        let sent = self.send(Signal::SIGKILL, || self.present());
         // Also thaws what somebody else had frozen: only then can it die.
         let _ = self.thaw();
         sent
@@ -306,9 +313,18 @@ impl<'a> Cgroup<'a> {
 
     /// Sends a signal to every process of the group and of those within. One that is removed meanwhile has none left.
     pub fn signal(&self, signal: Signal) -> Result<(), CgroupError> {
+        self.send(signal, || Ok(self.pids()?.into_iter().collect()))
+    }
+
+    /// Frozen processes neither fork nor exit, so the list read between is exact and no pid in it can be recycled.
+    fn send(
+        &self,
+        signal: Signal,
+        list: impl FnOnce() -> Result<BTreeSet<i32>, CgroupError>,
+    ) -> Result<(), CgroupError> {
         let frozen = self.freeze().is_ok();
-        let pids = self.pids();
-        for pid in pids.as_ref().map(Vec::as_slice).unwrap_or_default() {
+        let pids = list();
+        for pid in pids.iter().flatten() {
             let _ = kill(Pid::from_raw(*pid), signal);
         }
         match if frozen { self.thaw() } else { Ok(()) } {
