@@ -31,9 +31,10 @@ fn portmap(protocol: &str) -> Value {
     json!({"name": "net", "type": "portmap", "runtimeConfig": {"portMappings": [mapping]}})
 }
 
-/// How long an answer may take that has to come, and how long it is waited for before the question is sent again.
+/// How long something may take that has to come.
 const PATIENCE: Duration = Duration::from_secs(10);
-const RESEND: Duration = Duration::from_secs(1);
+/// How long an answer is waited for before the question is sent again, and what must not come.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// A server that answers with its name, with the client's address as it sees it, and with the question.
 fn answer(place: Option<&str>, name: &'static str, port: u16) {
@@ -62,7 +63,7 @@ impl Client {
         let any: SocketAddr = if to.is_ipv4() { ([0; 4], 0).into() } else { ([0_u16; 8], 0).into() };
         let open = || {
             let socket = UdpSocket::bind(any).unwrap();
-            socket.set_read_timeout(Some(RESEND)).unwrap();
+            socket.set_read_timeout(Some(MOMENT)).unwrap();
             socket.connect((to, port)).unwrap();
             socket
         };
@@ -143,16 +144,14 @@ fn initiation(port: u16, number: u32) -> Vec<u8> {
 
 fn raw_sctp(place: Option<&str>, is_ipv4: bool) -> OwnedFd {
     let family = if is_ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    let open = || {
-        let raw = socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Sctp).unwrap();
-        setsockopt(&raw, sockopt::ReceiveTimeout, &TimeVal::new(1, 0)).unwrap();
-        raw
-    };
+    let open = || socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Sctp).unwrap();
     place.map_or_else(open, |place| run_in(&netns(place), open).unwrap())
 }
 
-/// The port at which a packet of that number arrives, whatever else does before one that is waited for does not come.
-fn port_of(number: u32, server: &OwnedFd, is_ipv4: bool) -> Option<u16> {
+/// The port at which a packet of that number arrives, whatever else does; none when nothing comes for that long.
+fn port_of(number: u32, server: &OwnedFd, is_ipv4: bool, patience: Duration) -> Option<u16> {
+    let seconds = i64::try_from(patience.as_secs()).unwrap();
+    setsockopt(server, sockopt::ReceiveTimeout, &TimeVal::new(seconds, 0)).unwrap();
     let mut buffer = [0; 256];
     let header = if is_ipv4 { 20 } else { 0 };
     loop {
@@ -174,23 +173,23 @@ fn sctp_clients_of_the_host_find_the_container(mode: Mode) {
         let send = |number: u32| {
             sendto(client.as_raw_fd(), &initiation(PORT, number), &to, MsgFlags::empty()).unwrap();
         };
-        let arrives = || {
+        // A packet is not sent again: flows that are not forgotten end by themselves after 3 s, and none gets lost here.
+        let arrives = |patience: Duration| {
             let number = next_number();
             send(number);
-            port_of(number, &server, own.is_ipv4())
+            port_of(number, &server, own.is_ipv4(), patience)
         };
-        assert_eq!(arrives(), None, "nothing leads there yet");
+        assert_eq!(arrives(MOMENT), None, "nothing leads there yet");
         let mut connection = Connection::open(Protocol::Netfilter).unwrap();
-        // It is forgotten 3 s after its last packet.
-        wait_for("the flow to be tracked, which each packet renews", PATIENCE, || {
+        wait_for("the flow to be tracked", PATIENCE, || {
             send(next_number());
             let mut flows = 0;
             connection.each_flow(own.is_ipv4(), &[libc::IPPROTO_SCTP as u8], |_| flows += 1).unwrap();
             (flows == 1).then_some(())
         });
         caller.call("ADD", "a", portmap("sctp"), Some(&result)).unwrap();
-        assert_eq!(wait_for("a packet at the container", PATIENCE, arrives), 80);
+        assert_eq!(arrives(PATIENCE), Some(80), "from the first packet on");
         caller.call("DEL", "a", portmap("sctp"), Some(&result)).unwrap();
-        assert_eq!(arrives(), None, "and no longer");
+        assert_eq!(arrives(MOMENT), None, "and no longer");
     }
 }
