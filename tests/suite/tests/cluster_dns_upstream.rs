@@ -25,6 +25,9 @@ in_each_mode! {
     addresses_come_in_any_order
 }
 
+/// How long one resolver is asked in vain. An answer that is there before has not waited for that.
+const ATTEMPT: Duration = Duration::from_secs(3);
+
 /// A place on the node's loopback.
 fn own(family: Family, port: u16) -> SocketAddr {
     SocketAddr::new(family.loopback(), port)
@@ -127,56 +130,86 @@ fn a_lost_datagram_is_sent_again_from_the_same_socket(world: &mut World, family:
     with_stubs(world, &[("lossy.example", &[own(family, 5301)])], None);
     let (found, time) = timed(family, "www.lossy.example.");
     assert_eq!(found, [family.pod(101)]);
-    assert!(time < Duration::from_millis(1500), "{time:?}");
+    assert!(time < ATTEMPT, "{time:?}");
+    // One is lost and one is answered; the last goes where that answer takes its time.
     let heard = resolver.heard("www.lossy.example.");
-    assert!(heard.len() == 2 && heard[0] == heard[1], "{heard:?}");
+    assert!((2..=3).contains(&heard.len()) && resolver.sockets("www.lossy.example.").len() == 1, "{heard:?}");
+}
+
+/// How often something is looked at that a machine which stands still for a moment may spoil.
+const TRIES: u16 = 5;
+
+/// Asks for fresh names, each with this answer, until `passes` says so of one and of the time that it took. Whoever waits for
+/// another resolver's turn does so for each.
+fn one_of_fresh_names(family: Family, domain: &str, answer: IpAddr, passes: impl Fn(&str, Duration) -> bool) {
+    let mut times = Vec::new();
+    let passed = (0..TRIES).any(|number| {
+        let name = format!("{number}.{domain}");
+        let (found, time) = timed(family, &name);
+        assert_eq!(found, [answer], "{name} after {time:?}");
+        times.push(time);
+        passes(&name, time)
+    });
+    assert!(passed, "{domain}: {times:?}");
 }
 
 fn the_next_resolver_is_asked_beside_one_that_is_silent(world: &mut World, family: Family) {
-    let (silent, good) = (own(family, 5301), own(family, 5302));
+    let (silent, good, failing) = (own(family, 5301), own(family, 5302), own(family, 5303));
     let first = Resolver::start(None, silent, &[family.pod(101)], 60);
     first.behave(Behaviour::Silent);
     let second = Resolver::start(None, good, &[family.pod(102)], 60);
-    let stubs: [(&str, &[SocketAddr]); 2] =
-        [("slow.example", &[silent, good]), ("closed.example", &[own(family, 5300), good])];
+    Resolver::start(None, failing, &[family.pod(103)], 60).behave(Behaviour::Fails);
+    let mut domains =
+        vec![("slow.example".to_owned(), [silent, good]), ("failing.example".to_owned(), [failing, good])];
+    // Where nobody is, nobody is asked for a while after the first question: each name has another such place.
+    domains.extend((0..TRIES).map(|number| (format!("{number}.closed.example"), [own(family, 5310 + number), good])));
+    let stubs: Vec<(&str, &[SocketAddr])> = domains.iter().map(|(name, servers)| (&**name, &servers[..])).collect();
     with_stubs(world, &stubs, None);
     let (found, time) = timed(family, "a.slow.example.");
     assert_eq!(found, [family.pod(102)]);
-    assert!(Duration::from_millis(300) < time && time < Duration::from_millis(1500), "{time:?}");
+    assert!(Duration::from_millis(300) < time && time < ATTEMPT, "{time:?}");
     // Who was silent is asked last for a while.
-    let (found, time) = timed(family, "b.slow.example.");
-    assert_eq!((found, first.heard("b.slow.example.").len()), (vec![family.pod(102)], 0), "{time:?}");
+    let is_spared = |name: &str, _| first.heard(name).is_empty();
+    one_of_fresh_names(family, "slow.example.", family.pod(102), is_spared);
     // Who cannot be there is not waited for, nor who says that it failed.
-    let (found, time) = timed(family, "a.closed.example.");
-    assert_eq!(found, [family.pod(102)]);
-    assert!(time < Duration::from_millis(350), "{time:?}");
+    let is_at_once = |_: &str, time| time < Duration::from_millis(350);
+    one_of_fresh_names(family, "closed.example.", family.pod(102), is_at_once);
+    one_of_fresh_names(family, "failing.example.", family.pod(102), is_at_once);
+    // Last is not never.
     second.behave(Behaviour::Fails);
     first.behave(Behaviour::Answers);
-    let (found, time) = timed(family, "c.slow.example.");
-    assert_eq!(found, [family.pod(101)], "{time:?}");
-    assert!(time < Duration::from_millis(350), "{time:?}");
+    assert_eq!(timed(family, "c.slow.example.").0, [family.pod(101)]);
 }
 
 fn an_old_answer_comes_in_time_and_is_renewed_behind(world: &mut World, family: Family) {
-    const NAME: &str = "www.old.example.";
     let resolver = Resolver::start(None, own(family, 5301), &[family.pod(101)], 1);
     with_stubs(world, &[("old.example", &[own(family, 5301)])], None);
-    assert_eq!(timed(family, NAME).0, [family.pod(101)]);
-    let before = counts();
-    resolver.behave(Behaviour::Late(Duration::from_millis(2400)));
+    // A machine that stands still may be too late for one.
+    let renewed = (0..3).any(|number| is_renewed_behind(family, &resolver, &format!("{number}.old.example.")));
+    assert!(renewed, "each answer had to be asked for again");
+}
+
+/// Whether an old answer comes while the resolver is waited for, and the new one then from the question that was under way: it
+/// comes in the end, and nobody has to wait for it.
+fn is_renewed_behind(family: Family, resolver: &Resolver, name: &str) -> bool {
+    // Nobody is asked for 30 s after an attempt that failed.
+    const RENEWED: Duration = Duration::from_secs(60);
+    resolver.behave(Behaviour::Answers);
+    resolver.say(&[family.pod(101)], 1);
+    assert_eq!(timed(family, name).0, [family.pod(101)]);
+    let before = (counts()["stale_answers_total"], resolver.sockets(name).len());
+    resolver.behave(Behaviour::Holds);
     resolver.say(&[family.pod(102)], 600);
     // Its time is over after a second.
     let time = wait_for("an old answer", TIMEOUT, || {
-        let (found, time) = timed(family, NAME);
+        let (found, time) = timed(family, name);
         assert_eq!(found, [family.pod(101)]);
-        (counts()["stale_answers_total"] > before["stale_answers_total"]).then_some(time)
+        (counts()["stale_answers_total"] > before.0).then_some(time)
     });
-    assert!(Duration::from_millis(1500) < time && time < Duration::from_millis(2300), "{time:?}");
-    // What was asked then has an answer in the end, which nobody has to wait for.
-    let forwarded = counts()["forwarded_total"];
-    std::thread::sleep(Duration::from_millis(1000));
-    let (found, time) = timed(family, NAME);
-    assert_eq!((found, counts()["forwarded_total"]), (vec![family.pod(102)], forwarded), "{time:?}");
+    assert!(Duration::from_millis(1500) < time, "{time:?}");
+    resolver.behave(Behaviour::Answers);
+    wait_for("the new answer", RENEWED, || (timed(family, name).0 == [family.pod(102)]).then_some(()));
+    time < ATTEMPT && resolver.sockets(name).len() == before.1 + 1
 }
 
 fn equal_questions_are_asked_once(world: &mut World, family: Family) {
@@ -189,8 +222,7 @@ fn equal_questions_are_asked_once(world: &mut World, family: Family) {
             scope.spawn(|| assert_eq!(timed(family, NAME).0, [family.pod(101)]));
         }
     });
-    let sockets: BTreeSet<SocketAddr> = resolver.heard(NAME).into_iter().map(|(_, asker)| asker).collect();
-    assert_eq!(sockets.len(), 1, "{:?}", resolver.heard(NAME));
+    assert_eq!(resolver.sockets(NAME).len(), 1, "{:?}", resolver.heard(NAME));
 }
 
 fn addresses_come_in_any_order(world: &mut World, family: Family) {

@@ -2,11 +2,12 @@
 
 mod cni_caller;
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use cni_caller::{Caller, addresses, host_links, link_inside, netns, serve, transfer};
+use cni_caller::{Caller, addresses, are_apart, host_links, is_cut_off, link_inside, netns, reaches, serve, transfer};
 use oarlock_netlink::{Connection, Protocol};
 use oarlock_netns::{create_pinned, run_in};
 use oarlock_testkit::{in_fresh_namespaces, is_lab};
@@ -23,6 +24,17 @@ fn bandwidth_limits_both_directions_by_themselves() {
         let unlimited =
             addresses(&result).into_iter().map(|to| transfer(None, to, 2 * MEGABYTE, 2 * MEGABYTE).unwrap());
         let slack = Duration::from_secs(5) + 3 * unlimited.max().unwrap();
+        // A limit never lets through more. Less it does each time, and a machine that stands still does not.
+        let takes = |to: IpAddr, (send, receive): (u64, u64), least: Duration| {
+            let mut times = Vec::new();
+            let is_enough = (0..3).any(|_| {
+                let time = transfer(None, to, send, receive).unwrap();
+                assert!(time > least, "{time:?} for {send} and {receive} bytes");
+                times.push(time);
+                time < slack
+            });
+            assert!(is_enough, "{times:?} for {send} and {receive} bytes");
+        };
         let limits = json!({"ingressRate": 8_000_000, "ingressBurst": 800_000, "egressRate": 16_000_000, "egressBurst": 800_000});
         let config = json!({"name": "net", "type": "bandwidth", "runtimeConfig": {"bandwidth": limits}});
         let tuned = caller.call("ADD", "a", config.clone(), Some(&result)).unwrap();
@@ -30,10 +42,9 @@ fn bandwidth_limits_both_directions_by_themselves() {
         assert!(made.starts_with("bwp") && host_links().contains(&made), "{made}");
         caller.call("CHECK", "a", config.clone(), Some(&tuned)).unwrap();
         for address in addresses(&result) {
-            let to_it = transfer(None, address, 2 * MEGABYTE, 0).unwrap();
-            let from_it = transfer(None, address, 0, 2 * MEGABYTE).unwrap();
-            assert!(to_it > Duration::from_millis(1700) && to_it < slack, "1 MB/s: {to_it:?}");
-            assert!(from_it > Duration::from_millis(800) && from_it < slack, "2 MB/s: {from_it:?}");
+            // 1 MB/s to it, and 2 MB/s from it.
+            takes(address, (2 * MEGABYTE, 0), Duration::from_millis(1700));
+            takes(address, (0, 2 * MEGABYTE), Duration::from_millis(800));
         }
         let host = tuned["interfaces"][1]["name"].as_str().unwrap();
         assert!(Command::new("tc").args(["qdisc", "del", "dev", host, "root"]).status().unwrap().success());
@@ -65,7 +76,7 @@ fn bridges_of_the_same_policy_are_kept_apart_and_inside_one_everything_passes() 
         let two = caller.attach("c", caller.bridge("two", 2));
         let open = caller.attach("d", caller.bridge("three", 3));
         ["a", "b", "c", "d"].iter().for_each(|container| serve(container));
-        let reach = |from: &str, to: &Value| addresses(to).iter().all(|to| transfer(Some(from), *to, 10, 10).is_ok());
+        let reach = |from: &str, to: &Value| reaches(Some(from), to) == [true, true];
         assert!(reach("a", &two) && reach("c", &one), "without a policy");
         let config = |network: &str| json!({"name": network, "type": "firewall", "ingressPolicy": "same-bridge"});
         for (container, network, result) in [("a", "one", &one), ("b", "one", &neighbour), ("c", "two", &two)] {
@@ -73,12 +84,10 @@ fn bridges_of_the_same_policy_are_kept_apart_and_inside_one_everything_passes() 
             assert_eq!(passed_on["ips"], result["ips"]);
             caller.call("CHECK", container, config(network), Some(result)).unwrap();
         }
-        let nothing =
-            |from: &str, to: &Value| addresses(to).iter().all(|to| transfer(Some(from), *to, 10, 10).is_err());
-        assert!(nothing("a", &two) && nothing("c", &one), "between the bridges");
+        assert!(are_apart("a", &two) && are_apart("c", &one), "between the bridges");
         assert!(reach("a", &neighbour) && reach("b", &one), "inside one");
         assert!(reach("a", &open) && reach("d", &two), "a network without the policy");
-        assert!(addresses(&one).iter().all(|to| transfer(None, *to, 10, 10).is_ok()), "from the host");
+        assert_eq!(reaches(None, &one), [true, true], "from the host");
         let admit = ["add", "rule", "ip", "oarlock-cni", "firewall-admin", "accept"];
         assert!(Command::new("nft").args(admit).status().unwrap().success());
         assert!(transfer(Some("a"), addresses(&two)[0], 10, 10).is_ok(), "the administrator's rules come first");
@@ -174,7 +183,7 @@ fn containers_of_one_bridge_are_in_vlans() {
         let c = caller.attach("c", other);
         ["a", "b", "c"].iter().for_each(|container| serve(container));
         assert!(transfer(Some("a"), addresses(&b)[0], 10, 10).is_ok());
-        assert!(transfer(Some("a"), addresses(&c)[0], 10, 10).is_err(), "another VLAN of the same bridge");
+        assert!(is_cut_off("a", addresses(&c)[0], 80), "another VLAN of the same bridge");
         caller.call("CHECK", "a", on("hundred", 100), Some(&a)).unwrap();
         let port = a["interfaces"][1]["name"].as_str().unwrap();
         let moved = Command::new("bridge").args(["vlan", "del", "dev", port, "vid", "100"]).status();

@@ -13,11 +13,13 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use oarlock_netlink::{Connection, Protocol};
 use oarlock_proto::cri;
+use oarlock_proto::cri::image_service_client::ImageServiceClient;
 use oarlock_proto::cri::runtime_service_client::RuntimeServiceClient;
 use oarlock_testimage::{Image, pack};
 use oarlock_testkit::{binary, in_fresh_namespaces, wait_for};
 use serde_json::json;
 use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 
 const PAUSE: &str = "oarlock.local/listener:1";
@@ -71,18 +73,29 @@ impl Containerd {
         daemon
     }
 
+    /// The part that speaks CRI hears of an imported image a moment later; one that it does not know it would fetch.
+    fn until_imported(&self, runtime: &Runtime) {
+        let image = Some(cri::ImageSpec { image: PAUSE.to_owned(), ..Default::default() });
+        let request = cri::ImageStatusRequest { image, verbose: false };
+        let entered = runtime.enter();
+        let mut images = ImageServiceClient::new(self.channel());
+        drop(entered);
+        wait_for("the image to be known", PATIENCE, || {
+            runtime.block_on(images.image_status(request.clone())).unwrap().into_inner().image
+        });
+    }
+
     fn socket(&self) -> PathBuf {
         self.directory.path().join("containerd.sock")
     }
 
-    fn client(&self) -> RuntimeServiceClient<Channel> {
+    /// Needs a runtime that is entered.
+    fn channel(&self) -> Channel {
         let socket = self.socket();
-        let channel =
-            Endpoint::from_static("http://runtime").connect_with_connector_lazy(tower::service_fn(move |_| {
-                let socket = socket.clone();
-                async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-            }));
-        RuntimeServiceClient::new(channel)
+        Endpoint::from_static("http://runtime").connect_with_connector_lazy(tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        }))
     }
 
     fn log(&self) -> String {
@@ -147,7 +160,7 @@ state = "{below}/state"
 }
 
 fn answers(address: IpAddr, port: u16) -> bool {
-    TcpStream::connect_timeout(&(address, port).into(), Duration::from_secs(2)).is_ok()
+    TcpStream::connect_timeout(&(address, port).into(), Duration::from_secs(10)).is_ok()
 }
 
 fn links() -> Vec<String> {
@@ -162,8 +175,9 @@ fn containerd_attaches_and_detaches_pods_with_every_plugin() {
         let containerd = Containerd::start();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let entered = runtime.enter();
-        let mut client = containerd.client();
+        let mut client = RuntimeServiceClient::new(containerd.channel());
         drop(entered);
+        containerd.until_imported(&runtime);
         let bandwidth = [("kubernetes.io/ingress-bandwidth", "10M"), ("kubernetes.io/egress-bandwidth", "10M")];
         let config = cri::PodSandboxConfig {
             metadata: Some(cri::PodSandboxMetadata {

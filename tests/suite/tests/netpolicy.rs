@@ -117,8 +117,12 @@ fn policies_come_back_after_an_outside_flush_and_go_with_the_last_one(world: &mu
     assert!(ask(Some("b"), a).is_ok());
     no_policy(world, "some");
     until_open(Some("client"), a);
-    let tables = Command::new("nft").args(["list", "tables"]).output().unwrap();
-    assert!(!String::from_utf8_lossy(&tables.stdout).contains("oarlock-policy"));
+    // That of the other family goes a moment later.
+    wait_for("no table of policies", TIMEOUT, || {
+        let tables = Command::new("nft").args(["list", "tables"]).output().unwrap();
+        assert!(tables.status.success());
+        (!String::from_utf8_lossy(&tables.stdout).contains("oarlock-policy")).then_some(())
+    });
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

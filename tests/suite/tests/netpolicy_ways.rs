@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use netproxy_world::policies::{is_shut, no_policy, policy, populate, select, until_open, until_shut};
-use netproxy_world::sockets::sctp_arrives;
+use netproxy_world::sockets::{is_sctp_shut, sctp_arrives};
 use netproxy_world::{Family, TIMEOUT, World, ask, ask_until, at};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use oarlock_machinery::fake::Refused;
@@ -84,6 +84,15 @@ fn after_a_boot_nothing_is_ready_and_no_pod_starts_before_policies_hold(world: &
     world.api.delete("services", "default", &name, json!({}));
 }
 
+/// Tells threads to stop, also when what they accompany fails: they would be waited for without end.
+struct AtEnd<'a>(&'a AtomicBool);
+
+impl Drop for AtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// How often a client reaches somebody while `work` is done, and how often it tries.
 fn reached_during(from: &'static str, to: (IpAddr, u16), patience: Duration, work: impl FnOnce()) -> (usize, usize) {
     let (stop, tries, answers) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
@@ -99,8 +108,8 @@ fn reached_during(from: &'static str, to: (IpAddr, u16), patience: Duration, wor
                 });
             });
         }
+        let _end = AtEnd(&stop);
         work();
-        stop.store(true, Ordering::SeqCst);
     });
     (answers.into_inner(), tries.into_inner())
 }
@@ -157,14 +166,14 @@ fn policies_hold_whatever_the_setting_for_bridges(world: &mut World, family: Fam
     run("ip", off);
     until_shut(Some("client"), a);
     assert!(http("/metrics").contains("oarlock_netproxy_policy_unseen_bridges 0"));
-    // As on a kernel without br_netfilter.
-    let none: Option<&str> = None;
-    mount(Some("tmpfs"), "/proc/sys/net/bridge", Some("tmpfs"), MsFlags::empty(), none).unwrap();
     let events = |world: &World, reason: &str| {
         let all = world.api.list("events");
         all.into_iter().filter(|event| event["reason"] == reason && event["involvedObject"]["name"] == "node-1").count()
     };
     let before = ["NetworkPolicyNotEnforced", "NetworkPolicyEnforced"].map(|reason| events(world, reason));
+    // As on a kernel without br_netfilter.
+    let none: Option<&str> = None;
+    mount(Some("tmpfs"), "/proc/sys/net/bridge", Some("tmpfs"), MsFlags::empty(), none).unwrap();
     wait_for("the node's event", TIMEOUT, || {
         (events(world, "NetworkPolicyNotEnforced") == before[0] + 1).then_some(())
     });
@@ -181,12 +190,11 @@ fn policies_hold_whatever_the_setting_for_bridges(world: &mut World, family: Fam
 }
 
 fn sctp_is_shut_out_and_let_through_by_its_ports(world: &mut World, family: Family) {
-    const SHORT: Duration = Duration::from_millis(100);
     populate(world);
     let to = |port: u16| ("a", SocketAddr::new(family.pod(11), port));
-    assert!(sctp_arrives("client", to(3868), TIMEOUT), "nothing is in the way");
+    assert!(sctp_arrives("client", to(3868)), "nothing is in the way");
     policy(world, "deny", json!({"podSelector": select("a"), "policyTypes": ["Ingress"]}));
-    wait_for("SCTP to be shut out", TIMEOUT, || (!sctp_arrives("client", to(3868), SHORT)).then_some(()));
+    wait_for("SCTP to be shut out", TIMEOUT, || is_sctp_shut("client", to(3868)).then_some(()));
     let allow = |ports: Value| {
         policy(
             world,
@@ -195,20 +203,17 @@ fn sctp_is_shut_out_and_let_through_by_its_ports(world: &mut World, family: Fami
         );
     };
     allow(json!([{"protocol": "SCTP", "port": 3868}]));
-    assert!(sctp_arrives("client", to(3868), TIMEOUT), "the port that is named");
-    assert!(
-        !sctp_arrives("client", to(3869), SHORT) && !sctp_arrives("b", to(3868), SHORT),
-        "no other, and nobody else"
-    );
+    assert!(sctp_arrives("client", to(3868)), "the port that is named");
+    assert!(is_sctp_shut("client", to(3869)) && is_sctp_shut("b", to(3868)), "no other, and nobody else");
     assert!(is_shut(Some("client"), (family.pod(11), 8080)), "no other protocol");
     allow(json!([{"protocol": "SCTP", "port": 3000, "endPort": 3100}, {"protocol": "TCP", "port": 3868}]));
-    assert!(sctp_arrives("client", to(3100), TIMEOUT), "a range");
-    wait_for("the other port to be shut", TIMEOUT, || (!sctp_arrives("client", to(3868), SHORT)).then_some(()));
+    assert!(sctp_arrives("client", to(3100)), "a range");
+    wait_for("the other port to be shut", TIMEOUT, || is_sctp_shut("client", to(3868)).then_some(()));
     no_policy(world, "deny");
     let egress = json!([{"ports": [{"protocol": "SCTP", "port": 3868}]}]);
     policy(world, "deny", json!({"podSelector": select("client"), "policyTypes": ["Egress"], "egress": egress}));
-    wait_for("what the client sends to be shut", TIMEOUT, || (!sctp_arrives("client", to(3869), SHORT)).then_some(()));
-    assert!(sctp_arrives("client", to(3868), TIMEOUT));
+    wait_for("what the client sends to be shut", TIMEOUT, || is_sctp_shut("client", to(3869)).then_some(()));
+    assert!(sctp_arrives("client", to(3868)));
     no_policy(world, "deny");
 }
 

@@ -115,9 +115,11 @@ fn wireguard_is_used_where_both_kernels_have_it(families: &[Family]) {
         assert!(takes_from_anywhere("b", device), "{device}");
     }
     nft(&["flush chain inet router between"]);
+    // One packet that gets lost on a machine that stands still for a moment is no cut.
+    let is_seen = |family| (0..3).find_map(|_| seen("a", family, "b"));
     wait_for("WireGuard in the place of VXLAN", SWITCHING, || {
         for family in families.iter().copied() {
-            assert_eq!(seen("a", family, "b"), Some(pod(family, "a", 2)), "nobody is cut off meanwhile");
+            assert_eq!(is_seen(family), Some(pod(family, "a", 2)), "nobody is cut off meanwhile");
         }
         (counts() == [(0, Some(1)), (0, Some(2)), (0, Some(1))]).then_some(())
     });

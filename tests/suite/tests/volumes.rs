@@ -71,17 +71,21 @@ struct Bench {
     manager: VolumeManager,
 }
 
+fn host_state() -> Snapshot {
+    Snapshot::take("no-process-has-this-in-its-arguments").without_cgroups()
+}
+
 /// Runs a test with a manager in fresh namespaces; everything must be gone at its end.
 fn with_manager<F: Future<Output = ()>>(test: impl FnOnce(Arc<Bench>) -> F + Send + 'static) {
     in_fresh_namespaces(move || {
         let dir = tempfile::tempdir().expect("a directory");
         let manager = VolumeManager::new(dir.path().join("pods"), Arc::new(Objects));
-        let before = Snapshot::take("no-process-has-this-in-its-arguments");
+        let before = host_state();
         let bench = Arc::new(Bench { dir, before, manager });
         // Its threads inherit this thread's namespaces.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(test(bench.clone()));
-        bench.before.assert_nothing_leaked(&Snapshot::take("no-process-has-this-in-its-arguments"));
+        bench.before.assert_nothing_leaked(&host_state());
         assert_eq!(fs::read_dir(bench.dir.path().join("pods")).expect("the pods directory").count(), 0);
     });
 }

@@ -14,6 +14,11 @@ use oarlock_netns::{create_pinned, run_in};
 use oarlock_testkit::binary;
 use serde_json::{Value, json};
 
+/// How long a connection may take that has to come about. One that is refused is over at once, however long this is.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one is tried that must not come about, and that nobody refuses.
+const SHUT: Duration = Duration::from_secs(2);
+
 const NAMES: [&str; 7] = ["bandwidth", "bridge", "firewall", "host-local", "loopback", "portmap", "tuning"];
 
 /// The subnets of a network: of one family, of the other, or of both.
@@ -137,6 +142,14 @@ pub fn netns(container: &str) -> PathBuf {
     Path::new("/run/netns").join(container)
 }
 
+/// Runs `work` in a namespace by name, or on the host.
+pub fn at<T: Send>(place: Option<&str>, work: impl FnOnce() -> T + Send) -> T {
+    match place {
+        Some(name) => run_in(&netns(name), work).unwrap(),
+        None => work(),
+    }
+}
+
 pub fn addresses(result: &Value) -> Vec<IpAddr> {
     let text = |ip: &Value| ip["address"].as_str().unwrap().split('/').next().unwrap().parse().unwrap();
     result["ips"].as_array().unwrap().iter().map(text).collect()
@@ -170,17 +183,29 @@ pub fn serve(container: &str) {
 pub fn transfer(from: Option<&str>, to: IpAddr, send: u64, receive: u64) -> std::io::Result<Duration> {
     let work = || {
         let begin = Instant::now();
-        let mut stream = TcpStream::connect_timeout(&(to, 80).into(), Duration::from_secs(2))?;
+        let mut stream = TcpStream::connect_timeout(&(to, 80).into(), PATIENCE)?;
         stream.write_all(&receive.to_be_bytes())?;
         std::io::copy(&mut std::io::repeat(7).take(send), &mut stream)?;
         stream.shutdown(std::net::Shutdown::Write)?;
         assert_eq!(std::io::copy(&mut stream, &mut std::io::sink())?, receive);
         Ok(begin.elapsed())
     };
-    match from {
-        Some(container) => run_in(&netns(container), work).unwrap(),
-        None => work(),
-    }
+    at(from, work)
+}
+
+/// Whether a container, or the host, reaches the server of another by each of its addresses.
+pub fn reaches(from: Option<&str>, to: &Value) -> Vec<bool> {
+    addresses(to).into_iter().map(|to| transfer(from, to, 10, 10).is_ok()).collect()
+}
+
+/// Whether no connection comes about from a container to this place.
+pub fn is_cut_off(from: &str, to: IpAddr, port: u16) -> bool {
+    at(Some(from), || TcpStream::connect_timeout(&(to, port).into(), SHUT)).is_err()
+}
+
+/// As [`is_cut_off`], by every address of another container's server.
+pub fn are_apart(from: &str, to: &Value) -> bool {
+    addresses(to).into_iter().all(|to| is_cut_off(from, to, 80))
 }
 
 /// A neighbour of the node that knows nothing of pods: what it has in a family, and how the node is seen from there.
@@ -235,14 +260,11 @@ pub fn tell_who_asks(name: &str, port: u16) {
 /// What such a server says to a client in a container, or on the host.
 pub fn asked(from: Option<&str>, to: IpAddr, port: u16) -> std::io::Result<IpAddr> {
     let ask = || {
-        let stream = TcpStream::connect_timeout(&(to, port).into(), Duration::from_secs(2))?;
-        stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let stream = TcpStream::connect_timeout(&(to, port).into(), PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         Ok(std::io::read_to_string(stream)?.parse().expect("an address"))
     };
-    match from {
-        Some(name) => run_in(&netns(name), ask).unwrap(),
-        None => ask(),
-    }
+    at(from, ask)
 }
 
 /// Runs `nft` with these words, which has to succeed; what it says.

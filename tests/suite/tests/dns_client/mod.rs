@@ -1,6 +1,7 @@
 //! Questions to cluster DNS, and resolvers that it asks in turn.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Mutex};
@@ -130,6 +131,8 @@ pub enum Behaviour {
     Loses,
     /// It takes so long.
     Late(Duration),
+    /// It says nothing until it behaves otherwise.
+    Holds,
 }
 
 /// A question by UDP: the name and who asked.
@@ -181,7 +184,12 @@ impl Resolver {
         self.state.lock().unwrap().heard.iter().filter(|(heard, _)| heard == name).cloned().collect()
     }
 
-    fn serve_udp(&self, socket: &UdpSocket) {
+    /// The sockets that questions about a name came from.
+    pub fn sockets(&self, name: &str) -> BTreeSet<SocketAddr> {
+        self.heard(name).into_iter().map(|(_, asker)| asker).collect()
+    }
+
+    fn serve_udp(self: &Arc<Self>, socket: &UdpSocket) {
         let mut buffer = [0; 1500];
         while let Ok((length, asker)) = socket.recv_from(&mut buffer) {
             let question = Message::from_vec(&buffer[..length]).unwrap();
@@ -203,6 +211,15 @@ impl Resolver {
                     let socket = socket.try_clone().unwrap();
                     std::thread::spawn(move || {
                         std::thread::sleep(time);
+                        let _ = socket.send_to(&answer.to_vec().unwrap(), asker);
+                    });
+                }
+                Behaviour::Holds => {
+                    let (own, socket) = (self.clone(), socket.try_clone().unwrap());
+                    std::thread::spawn(move || {
+                        wait_for("the answer to be let go", TIMEOUT, || {
+                            (own.state.lock().unwrap().behaviour != Behaviour::Holds).then_some(())
+                        });
                         let _ = socket.send_to(&answer.to_vec().unwrap(), asker);
                     });
                 }

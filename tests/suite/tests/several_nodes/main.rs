@@ -14,6 +14,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A lost node is missed after 40 s.
 const LOSS: Duration = Duration::from_secs(75);
 
+/// The pods, each of which tells its name, in the order of the machines.
+const PAGES: [&str; 3] = ["web-a", "web-b", "web-c"];
+
 /// A page on each machine, one Service over all, and one of the first machine's page alone, on a port of every node.
 fn manifest() -> String {
     let mut all = String::new();
@@ -52,9 +55,20 @@ impl Cluster<'_> {
         })
     }
 
+    /// What a pod gets from there; none where nobody answers soon.
     fn fetch(&self, pod: &str, target: &str) -> Option<String> {
-        let output = self.try_kubectl(&format!("exec {pod} -- /bin/fetch {target} 2"));
+        self.fetch_within(pod, target, 2)
+    }
+
+    fn fetch_within(&self, pod: &str, target: &str, seconds: u32) -> Option<String> {
+        let output = self.try_kubectl(&format!("exec {pod} -- /bin/fetch {target} {seconds}"));
         output.status.success().then(|| text(&output.stdout).trim().to_owned())
+    }
+
+    /// Waits for the first command in a pod of a node, which comes when the node's serving certificate has: the node runs pods
+    /// before.
+    fn until_entered(&self, pod: &str) {
+        self.wait(&format!("exec {pod} -- /bin/cat /etc/hostname"), &format!("a command in {pod}"), PATIENCE, |_| true);
     }
 
     /// Waits for so many endpoints in every family.
@@ -104,27 +118,26 @@ fn joining_is_guarded(server: &Machine, machine: &Machine) {
 }
 
 fn everybody_reaches_everybody(mode: Mode, cluster: &Cluster<'_>, machines: [&Machine; 3]) {
-    let names = ["web-a", "web-b", "web-c"];
-    for to in names {
+    for to in PAGES {
         let addresses = cluster.words(&format!("pod {to}"), ".status.podIPs[*].ip");
         assert_eq!(addresses.len(), mode.prefixes().len(), "{addresses:?}");
         for (address, prefix) in addresses.iter().zip(mode.prefixes()) {
             assert_eq!(address.contains(':'), prefix.contains(':'), "the primary family first: {addresses:?}");
-            for from in names {
-                let page = cluster.fetch(from, &format!("{}:8080/hostname", in_url(address)));
-                assert_eq!(page.as_deref(), Some(to), "from {from} by {address}");
+            for from in PAGES {
+                let target = format!("{}:8080/hostname", in_url(address));
+                let page = wait_for(&format!("{from} to reach {address}"), PATIENCE, || cluster.fetch(from, &target));
+                assert_eq!(page, to, "from {from} by {address}");
             }
         }
     }
     services_lead_to_pods(mode, cluster, machines);
-    for (pod, machine) in names.iter().zip(machines) {
+    for (pod, machine) in PAGES.iter().zip(machines) {
         assert_eq!(cluster.words(&format!("pod {pod}"), ".status.hostIPs[*].ip"), machine.addresses);
         assert!(cluster.try_kubectl(&format!("logs {pod}")).status.success(), "logs of {pod}");
     }
 }
 
 fn services_lead_to_pods(mode: Mode, cluster: &Cluster<'_>, machines: [&Machine; 3]) {
-    let names = ["web-a", "web-b", "web-c"];
     let addresses = cluster.words("service web", ".spec.clusterIPs[*]");
     assert_eq!(addresses.len(), mode.prefixes().len(), "{addresses:?}");
     for address in &addresses {
@@ -134,7 +147,7 @@ fn services_lead_to_pods(mode: Mode, cluster: &Cluster<'_>, machines: [&Machine;
             (seen.len() == 3).then_some(())
         });
     }
-    for from in names {
+    for from in PAGES {
         let mut seen = BTreeSet::new();
         wait_for("all three pods through the Service's name", PATIENCE, || {
             seen.extend(cluster.fetch(from, "web.default:80/hostname"));
@@ -144,9 +157,10 @@ fn services_lead_to_pods(mode: Mode, cluster: &Cluster<'_>, machines: [&Machine;
     for from in machines {
         for to in machines {
             for address in &to.addresses {
-                let page = format!("http://{}:30080/hostname", in_url(address));
-                let page = from.run("curl", ["-sS", "-g", "-m", "3", &page]);
-                assert_eq!(text(&page.stdout).trim(), "web-a", "the port of {address} from {}", from.name);
+                let url = format!("http://{}:30080/hostname", in_url(address));
+                let what = format!("the port of {address} from {}", from.name);
+                let page = wait_for(&what, PATIENCE, || from.page(&url));
+                assert_eq!(page, "web-a", "{what}");
             }
         }
     }
@@ -182,7 +196,9 @@ fn policies_know_pods_of_other_machines(cluster: &Cluster<'_>, server: &Machine)
 fn names_have_addresses_of_each_family(mode: Mode, cluster: &Cluster<'_>) {
     for address in cluster.words("service web", ".spec.clusterIPs[*]") {
         let kind = if address.contains(':') { "AAAA" } else { "A" };
-        assert_eq!(cluster.kubectl(&format!("exec web-c -- /bin/resolve web.default {kind}")).trim(), address);
+        let said =
+            cluster.wait(&format!("exec web-c -- /bin/resolve web.default {kind}"), "a name", PATIENCE, |_| true);
+        assert_eq!(said.trim(), address);
     }
     let servers = cluster.kubectl("exec web-c -- /bin/cat /etc/resolv.conf");
     assert_eq!(servers.matches("nameserver ").count(), mode.prefixes().len(), "{servers}");
@@ -225,9 +241,14 @@ fn a_lost_machine_is_missed_and_comes_back(mode: Mode, cluster: &Cluster<'_>, lo
     lost.set_link(false);
     cluster.node_is("c", "Unknown", LOSS);
     cluster.ready_endpoints(mode, 2, PATIENCE);
+    let is_left = |answer: &Option<String>| matches!(answer.as_deref(), Some("web-a" | "web-b"));
+    // The proxy of the other machine hears of it after the API.
+    wait_for("nothing to lead to the lost machine", PATIENCE, || {
+        (0..6).all(|_| is_left(&cluster.fetch("web-b", "web.default:80/hostname"))).then_some(())
+    });
     for _ in 0..12 {
-        let answer = cluster.fetch("web-b", "web.default:80/hostname");
-        assert!(matches!(answer.as_deref(), Some("web-a" | "web-b")), "{answer:?}");
+        let answer = cluster.fetch_within("web-b", "web.default:80/hostname", 10);
+        assert!(is_left(&answer), "{answer:?}");
     }
     lost.set_link(true);
     cluster.node_is("c", "True", PATIENCE);
@@ -280,8 +301,8 @@ fn a_node_notices_connections_that_died_in_silence(cluster: &Cluster<'_>, server
         cluster.words(&format!("service {name}"), ".spec.clusterIP").remove(0)
     };
     let page = |address: &str| {
-        let page = cut.run("curl", ["-sS", "-g", "-m", "2", &format!("http://{}/hostname", in_url(address))]);
-        (text(&page.stdout).trim() == "web-a").then_some(())
+        let page = cut.page(&format!("http://{}/hostname", in_url(address)));
+        (page.as_deref() == Some("web-a")).then_some(())
     };
     let early = service("early");
     wait_for("a Service on the node", PATIENCE, || page(&early));
@@ -316,7 +337,8 @@ fn a_node_notices_connections_that_died_in_silence(cluster: &Cluster<'_>, server
 /// Starts the machines in a yard of their own, runs `test` on their cluster, and looks for what is left afterwards.
 fn in_a_yard(mode: Mode, test: fn(Mode, &Cluster<'_>, [&Machine; 3])) {
     in_fresh_namespaces(move || {
-        let before = Snapshot::take("oarlock-node-");
+        let own = yard::marker();
+        let before = Snapshot::take(&own);
         yard::lay_out();
         let machine = |name, number| Machine::start(mode, name, number);
         let (a, b, c) = (machine("a", 1), machine("b", 2), machine("c", 3));
@@ -336,9 +358,12 @@ fn in_a_yard(mode: Mode, test: fn(Mode, &Cluster<'_>, [&Machine; 3])) {
         std::fs::write(&file, manifest()).expect("write");
         cluster.kubectl(&format!("apply -f {}", file.display()));
         std::fs::remove_file(file).expect("remove");
-        if !cluster.try_kubectl("wait --for=condition=Ready pod --all --timeout=60s").status.success() {
+        if !cluster.try_kubectl("wait --for=condition=Ready pod --all --timeout=180s").status.success() {
             [&a, &b, &c].iter().for_each(|machine| machine.show_logs());
             panic!("pods are not Ready: {}", cluster.kubectl("describe pods"));
+        }
+        for pod in PAGES {
+            cluster.until_entered(pod);
         }
         test(mode, &cluster, [&a, &b, &c]);
         for machine in [&c, &b, &a] {
@@ -349,8 +374,7 @@ fn in_a_yard(mode: Mode, test: fn(Mode, &Cluster<'_>, [&Machine; 3])) {
         drop((a, b, c));
         yard::clear();
         // Groups of other programs that run beside this one are theirs.
-        let own = format!("oarlock-node-{}-", std::process::id());
-        let mut left = before.leaked(&Snapshot::take("oarlock-node-"));
+        let mut left = before.leaked(&Snapshot::take(&own));
         left.retain(|line| !line.starts_with("cgroup ") || line.contains(&own));
         assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
     });

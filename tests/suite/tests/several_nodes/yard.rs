@@ -41,10 +41,15 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// What the names of this program's machines begin with, beside those of other programs like it.
+pub fn marker() -> String {
+    format!("oarlock-node-{}-", std::process::id())
+}
+
 /// A machine's own group in each hierarchy of the host.
 fn groups(name: &str) -> Vec<PathBuf> {
     let top = Path::new("/sys/fs/cgroup");
-    let group = format!("oarlock-node-{}-{name}", std::process::id());
+    let group = format!("{}{name}", marker());
     if top.join("cgroup.controllers").exists() {
         for controller in ["cpu", "cpuset", "io", "memory", "pids"] {
             let _ = std::fs::write(top.join("cgroup.subtree_control"), format!("+{controller}"));
@@ -139,7 +144,7 @@ pub struct Machine {
 
 impl Machine {
     pub fn start(mode: Mode, name: &'static str, number: u8) -> Self {
-        let directory = tempfile::Builder::new().prefix("oarlock-node-").tempdir().expect("tempdir");
+        let directory = tempfile::Builder::new().prefix(&marker()).tempdir().expect("tempdir");
         let groups = groups(name);
         make_groups(&groups);
         let mut holder = Command::new("sh")
@@ -194,6 +199,12 @@ impl Machine {
 
     pub fn run<'a>(&self, program: impl AsRef<OsStr>, arguments: impl IntoIterator<Item = &'a str>) -> Output {
         self.command(program).args(arguments).output().expect("nsenter")
+    }
+
+    /// What the machine itself gets from a URL; none where nobody answers soon.
+    pub fn page(&self, url: &str) -> Option<String> {
+        let output = self.run("curl", ["-sS", "-g", "-m", "3", url]);
+        output.status.success().then(|| text(&output.stdout).trim().to_owned())
     }
 
     /// Runs `oarlock` with this machine's directory, name, addresses and configuration file.
