@@ -95,9 +95,15 @@ pub fn until_served(family: Family) {
     wait_for("the proxy's DNS", TIMEOUT, || TcpStream::connect_timeout(&address, TIMEOUT).ok());
 }
 
+/// A proxy that said that it is ready answers questions, without anybody waiting for it.
+pub fn is_served(family: Family) {
+    let connected = TcpStream::connect_timeout(&(family.service(10), 53).into(), TIMEOUT);
+    connected.expect("cluster DNS is served from the moment that the proxy is ready");
+}
+
 /// A headless Service of this many endpoints in this family, and the name of both.
 pub fn headless(world: &World, family: Family, name: &str, endpoints: &[IpAddr]) -> String {
-    until_served(family);
+    is_served(family);
     let name = format!("{name}-{}", family.table());
     world.slice(&name, "TCP", endpoints);
     world.service(&name, json!({"clusterIP": "None", "ports": port("TCP", None)}));
@@ -118,7 +124,7 @@ pub fn with_stubs(world: &mut World, stubs: &[(&str, &[SocketAddr])], resolver: 
         std::fs::write(&config.upstream_resolv_conf, format!("nameserver {address}\n")).unwrap();
     }
     world.start_proxy_with(config);
-    world.families.iter().for_each(|family| until_served(*family));
+    world.families.iter().for_each(|family| is_served(*family));
 }
 
 /// How a resolver behaves.
