@@ -42,16 +42,19 @@ impl Inside {
         self.file.as_fd()
     }
 
-    /// Addresses and routes of the container's link, whose number is known unless the kernel did not tell it.
-    pub fn configure(&mut self, ifname: &str, known: Option<u32>, result: &CniResult, is_up: bool) -> Result<()> {
+    /// The number of the container's link, which is known unless the kernel did not tell it.
+    pub fn find(&mut self, ifname: &str, known: Option<u32>) -> Result<u32> {
+        let mut found = || self.connection.require_link(ifname).context(|| format!("find {ifname} of the container"));
+        known.map_or_else(|| found().map(|link| link.index), Ok)
+    }
+
+    pub fn set_up(&mut self, ifname: &str, index: u32) -> Result<()> {
+        self.connection.set_up(index).context(|| format!("bring {ifname} up"))
+    }
+
+    /// Addresses and routes of the container's link.
+    pub fn configure(&mut self, ifname: &str, index: u32, result: &CniResult) -> Result<()> {
         let connection = &mut self.connection;
-        let index = match known {
-            Some(index) => index,
-            None => connection.require_link(ifname).context(|| format!("find {ifname} of the container"))?.index,
-        };
-        if is_up {
-            connection.set_up(index).context(|| format!("bring {ifname} up"))?;
-        }
         for ip in &result.ips {
             connection.add_address(index, ip.address).context(|| format!("give {} to {ifname}", ip.address))?;
         }

@@ -1,9 +1,11 @@
 //! `bridge`: a veth pair between the container and a bridge of the host.
 //!
-//! ADD makes the bridge if need be, lets the IPAM plugin give addresses, makes the pair in one message (the container's end
+//! ADD makes the bridge if need be, lets `host-local` give addresses, makes the pair in one message (the container's end
 //! is born in its namespace with its Ethernet address), then addresses and routes inside. The Ethernet address is made
 //! of the IPv4 address, so a neighbour's cache is right when another pod gets the address. Router advertisements are
-//! refused before the link exists, and IPv6 addresses are usable without detection of duplicates.
+//! refused before the link exists, and IPv6 addresses are usable without detection of duplicates. An IPAM plugin of others
+//! has its turn when the link is there and up, as in the reference plugins: a DHCP client asks through it, and under its
+//! Ethernet address, which is random then.
 
 mod config;
 mod container;
@@ -48,19 +50,28 @@ fn add(call: &Call) -> Result<CniResult> {
     let bridge = host::ensure_bridge(&mut connection, &config)?;
     let inside = container::prepare(netns, &call.ifname)?;
     let addresses = match config.ipam_type() {
-        Some(kind) => with_addresses(kind, &config, call)?,
-        None => CniResult::default(),
+        Some(kind) if kind == host_local::PLUGIN.name => Addresses::Given(with_addresses(kind, &config, call)?),
+        Some(kind) => Addresses::From(kind),
+        None => Addresses::Given(CniResult::default()),
     };
     let attached = Attach { call, config: &config, bridge: &bridge }.run(&mut connection, inside, addresses);
     if attached.is_err() {
         // The first error is the one to tell; the runtime's DEL repeats what fails here.
-        let _ = connection.delete_link_by_name(&own_veth(call));
-        let _ = table::remove(call, PLUGIN.name, &SETS, Some(&[]));
         if let Some(kind) = config.ipam_type() {
             let _ = delegate::del(kind, call);
         }
+        let _ = connection.delete_link_by_name(&own_veth(call));
+        let _ = table::remove(call, PLUGIN.name, &SETS, Some(&[]));
     }
     attached
+}
+
+/// The container's addresses.
+enum Addresses<'a> {
+    /// Known before it has a link.
+    Given(CniResult),
+    /// Of an IPAM plugin that may need the link.
+    From(&'a str),
 }
 
 /// The IPAM plugin's result, with gateways and the default route filled in.
@@ -90,25 +101,38 @@ struct Attach<'a> {
 }
 
 impl Attach<'_> {
-    fn run(&self, connection: &mut Connection, mut inside: Inside, mut result: CniResult) -> Result<CniResult> {
+    fn run(&self, connection: &mut Connection, mut inside: Inside, addresses: Addresses<'_>) -> Result<CniResult> {
         let (call, config, bridge) = (self.call, self.config, self.bridge);
         let mtu = if config.mtu != 0 { config.mtu } else { bridge.mtu };
-        let mac = config.mac.unwrap_or_else(|| address_of(&result.ips));
+        let known: &[IpConfig] = if let Addresses::Given(result) = &addresses { &result.ips } else { &[] };
+        let mac = config.mac.unwrap_or_else(|| address_of(known));
         let veth = own_veth(call);
         // Before the container can send anything.
-        self.lay(&result.ips, mac)?;
+        self.lay(known, mac)?;
         let port = host::create_pair(
             connection,
             &host::Pair { veth: &veth, bridge: bridge.index, call, mac, mtu },
             inside.netns(),
         )?;
-        inside.configure(&call.ifname, port.peer, &result, !config.disable_container_interface)?;
         if config.hairpin_mode || config.port_isolation {
             connection
                 .set_bridge_port(port.index, config.hairpin_mode, config.port_isolation)
                 .context(|| format!("set up bridge port {veth}"))?;
         }
         host::join_own_vlans(connection, config, &port)?;
+        let link = inside.find(&call.ifname, port.peer)?;
+        if !config.disable_container_interface {
+            inside.set_up(&call.ifname, link)?;
+        }
+        let mut result = match addresses {
+            Addresses::Given(result) => result,
+            Addresses::From(kind) => {
+                let result = with_addresses(kind, config, call)?;
+                self.lay(&result.ips, mac)?;
+                result
+            }
+        };
+        inside.configure(&call.ifname, link, &result)?;
         let mut vlan_link = None;
         if config.is_gateway {
             if let Some(vlan) = config.access_vlan() {

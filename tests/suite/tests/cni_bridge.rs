@@ -7,11 +7,15 @@ mod cni_caller;
 use std::io::Write;
 use std::net::{IpAddr, Ipv6Addr, SocketAddrV6, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use cni_caller::{Caller, Mode, addresses, asked, gateway, is_cut_off, link_inside, netns, nft, tell_who_asks};
+use cni_caller::{
+    Caller, Mode, addresses, asked, gateway, host_links, is_cut_off, link_inside, netns, nft, reaches, serve,
+    tell_who_asks,
+};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, sendto, setsockopt, socket, sockopt,
 };
@@ -29,6 +33,7 @@ in_each_mode! {
     check_finds_what_somebody_changed_at_the_bridge
     large_packets_arrive_after_the_mtu_was_lowered_and_raised
     a_container_whose_link_stays_down_is_brought_up_by_somebody_else
+    an_ipam_plugin_of_others_finds_the_link_from_add_to_del
 }
 
 fn with(mut config: Value, fields: Value) -> Value {
@@ -267,6 +272,51 @@ fn a_container_whose_link_stays_down_is_brought_up_by_somebody_else(mode: Mode) 
     tell_who_asks("a", 80);
     assert!(asked(Some("b"), net.hosts().nth(7).unwrap(), 80).is_ok(), "it is on the bridge");
     caller.call("DEL", "a", down(false), Some(&result)).unwrap();
+}
+
+/// As one that asks a DHCP server needs it: through the link, under its Ethernet address.
+fn an_ipam_plugin_of_others_finds_the_link_from_add_to_del(mode: Mode) {
+    const MANAGER: &str = "#!/bin/sh
+cd \"${0%/*}\"
+nsenter --net=\"$CNI_NETNS\" ip -o link show \"$CNI_IFNAME\" > seen-$CNI_COMMAND 2>&1
+[ $CNI_COMMAND != ADD ] || cat answer 2> seen-error
+";
+    let caller = Caller::new();
+    let at = |name: &str| caller.directory.path().join(name);
+    std::fs::write(at("manager"), MANAGER).unwrap();
+    std::fs::set_permissions(at("manager"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let config = with(caller.masqueraded(mode), json!({"macspoofchk": true, "ipam": {"type": "manager"}}));
+    let before = host_links();
+
+    create_pinned(&netns("a")).unwrap();
+    let error = caller.call("ADD", "a", config.clone(), None).unwrap_err();
+    assert!(error.contains("IPAM plugin manager failed"), "{error}");
+    assert_eq!(host_links(), [&before[..], &["br0".to_owned()]].concat(), "nothing but the bridge is left");
+    assert!(seen(&at("seen-DEL")).contains("LOWER_UP"), "what it began it could end through the link");
+
+    let nets = mode.subnets().iter().map(|(subnet, ..)| subnet.parse::<ipnet::IpNet>().unwrap());
+    let address = |net: &ipnet::IpNet, nth| net.hosts().nth(nth).unwrap();
+    let ip = |net: ipnet::IpNet| json!({"address": format!("{}/{}", address(&net, 8), net.prefix_len()), "gateway": address(&net, 0)});
+    let answer = json!({"cniVersion": "1.1.0", "ips": nets.map(ip).collect::<Vec<_>>()});
+    std::fs::write(at("answer"), answer.to_string()).unwrap();
+    let result = caller.call("ADD", "a", config.clone(), None).unwrap();
+    assert_eq!(addresses(&result).len(), mode.subnets().len());
+    let told = seen(&at("seen-ADD"));
+    let mac = result["interfaces"][2]["mac"].as_str().unwrap();
+    assert!(told.contains("LOWER_UP") && told.contains(mac), "{told}");
+    // It is masqueraded and kept to its Ethernet address too.
+    caller.call("CHECK", "a", config.clone(), Some(&result)).unwrap();
+    serve("a");
+    assert!(reaches(None, &result).into_iter().all(|reached| reached));
+    std::fs::remove_file(at("seen-DEL")).unwrap();
+    caller.call("DEL", "a", config, Some(&result)).unwrap();
+    let told = seen(&at("seen-DEL"));
+    assert!(told.contains("LOWER_UP") && told.contains(mac), "{told}");
+    assert_eq!(host_links(), [&before[..], &["br0".to_owned()]].concat());
+}
+
+fn seen(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_default()
 }
 
 /// What STATUS answers: the error's code, or 0.
