@@ -11,7 +11,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -25,8 +25,9 @@ use crate::{Result, TableError};
 /// Where the plugins keep records unless their configuration names another directory (`stateDir`).
 pub const STATE_DIR: &str = "/run/oarlock-cni";
 const LOCK: &str = "lock";
-/// How often somebody else may remove the directory while one waits for it.
-const ATTEMPTS: u32 = 100;
+/// How long others may remove the directory again and again before one has it, and how soon one looks again.
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
+const OPEN_PAUSE: Duration = Duration::from_micros(100);
 
 /// The records of one network namespace, locked for as long as this lives.
 #[derive(Debug)]
@@ -78,6 +79,25 @@ fn is_in_place(file: &File, path: &Path) -> bool {
     found.is_ok_and(|found| file.metadata().map(identity).is_ok_and(|own| own == found))
 }
 
+/// With others who remove what one waits for, again and again.
+#[derive(Debug, Default)]
+struct Patience {
+    tries: u32,
+    until: Option<Instant>,
+}
+
+impl Patience {
+    /// Pauses before every try but the first two; false when there have been enough.
+    fn lasts(&mut self) -> bool {
+        let until = *self.until.get_or_insert_with(|| Instant::now() + OPEN_LIMIT);
+        self.tries += 1;
+        if self.tries > 2 {
+            std::thread::sleep(OPEN_PAUSE);
+        }
+        Instant::now() < until
+    }
+}
+
 /// The directory of the network namespace that `kernel` speaks to.
 fn directory_of(state_dir: &Path, kernel: &Netlink) -> Result<PathBuf> {
     if let Some(number) = kernel.namespace_number() {
@@ -96,7 +116,8 @@ impl State {
     }
 
     fn open_at(directory: &Path) -> Result<State> {
-        for _ in 0..ATTEMPTS {
+        let mut patience = Patience::default();
+        while patience.lasts() {
             if let Some(state) = State::lock(directory, FlockArg::LockShared)? {
                 return Ok(state);
             }
@@ -190,7 +211,8 @@ impl State {
 
     fn lock(directory: &Path, how: FlockArg) -> Result<Option<State>> {
         let path = directory.join(LOCK);
-        for _ in 0..ATTEMPTS {
+        let mut patience = Patience::default();
+        while patience.lasts() {
             let Some(file) = open_lock(&path)? else { return Ok(None) };
             let lock = Flock::lock(file, how).map_err(|(_, errno)| failed("lock", &path)(errno.into()))?;
             if is_in_place(&lock, &path) {
