@@ -6,7 +6,7 @@ use oarlock_proto::cri;
 use oarlock_proto::images::ImportRequest;
 use oarlock_proto::images::images_client::ImagesClient;
 use oarlock_testkit::image_archive;
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::daemon::Daemon;
 use crate::runtime_daemon::{IMAGE, LIMIT, channel, container_config, sandbox_config};
@@ -101,8 +101,10 @@ async fn started(daemon: &mut Daemon, sandbox: &str, config: cri::ContainerConfi
     loop {
         match daemon.runtime.start_container(request.clone()).await {
             Ok(_) => return id,
-            Err(_) if daemon.was_reborn().await => check(daemon).await,
-            // One that ran and ended while the daemon was dead cannot be started again.
+            // One that ran and ended while the daemon was dead cannot be started again: that is an answer, nobody died.
+            Err(status) if status.code() != Code::FailedPrecondition && daemon.was_reborn().await => {
+                check(daemon).await;
+            }
             Err(status) => {
                 let state = status_of(daemon, &id).await.state;
                 let ended = state == cri::ContainerState::ContainerExited as i32;
