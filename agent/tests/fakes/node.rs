@@ -1,11 +1,14 @@
 //! A whole agent between a fake API server and a fake runtime, in a directory of its own.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
+use nix::mount::{MntFlags, umount2};
 use oarlock_agent::{Agent, Config};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -119,6 +122,34 @@ impl Node {
             }
         });
         assert!(found.await.is_ok(), "not {count} events {wanted}: {:?}", self.events());
+    }
+}
+
+impl Drop for Node {
+    /// Ends the agent before its directory goes, in which it would go on to write.
+    fn drop(&mut self) {
+        self.runtime_stop.cancel();
+        if let Some((task, _token)) = self.agent.take() {
+            task.abort();
+            if Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread {
+                let _ = tokio::task::block_in_place(|| Handle::current().block_on(task));
+            }
+        }
+        // Sub-paths of volumes are mounted for the runtime.
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
+        for point in points.filter(|point| point.starts_with(self.dir.path())) {
+            let _ = umount2(point, MntFlags::MNT_DETACH);
+        }
+        // What it began on other threads takes a moment more.
+        for _ in 0..200 {
+            match std::fs::remove_dir_all(self.dir.path()) {
+                Err(error) if error.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                _ => break,
+            }
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use oarlock_cgroup::Layout;
 use oarlock_proto::cri;
 use oarlock_runtime::{CgroupDriver, Config, Runtime};
-use oarlock_testkit::{is_lab, wait_for};
+use oarlock_testkit::{in_fresh_namespaces, is_lab, wait_for};
 use runtime_daemon::{Daemon, LIMIT, config_in, container_config, sandbox_config, with_daemon_by};
 use tonic::Code;
 
@@ -109,14 +109,18 @@ fn a_host_without_systemd_or_with_version_1_is_refused_by_the_options_name() {
     if oarlock_systemd::is_running() && Layout::host().unwrap().is_v2() {
         return;
     }
+    // Its run directory becomes a mount point, which goes before the directory.
     let directory = tempfile::tempdir().unwrap();
-    let config = |cgroup_driver| Config { cgroup_driver, ..config_in(directory.path(), "oarlock-test-refused") };
-    let threads = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let opened =
-        |driver| threads.block_on(Runtime::new(config(driver))).map(drop).map_err(|error| error.full_message());
-    let refused = opened(CgroupDriver::Systemd).unwrap_err();
-    assert!(refused.starts_with("configuration: cgroup_driver: systemd "), "{refused}");
-    assert_eq!(opened(CgroupDriver::Auto), Ok(()));
+    let path = directory.path().to_owned();
+    in_fresh_namespaces(move || {
+        let config = |cgroup_driver| Config { cgroup_driver, ..config_in(&path, "oarlock-test-refused") };
+        let threads = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let opened =
+            |driver| threads.block_on(Runtime::new(config(driver))).map(drop).map_err(|error| error.full_message());
+        let refused = opened(CgroupDriver::Systemd).unwrap_err();
+        assert!(refused.starts_with("configuration: cgroup_driver: systemd "), "{refused}");
+        assert_eq!(opened(CgroupDriver::Auto), Ok(()));
+    });
 }
 
 #[test]

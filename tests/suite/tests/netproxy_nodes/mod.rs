@@ -95,11 +95,12 @@ pub fn bridge(connection: &mut Connection, name: &str) -> u32 {
 
 /// A node with one pod that answers on port 8080 with the address that it sees.
 pub struct Machine {
+    // Goes first: what runs in it writes to the directory.
+    runtime: Runtime,
     pub directory: tempfile::TempDir,
     config: Config,
     /// Tells the running proxy of another configuration.
     pub settings: watch::Sender<Config>,
-    runtime: Runtime,
     running: Option<(CancellationToken, JoinHandle<()>)>,
 }
 
