@@ -215,10 +215,7 @@ fn end_leftover_processes(settings: &Settings) -> anyhow::Result<()> {
     }
     // What they hold, and their cgroups, are free when they have gone.
     let deadline = Instant::now() + GOING;
-    let is_there = |process: &procfs::process::Process| {
-        process.stat().is_ok_and(|now| !matches!(now.state, 'Z' | 'X')) && process.is_alive()
-    };
-    while let Some(process) = ended.iter().find(|process| is_there(process)) {
+    while let Some(process) = ended.iter().find(|process| process.is_alive()) {
         anyhow::ensure!(Instant::now() < deadline, "shim {} was killed and has not ended", process.pid);
         std::thread::sleep(LOOK);
     }
